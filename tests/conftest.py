@@ -1,0 +1,98 @@
+"""What every test shares: a quiet environment, one torch thread, one Ray cluster, and no process left behind."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+# Ray and the hub's client read the environment when they are imported, so it is set before any test
+# module is. The token is this session's own: the one in the home folder stays untouched.
+_MARK = "RAYLUX_TEST_SESSION"
+_TOKEN_FOLDER = tempfile.TemporaryDirectory(prefix="raylux-test-token-")
+_TOKEN = Path(_TOKEN_FOLDER.name) / "token"
+_TOKEN.touch(mode=0o600)
+_TOKEN.write_text(secrets.token_hex(32), encoding="ascii")
+os.environ |= {
+    _MARK: secrets.token_hex(8),
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN_PATH": str(_TOKEN),
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+os.environ.pop("RAY_ADDRESS", None)  # the tests never join a cluster that happens to be there
+
+_OBJECT_STORE_BYTES = 500 * 1024**2
+_RAY_PROCESSES = ("raylet", "gcs_server", "/ray/_private/", "/ray/dashboard/", "/ray/util/client/", "ray::")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_torch_thread() -> None:
+    """Two cores run several tests at once, and the number of threads changes bits."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[dict[str, Any]]:
+    """The one cluster of the session (4 logical CPUs), started by the first test that asks for it.
+
+    Yields ``ray.cluster_resources()`` as it was at the start.
+    """
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        log_to_driver=False,
+    )
+    try:
+        yield ray.cluster_resources()
+    finally:
+        ray.shutdown()
+
+
+def ray_processes() -> list[psutil.Process]:
+    """Ray's processes that this test session started: they carry its mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            marked = process.environ().get(_MARK) == os.environ[_MARK]
+            if marked and any(name in " ".join(process.cmdline()) for name in _RAY_PROCESSES):
+                found.append(process)
+        except psutil.Error:  # it ended meanwhile, or it is not ours to read
+            continue
+    return found
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail the session when a Ray process outlives it, and end what is left."""
+    left = ray_processes()
+    if not left:
+        return
+    # A shutdown is asynchronous: what is about to end gets some seconds to do so.
+    _, left = psutil.wait_procs(left, timeout=15)
+    if not left:
+        return
+    lines = []
+    for process in left:
+        try:
+            lines.append(f"{process.pid} {' '.join(process.cmdline())[:120]}")
+            process.kill()
+        except psutil.Error:
+            continue
+    if lines:
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None:
+            reporter.write_line("Ray processes left behind by the tests (killed):\n  " + "\n  ".join(lines), red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
