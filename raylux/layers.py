@@ -25,7 +25,8 @@ MLP_PARTS = frozenset(
 MLP_LEAVES = frozenset(
     {"fc1", "fc2", "fc_in", "fc_out", "c_fc", "dense_h_to_4h", "dense_4h_to_h", "gate_proj", "up_proj", "down_proj"}
 )
-ROUTER_LEAVES = frozenset({"gate", "router", "shared_expert_gate", "gate_network"})
+# What chooses experts: one linear, or a small network below such a name.
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "gate_network"})
 OTHER_MODALITIES = ("vision", "visual", "audio", "image", "speech")
 
 
@@ -87,10 +88,7 @@ def coverage(model: nn.Module, patterns: Sequence[str] | None = None) -> Coverag
     barriers = _barriers(model)
     chosen = _mlp_names(model, barriers) if patterns is None else _matching(model, patterns, barriers)
     if not chosen:
-        raise UserError(
-            f"{type(model).__name__}: no MLP layers found to track; name linear layers in model.layers, "
-            f"such as {', '.join(list(_linears(model))[:3]) or 'none: the model has no linear layer'}"
-        )
+        raise UserError(_no_layers(model, barriers))
     tracked: list[TrackedLayer] = []
     skipped: list[SkippedLayer] = []
     seen: set[int] = set()
@@ -104,6 +102,16 @@ def coverage(model: nn.Module, patterns: Sequence[str] | None = None) -> Coverag
             reason = barriers.get(name) or _reason(name, module, model)
             skipped.append(SkippedLayer(name, type(module).__name__, fresh, reason))
     return Coverage(tuple(tracked), tuple(skipped), sum(p.numel() for p in model.parameters()))
+
+
+def _no_layers(model: nn.Module, barriers: dict[str, str]) -> str:
+    kind = type(model).__name__
+    usable = [name for name in _linears(model) if name not in barriers]
+    if not usable:
+        return f"{kind}: no MLP layers found to track, nor any other linear layer"
+    experts = any("expert" in type(module).__name__.lower() for module in model.modules())
+    why = "its MLPs are routed experts, which are not tracked yet" if experts else "no MLP layers found to track"
+    return f"{kind}: {why}; name other linear layers in model.layers, such as '{usable[0]}'"
 
 
 def tracked_layer(name: str, module: nn.Module) -> TrackedLayer:
@@ -134,7 +142,7 @@ def _in_mlp(name: str) -> bool:
     parts = name.split(".")
     if _has_attention(parts) or any(word in part for part in parts for word in OTHER_MODALITIES):
         return False
-    if parts[-1] in ROUTER_LEAVES:
+    if any(part in ROUTERS for part in parts):
         return False
     if any(part in MLP_PARTS for part in parts[:-1]):
         return True
@@ -205,7 +213,7 @@ def _reason(name: str, module: nn.Module, model: nn.Module) -> str:
         return "normalisation"
     if any(word in part for part in parts for word in OTHER_MODALITIES):
         return "another modality: does not act on text tokens"
-    if "router" in kind.lower() or leaf in ROUTER_LEAVES:
+    if "router" in kind.lower() or any(part in ROUTERS for part in parts):
         return f"router: a choice of experts ({kind}), not an MLP layer"
     if "expert" in kind.lower() or leaf == "experts":
         return f"fused experts (type {kind}): not tracked yet"

@@ -134,7 +134,7 @@ def load_model(files: ModelFiles, dtype: str, device: str, trust_remote_code: bo
     config = load_config(files, trust_remote_code)
     try:
         with _quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 files.folder,
                 config=config,
                 dtype=DTYPES[dtype],
@@ -149,6 +149,7 @@ def load_model(files: ModelFiles, dtype: str, device: str, trust_remote_code: bo
         if type(error).__name__ != "SafetensorError":  # derives from Exception alone, lives in a binary module
             raise
         raise UserError(f"{files.folder}: a safetensors file is broken ({_first_line(error)})") from None
+    model, report = loaded
     _check_weights(model, report, files.folder)
     model.config.use_cache = False
     return model.eval().requires_grad_(False).to(device)
@@ -199,7 +200,8 @@ def _bring(path: str, patterns: tuple[str, ...], key: str) -> Path:
             raise UserError(f"{key} '{path}' is a file; name the model's folder, or a .gguf file")
         from raylux.gguf import converted
 
-        return converted(local, path)
+        with _quiet():
+            return converted(local, path)
     if local.is_dir():
         return local.resolve()
     if _looks_local(path):
