@@ -1,0 +1,312 @@
+"""Documents → token sequences with stable ids.
+
+A long document is cut into pieces of ``max_length`` tokens (``docid:0``, ``docid:1``, …), or documents are
+packed one after the other with the tokenizer's end token between them (``pack:0``, …). What is too short to
+hold a label is dropped and counted.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from raylux.config import CorpusSection
+from raylux.errors import UserError
+from raylux.readers import Document, read_documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100  # the label of a position without loss, as everywhere in PyTorch
+_BATCH = 256  # documents tokenized at once
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """A tokenized corpus: sequence i is ``tokens[offsets[i]:offsets[i + 1]]``.
+
+    Attributes:
+        tokens: int32, all sequences one after the other.
+        offsets: int64, [sequences + 1].
+        labels: int32 like ``tokens``, -100 where no loss counts; None: every token but a sequence's first.
+        table: one row per sequence: ``sequence``, ``document``, ``text``, then the kept fields.
+        dropped: what was left out, by reason; ``tokens`` is their number of tokens.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray | None
+    table: pd.DataFrame
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and labels (int32, aligned) of a sequence.
+
+        ``labels[t]`` is the token itself where its loss counts and -100 elsewhere. The first position never
+        counts: nothing comes before it to predict it from. The shift happens in the loss.
+        """
+        part = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        tokens = self.tokens[part]
+        labels = (tokens if self.labels is None else self.labels[part]).copy()
+        labels[:1] = IGNORE
+        return tokens, labels
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence, int64 [sequences]."""
+        return np.diff(self.offsets)
+
+
+def load_corpus(
+    config: CorpusSection, tokenizer: PreTrainedTokenizerBase, vocab_size: int, context: int | None
+) -> Sequences:
+    """Read and tokenize the corpus that ``config`` names.
+
+    Args:
+        config: the config's ``corpus`` section.
+        tokenizer: the model's tokenizer, called as it is (with the special tokens that it adds by itself).
+        vocab_size: the model's number of token embeddings; a token beyond it is an error.
+        context: the longest sequence that the model takes, or None if it has no limit.
+
+    Raises:
+        UserError: the corpus is missing or empty, or a row does not fit; the line names file and row.
+    """
+    return build_sequences(read_documents(config), config, tokenizer, vocab_size, context)
+
+
+def build_sequences(
+    documents: Iterable[Document],
+    config: CorpusSection,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    context: int | None,
+) -> Sequences:
+    """Tokenize documents and cut or pack them; see ``load_corpus``."""
+    if context is not None and config.max_length > context:
+        raise UserError(
+            f"corpus.max_length = {config.max_length} is longer than the model's context of {context} tokens; "
+            f"set corpus.max_length={context} or less"
+        )
+    encoded = _tokenize(_unique(documents), tokenizer, vocab_size)
+    build = _Builder()
+    count = _pack(encoded, config, tokenizer, build) if config.pack else _cut(encoded, config, tokenizer, build)
+    if count == 0:
+        raise UserError(f"{config.path}: the corpus is empty, it holds no document")
+    if not build.ids:
+        reasons = ", ".join(f"{name}: {number}" for name, number in build.dropped.items())
+        raise UserError(f"{config.path}: no sequence with a token to predict is left of {count} documents ({reasons})")
+    return build.sequences(config.keep)
+
+
+@dataclass(eq=False)
+class _Encoded:
+    """A tokenized document; ``encoding`` is the fast tokenizer's record, with offsets into the text."""
+
+    document: Document
+    tokens: np.ndarray
+    labels: np.ndarray | None
+    encoding: Any = None
+
+
+class _Builder:
+    """Collects sequences in flat arrays: a corpus of Python lists of ints would take ten times the memory."""
+
+    def __init__(self) -> None:
+        self.ids: dict[str, str] = {}  # sequence id → document id, in order
+        self.dropped: Counter[str] = Counter()
+        self._tokens = array("i")
+        self._labels = array("i")
+        self._labelled = False
+        self._offsets = array("q", [0])
+        self._texts: list[str] = []
+        self._kept: list[dict[str, Any]] = []
+
+    def add(self, name: str, document: str, tokens: np.ndarray, labels: np.ndarray | None) -> bool:
+        """Take a sequence if a token of it can be predicted; otherwise count what is dropped and return False."""
+        if len(tokens) < 2:
+            return self._drop("sequences_short", tokens)
+        if labels is not None and not (labels[1:] != IGNORE).any():
+            return self._drop("sequences_unlabelled", tokens)
+        if name in self.ids:
+            raise UserError(
+                f"sequence id '{name}' comes twice, from the documents '{self.ids[name]}' and '{document}'; "
+                "rename one of them"
+            )
+        self.ids[name] = document
+        self._labelled = self._labelled or labels is not None
+        self._tokens.frombytes(tokens.astype(np.int32).tobytes())
+        self._labels.frombytes((tokens if labels is None else labels).astype(np.int32).tobytes())
+        self._offsets.append(len(self._tokens))
+        return True
+
+    def describe(self, text: str, kept: dict[str, Any]) -> None:
+        """The text and kept fields of the sequence that ``add`` just took."""
+        self._texts.append(text)
+        self._kept.append(kept)
+
+    def _drop(self, reason: str, tokens: np.ndarray) -> bool:
+        self.dropped[reason] += 1
+        self.dropped["tokens"] += len(tokens)
+        return False
+
+    def sequences(self, keep: tuple[str, ...]) -> Sequences:
+        columns: dict[str, Any] = {"sequence": list(self.ids), "document": list(self.ids.values()), "text": self._texts}
+        columns.update({name: [kept.get(name) for kept in self._kept] for name in keep})
+        return Sequences(
+            tokens=np.array(self._tokens, dtype=np.int32),
+            offsets=np.array(self._offsets, dtype=np.int64),
+            labels=np.array(self._labels, dtype=np.int32) if self._labelled else None,
+            table=pd.DataFrame(columns),
+            dropped=dict(self.dropped),
+        )
+
+
+def _unique(documents: Iterable[Document]) -> Iterator[Document]:
+    seen: dict[str, str] = {}
+    for document in documents:
+        if document.id in seen:
+            raise UserError(f"{document.place}: the id '{document.id}' was already used by {seen[document.id]}")
+        seen[document.id] = document.place
+        yield document
+
+
+def _tokenize(documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Iterator[_Encoded]:
+    while batch := list(islice(documents, _BATCH)):
+        texts = [document.text for document in batch if document.tokens is None]
+        encoded = iter(_encode(texts, tokenizer))
+        for document in batch:
+            if document.tokens is None:
+                tokens, encoding = next(encoded)
+                item = _Encoded(document, tokens, None, encoding)
+            else:
+                tokens = np.asarray(document.tokens, dtype=np.int64)
+                labels = None if document.labels is None else np.asarray(document.labels, dtype=np.int64)
+                item = _Encoded(document, tokens, labels)
+            check_tokens(item.tokens, item.labels, vocab_size, document.place)
+            yield item
+
+
+def _encode(texts: list[str | None], tokenizer: PreTrainedTokenizerBase) -> list[tuple[np.ndarray, Any]]:
+    if not texts:
+        return []
+    # verbose=False: raylux cuts long documents itself, the library's warning about them would mislead.
+    result = tokenizer(texts, truncation=False, padding=False, return_attention_mask=False, verbose=False)
+    encodings = result.encodings or [None] * len(texts)
+    return [(np.asarray(ids, dtype=np.int64), item) for ids, item in zip(result["input_ids"], encodings, strict=True)]
+
+
+def check_tokens(tokens: np.ndarray, labels: np.ndarray | None, vocab_size: int, where: str) -> None:
+    """Raise a UserError that begins with ``where`` for a token that the model has not, or a label that misfits."""
+    wrong = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
+    if len(wrong):
+        position = int(wrong[0])
+        raise UserError(
+            f"{where}: token {tokens[position]} at position {position} is outside the model's vocabulary of "
+            f"{vocab_size}; do tokenizer and model belong together?"
+        )
+    if labels is None:
+        return
+    if len(labels) != len(tokens):
+        raise UserError(f"{where}: {len(labels)} labels for {len(tokens)} input_ids; each token needs one (-100: none)")
+    wrong = np.flatnonzero((labels != IGNORE) & (labels != tokens))
+    if len(wrong):
+        position = int(wrong[0])
+        raise UserError(
+            f"{where}: label {labels[position]} at position {position} is neither -100 nor the token there "
+            f"({tokens[position]}); labels are aligned with input_ids, not shifted"
+        )
+
+
+def _cut(
+    encoded: Iterator[_Encoded], config: CorpusSection, tokenizer: PreTrainedTokenizerBase, build: _Builder
+) -> int:
+    count = 0
+    for item in encoded:
+        count += 1
+        document, size = item.document, config.max_length
+        if len(item.tokens) <= size:
+            if build.add(document.id, document.id, item.tokens, item.labels):
+                text = document.text if document.text is not None else decode(tokenizer, item.tokens)
+                build.describe(text, dict(document.keep))
+            continue
+        starts = range(0, len(item.tokens), size)
+        texts = _piece_texts(item, list(starts), tokenizer, size)
+        for number, start in enumerate(starts):
+            part = slice(start, start + size)
+            labels = None if item.labels is None else item.labels[part]
+            if build.add(f"{document.id}:{number}", document.id, item.tokens[part], labels):
+                build.describe(texts[number], dict(document.keep))
+    return count
+
+
+def _piece_texts(item: _Encoded, starts: list[int], tokenizer: PreTrainedTokenizerBase, size: int) -> list[str]:
+    """The text of each piece: slices of the original that join to it again, or else the decoded tokens."""
+    text = item.document.text
+    if text is None or item.encoding is None:
+        return [decode(tokenizer, item.tokens[start : start + size]) for start in starts]
+    offsets, special = item.encoding.offsets, item.encoding.special_tokens_mask
+    # A special token has no place in the text: a piece that begins with one begins where the next token does.
+    begins = [0]
+    for start in starts[1:]:
+        places = (offsets[t][0] for t in range(start, len(offsets)) if not special[t])
+        begins.append(max(begins[-1], next(places, len(text))))
+    return [text[begin:end] for begin, end in zip(begins, [*begins[1:], len(text)], strict=True)]
+
+
+def _pack(
+    encoded: Iterator[_Encoded], config: CorpusSection, tokenizer: PreTrainedTokenizerBase, build: _Builder
+) -> int:
+    """Join all documents to one stream and slice it; an end token counts as a token to predict."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise UserError("corpus.pack: the tokenizer has no end-of-sequence token to put between documents")
+    tokens, labels, starts, documents = array("i"), array("i"), array("q"), []
+    for item in encoded:
+        documents.append(item.document)
+        if tokens and tokens[-1] != end:
+            tokens.append(end)
+            labels.append(end)
+        starts.append(len(tokens))
+        tokens.frombytes(item.tokens.astype(np.int32).tobytes())
+        labels.frombytes((item.tokens if item.labels is None else item.labels).astype(np.int32).tobytes())
+    stream, targets = np.array(tokens, dtype=np.int32), np.array(labels, dtype=np.int32)
+    masked = bool((targets == IGNORE).any())
+    first = np.array(starts, dtype=np.int64)
+    for number, begin in enumerate(range(0, len(stream), config.max_length)):
+        part = slice(begin, begin + config.max_length)
+        inside = _documents_inside(documents, first, begin, min(part.stop, len(stream)))
+        name = "|".join(document.id for document in inside)
+        if build.add(f"pack:{number}", name, stream[part], targets[part] if masked else None):
+            build.describe(decode(tokenizer, stream[part]), _joined(inside, config.keep))
+    return len(documents)
+
+
+def _documents_inside(documents: list[Document], first: np.ndarray, begin: int, end: int) -> list[Document]:
+    """Documents with a token in [begin, end) of the stream; an end token belongs to the document before it."""
+    low = int(np.searchsorted(first, begin, side="right")) - 1
+    high = int(np.searchsorted(first, end, side="left"))
+    return documents[max(low, 0) : high]
+
+
+def _joined(documents: list[Document], keep: tuple[str, ...]) -> dict[str, Any]:
+    """Kept fields of a pack: the value all its documents share, else all of them as one text."""
+    kept = {}
+    for name in keep:
+        values = [document.keep.get(name) for document in documents]
+        same = all(value == values[0] for value in values)
+        kept[name] = values[0] if same else "|".join("" if value is None else str(value) for value in values)
+    return kept
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> str:
+    """Token ids as text, special tokens shown, spaces as they are."""
+    return str(tokenizer.decode(tokens.tolist(), clean_up_tokenization_spaces=False))

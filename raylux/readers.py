@@ -1,0 +1,316 @@
+"""Documents from files: jsonl, json, parquet, text files and `datasets` data sets, one row at a time.
+
+In messages, lines of a jsonl file count from 1, as editors do; rows count from 0, as default ids do.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from raylux.config import CorpusSection
+from raylux.errors import UserError
+from raylux.sources import SourceFile, data_suffix, decode_utf8, find_files, is_url, one_line, open_bytes, resolve
+
+RESERVED = frozenset({"sequence", "document", "text", "rank", "influence", "prefilter"})
+_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".pq": "parquet"}
+_TEXT = (".txt", ".text", ".md", ".rst")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """One document: either ``text``, or ``tokens`` with optional ``labels`` of the same length (-100: no loss).
+
+    ``keep`` holds the kept fields, ``where`` the place to name in an error (``file line 3``).
+    """
+
+    id: str
+    text: str | None = None
+    tokens: Sequence[int] | None = None
+    labels: Sequence[int] | None = None
+    keep: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where the document came from, for a message."""
+        return self.where or f"document '{self.id}'"
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    data: Any
+    where: str
+    id: str | None = None  # an id that the format gives (file name, key of a mapping); else the row's number
+
+
+def read_documents(config: CorpusSection) -> Iterator[Document]:
+    """Read the corpus that ``config`` names, up to ``limit`` documents.
+
+    Raises:
+        UserError: nothing is there, or a row does not fit; the line names file and row.
+    """
+    path = resolve(config.path)
+    return _documents(_rows(path, config), config, where=path)
+
+
+def documents_from(rows: Iterable[Any], config: CorpusSection, where: str = "train") -> Iterator[Document]:
+    """Documents from rows in memory: strings, or mappings with the fields that ``config`` names."""
+    return _documents((_Row(_in_memory(row, config), f"{where} row {n}") for n, row in enumerate(rows)), config, where)
+
+
+def _in_memory(row: Any, config: CorpusSection) -> Any:
+    return {config.text: row} if isinstance(row, str) else row
+
+
+def _documents(rows: Iterator[_Row], config: CorpusSection, where: str) -> Iterator[Document]:
+    for name in config.keep:
+        if name in RESERVED:
+            raise UserError(f"corpus.keep: '{name}' is the name of a column that raylux writes; rename the field")
+    missing = set(config.keep)
+    number = -1
+    for number, row in enumerate(islice(rows, config.limit)):
+        document = _document(row, number, config)
+        missing -= row.data.keys()
+        yield document
+    if missing and number >= 0:
+        raise UserError(f"{where}: no row has the field '{min(missing)}' that corpus.keep names")
+
+
+def _document(row: _Row, number: int, config: CorpusSection) -> Document:
+    data = row.data
+    if not isinstance(data, Mapping):
+        raise UserError(f"{row.where}: a row must be an object with fields, not {_kind(data)}")
+    name = _identity(row, number, config)
+    keep = {column: _plain(data.get(column)) for column in config.keep}
+    if data.get("input_ids") is not None:
+        tokens, labels = _tokens(data, row.where)
+        return Document(name, tokens=tokens, labels=labels, keep=keep, where=row.where)
+    return Document(name, text=_text(data, row.where, config.text), keep=keep, where=row.where)
+
+
+def _identity(row: _Row, number: int, config: CorpusSection) -> str:
+    if config.id is None:
+        return str(number) if row.id is None else row.id
+    value = row.data.get(config.id)
+    if value is None:
+        raise UserError(f"{row.where}: no field '{config.id}' for the id; fields present: {_fields(row.data)}")
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+        raise UserError(f"{row.where}: the id in '{config.id}' must be text or a whole number, not {_kind(value)}")
+    return str(value)
+
+
+def _text(data: Mapping[str, Any], where: str, name: str) -> str:
+    if name not in data:
+        raise UserError(f"{where}: no field '{name}'; fields present: {_fields(data)} (set corpus.text)")
+    text = data[name]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: the field '{name}' must be text, not {_kind(text)}")
+    if not text.strip():
+        raise UserError(f"{where}: the text in '{name}' is empty; remove the row")
+    check_surrogates(text, f"{where}: the text in '{name}'")
+    return text
+
+
+def check_surrogates(text: str, where: str) -> None:
+    """Raise a UserError that begins with ``where`` for text that no UTF-8 can hold (JSON's ``\\ud800`` can)."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} has half a surrogate pair at character {error.start}") from None
+
+
+def _tokens(data: Mapping[str, Any], where: str) -> tuple[list[int], list[int] | None]:
+    """``input_ids`` and ``labels`` of a row, without the padding that an ``attention_mask`` marks."""
+    tokens = integers(data["input_ids"], f"{where}: input_ids")
+    labels = None if data.get("labels") is None else integers(data["labels"], f"{where}: labels")
+    if labels is not None and len(labels) != len(tokens):
+        raise UserError(f"{where}: {len(labels)} labels for {len(tokens)} input_ids; each token needs one (-100: none)")
+    if data.get("attention_mask") is None:
+        return tokens, labels
+    mask = integers(data["attention_mask"], f"{where}: attention_mask")
+    if len(mask) != len(tokens):
+        raise UserError(f"{where}: attention_mask has {len(mask)} values for {len(tokens)} input_ids")
+    kept = [position for position, value in enumerate(mask) if value]
+    return [tokens[p] for p in kept], None if labels is None else [labels[p] for p in kept]
+
+
+def integers(values: Any, where: str) -> list[int]:
+    """A list (or array) of whole numbers as a list, or a UserError that begins with ``where``."""
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    if not isinstance(values, (list, tuple)):
+        raise UserError(f"{where} must be a list of whole numbers, not {_kind(values)}")
+    for position, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise UserError(f"{where} must be whole numbers; position {position} is {_kind(value)}")
+        if not -(2**31) <= value < 2**31:
+            raise UserError(f"{where}: {value} at position {position} is no token id")
+    return list(values)
+
+
+def _rows(path: str, config: CorpusSection) -> Iterator[_Row]:
+    """Rows of whatever ``path`` names. The format is settled before the first row is read."""
+    if config.format == "hub":
+        return _hub(path, config)
+    files = find_files(path)
+    if not files:
+        if config.format == "auto" and _HUB_NAME.fullmatch(path) and data_suffix(path) not in (*_FORMATS, *_TEXT):
+            return _hub(path, config)
+        raise UserError(f"{path}: no such file or folder")
+    if config.format == "auto" and any(file.name in ("state.json", "dataset_dict.json") for file in files):
+        return _hub(path, config)
+    kind = _format(path, files) if config.format == "auto" else config.format
+    if kind == "text":
+        return _text_files(files, config)
+    readers: dict[str, Callable[[SourceFile, CorpusSection], Iterator[_Row]]] = {
+        "jsonl": _jsonl,
+        "json": _json,
+        "parquet": _parquet,
+    }
+    return (row for file in files for row in readers[kind](file, config))
+
+
+def _format(path: str, files: list[SourceFile]) -> str:
+    """The one format of all files, by suffix."""
+    kinds = {_FORMATS.get(data_suffix(file.name), "text") for file in files}
+    if len(kinds) > 1:
+        raise UserError(f"{path}: files of several formats ({', '.join(sorted(kinds))}); name those you mean by a glob")
+    if len(files) == 1 and kinds == {"text"} and data_suffix(files[0].name) not in _TEXT:
+        raise UserError(f"{path}: cannot tell the format by the suffix; set corpus.format (jsonl, json, parquet, text)")
+    return kinds.pop()
+
+
+def _jsonl(file: SourceFile, config: CorpusSection) -> Iterator[_Row]:
+    with open_bytes(file.path) as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{file.path} line {number}"
+            text = decode_utf8(line, where).strip()
+            if text:
+                yield _Row(parse_json(text, where), where)
+
+
+def _json(file: SourceFile, config: CorpusSection) -> Iterator[_Row]:
+    """An array of objects, or one object of objects, whose keys are then the default ids."""
+    with open_bytes(file.path) as stream:
+        data = parse_json(decode_utf8(stream.read(), file.path), file.path)
+    if isinstance(data, list):
+        yield from (_Row(row, f"{file.path} row {number}") for number, row in enumerate(data))
+    elif isinstance(data, dict) and all(isinstance(row, dict) for row in data.values()):
+        yield from (_Row(row, f"{file.path} key '{key}'", id=key) for key, row in data.items())
+    else:
+        raise UserError(f"{file.path}: must hold an array of objects (or an object of objects), not {_kind(data)}")
+
+
+def parse_json(text: str, where: str) -> Any:
+    """JSON text as Python values, or a UserError that begins with ``where``."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        hint = (
+            "; one object per line? set corpus.format=jsonl" if error.msg == "Extra data" and error.lineno > 1 else ""
+        )
+        raise UserError(f"{where}: not valid JSON at {place}: {error.msg}{hint}") from None
+    except RecursionError:
+        raise UserError(f"{where}: JSON nested too deeply") from None
+
+
+def _parquet(file: SourceFile, config: CorpusSection) -> Iterator[_Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    with open_bytes(file.path) as stream:
+        try:
+            table = pyarrow.parquet.ParquetFile(stream)
+            names = table.schema_arrow.names
+            wanted = {config.text, config.id, "input_ids", "labels", "attention_mask", *config.keep}
+            columns = [name for name in names if name in wanted]
+            if config.text not in names and "input_ids" not in names:
+                raise UserError(
+                    f"{file.path}: no column '{config.text}'; columns: {', '.join(names)} (set corpus.text)"
+                )
+            number = 0
+            for batch in table.iter_batches(batch_size=1024, columns=columns):
+                for data in batch.to_pylist():
+                    yield _Row(data, f"{file.path} row {number}")
+                    number += 1
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{file.path}: not a readable parquet file ({one_line(error)})") from None
+
+
+def _text_files(files: list[SourceFile], config: CorpusSection) -> Iterator[_Row]:
+    for file in files:
+        with open_bytes(file.path) as stream:
+            data = stream.read()
+        yield _Row({config.text: decode_utf8(data, file.path)}, file.path, id=file.name)
+
+
+def _hub(path: str, config: CorpusSection) -> Iterator[_Row]:
+    """A data set by its hub name (``owner/name``, ``owner/name:configuration``) or a local data set folder."""
+    if is_url(path):
+        raise UserError(f"{path}: format hub takes a data set's name or a local folder, not a URL")
+    number = -1
+    try:
+        for number, data in enumerate(_load_hub(path, config)):
+            yield _Row(data, f"{path} split {config.split} row {number}")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read after {number + 1} rows ({one_line(error)})") from None
+
+
+def _load_hub(path: str, config: CorpusSection) -> Iterable[Mapping[str, Any]]:
+    # Imported late: the library takes a second to import, and files of your own do without it.
+    import datasets
+
+    try:
+        if find_files(path):
+            return _local_dataset(path, config.split)
+        name, _, configuration = path.partition(":")
+        # With a limit only the rows that are asked for travel; offline only a whole cached data set can serve.
+        streaming = config.limit is not None and not datasets.config.HF_HUB_OFFLINE
+        loaded = datasets.load_dataset(name, configuration or None, split=config.split, streaming=streaming)
+        return loaded  # type: ignore[no-any-return]
+    except UserError:
+        raise
+    except (ConnectionError, TimeoutError) as error:
+        raise UserError(
+            f"{path}: no such file or folder here, and the data set hub cannot be reached ({one_line(error)})"
+        ) from None
+    except Exception as error:  # the library raises what its backends raise
+        raise UserError(f"{path}: the data set cannot be loaded ({one_line(error)})") from None
+
+
+def _local_dataset(path: str, split: str) -> Iterable[Mapping[str, Any]]:
+    import datasets
+
+    if any(file.name in ("state.json", "dataset_dict.json") for file in find_files(path)):
+        loaded = datasets.load_from_disk(path)
+        if isinstance(loaded, datasets.DatasetDict):
+            if split not in loaded:
+                raise UserError(f"{path}: no split '{split}'; splits: {', '.join(map(str, loaded))} (set corpus.split)")
+            loaded = loaded[split]
+        return loaded  # type: ignore[no-any-return]
+    return datasets.load_dataset(path, split=split)  # type: ignore[no-any-return]
+
+
+def _plain(value: Any) -> Any:
+    """A kept value as a table's cell: numbers, text and None as they are, anything else as JSON text."""
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _fields(data: Mapping[str, Any]) -> str:
+    return ", ".join(map(str, data)) or "none"
+
+
+def _kind(value: Any) -> str:
+    """A value's type in words of JSON."""
+    names = {"NoneType": "null", "dict": "an object", "list": "a list", "str": "text", "bool": "true or false"}
+    name = names.get(type(value).__name__, f"a {type(value).__name__}")
+    return f"{name} ({value!r})" if isinstance(value, (bool, int, float)) else name

@@ -1,0 +1,172 @@
+"""Where input comes from: local paths, fsspec URLs and files inside installed packages.
+
+Everything that opens a user's file goes through here, so that a missing file, an unknown protocol or a
+broken archive ends in the same kind of line.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+
+from raylux.errors import UserError
+
+PACKAGE = "package://"
+_COMPRESSION = (".gz", ".bz2", ".xz", ".lzma", ".zst")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a corpus: ``path`` opens it, ``name`` is its path relative to what the user named."""
+
+    path: str
+    name: str
+
+
+def is_url(path: str) -> bool:
+    """Whether ``path`` is an fsspec URL (``s3://…``), not a local path or ``package://``."""
+    return "://" in path and not path.startswith(PACKAGE)
+
+
+def resolve(path: str) -> str:
+    """Turn ``package://MODULE/FILE`` into a local path; leave every other path, URL or hub name alone.
+
+    The module is looked up without being imported: a data package may need libraries that are not there.
+
+    Raises:
+        UserError: the module is not installed, FILE is not in it, or FILE leaves the package's folder.
+    """
+    if not path.startswith(PACKAGE):
+        return path
+    module, _, name = path.removeprefix(PACKAGE).partition("/")
+    if not module.isidentifier() or not name:
+        raise UserError(f"{path}: write package://MODULE/FILE, with the module's top-level name")
+    folders = _package_folders(module)
+    if not folders:
+        raise UserError(f"{path}: the Python package '{module}' is not installed; pip install what provides it")
+    for folder in folders:
+        target = (folder / name).resolve()
+        if not target.is_relative_to(folder.resolve()):
+            raise UserError(f"{path}: '{name}' leaves the folder of the package '{module}'")
+        if target.exists():
+            return str(target)
+    raise UserError(f"{path}: the package '{module}' is installed, but has no file '{name}'")
+
+
+def _package_folders(module: str) -> list[Path]:
+    """Folders of an installed top-level package, without importing it; none for a builtin or plain module."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return []
+    if spec is None or spec.submodule_search_locations is None:
+        return []
+    return [Path(folder) for folder in spec.submodule_search_locations]
+
+
+def data_suffix(path: str) -> str:
+    """The lower-case suffix that tells a file's format, a compression suffix apart: ``a.jsonl.gz`` → ``.jsonl``."""
+    name = path.rsplit("/", 1)[-1].lower()
+    for suffix in _COMPRESSION:
+        name = name.removesuffix(suffix)
+    return Path(name).suffix
+
+
+@contextmanager
+def open_bytes(path: str) -> Iterator[IO[bytes]]:
+    """Open a local path or URL for reading bytes; ``.gz`` and its like are unpacked on the way.
+
+    Raises:
+        UserError: the file is missing or cannot be read, also later while it is read.
+    """
+    try:
+        with fsspec.open(path, "rb", compression="infer") as file:
+            yield file
+    except (FileNotFoundError, IsADirectoryError) as error:
+        what = "no such file" if isinstance(error, FileNotFoundError) else "is a folder, a file is needed"
+        raise UserError(f"{path}: {what}") from None
+    except (OSError, EOFError, zlib.error, ImportError) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
+
+
+def read_text(path: str) -> str:
+    """The whole file as text, a byte order mark dropped.
+
+    Raises:
+        UserError: the file is missing, cannot be read, or is not UTF-8 (says the byte).
+    """
+    with open_bytes(path) as file:
+        data = file.read()
+    return decode_utf8(data, path)
+
+
+def decode_utf8(data: bytes, where: str) -> str:
+    """``data`` as text; the error names ``where`` and the byte that is no UTF-8 (counted from 0)."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 text (byte {error.start}); convert it, or correct that byte") from None
+
+
+def find_files(path: str) -> list[SourceFile]:
+    """The files that a path, folder, glob or URL names, sorted by name; hidden files of a folder are left out.
+
+    Returns an empty list where a plain path does not exist, so that the caller may try it as a hub name.
+
+    Raises:
+        UserError: a glob matches nothing, a folder holds no file, or the file system cannot be reached.
+    """
+    try:
+        system, root = fsspec.core.url_to_fs(path)
+        if system.isfile(root):
+            return [_source(system, root, root.rsplit("/", 1)[0])]
+        if system.isdir(root):
+            return _folder(system, root, path)
+        if any(mark in path for mark in "*?["):
+            return _glob(system, root, path)
+    except UserError:
+        raise
+    except Exception as error:  # every remote file system has its own exceptions
+        raise UserError(f"{path}: cannot be listed ({one_line(error)})") from None
+    if is_url(path):
+        raise UserError(f"{path}: no such file or folder")
+    return []
+
+
+def _folder(system: Any, root: str, path: str) -> list[SourceFile]:
+    files = [_source(system, found, root) for found in sorted(system.find(root))]
+    visible = [file for file in files if not any(part.startswith(".") for part in file.name.split("/"))]
+    if not visible:
+        raise UserError(f"{path}: the folder holds no file")
+    return visible
+
+
+def _glob(system: Any, root: str, path: str) -> list[SourceFile]:
+    fixed = root[: min(root.find(mark) for mark in "*?[" if mark in root)].rsplit("/", 1)[0]
+    found = [match for match in sorted(system.glob(root)) if system.isfile(match)]
+    if not found:
+        raise UserError(f"{path}: the pattern matches no file")
+    return [_source(system, match, fixed) for match in found]
+
+
+def _source(system: Any, found: str, base: str) -> SourceFile:
+    name = found.removeprefix(base).lstrip("/")
+    return SourceFile(path=str(system.unstrip_protocol(found)) if _remote(system) else found, name=name)
+
+
+def _remote(system: Any) -> bool:
+    protocols = system.protocol if isinstance(system.protocol, (tuple, list)) else (system.protocol,)
+    return "file" not in protocols
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as one short line: its type, and the first line of what it says."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0][:200]}" if said else type(error).__name__
