@@ -58,7 +58,7 @@ def count_terms(tokens: np.ndarray, offsets: np.ndarray, vocab_size: int) -> Ter
 
 def merge_counts(counts: Sequence[TermCounts]) -> TermCounts:
     """The counts of all shards together."""
-    documents = np.sum([part.documents for part in counts], axis=0, dtype=np.int64)
+    documents = np.stack([part.documents for part in counts]).sum(axis=0)
     return TermCounts(documents, sum(part.sequences for part in counts), sum(part.tokens for part in counts))
 
 
@@ -89,7 +89,7 @@ def score_shard(
     if weigh is None:
         raise ValueError(f"prefilter kind '{kind}' has no score; known: {', '.join(_WEIGHTS)}")
     vocab_size = len(counts.documents)
-    used = np.unique(np.concatenate([np.asarray(query, dtype=np.int64) for query in queries] or [[]]).astype(np.int64))
+    used = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *queries]))
     # Only columns that a query asks for matter; they stay in token order, so a row's sum is always the same sum.
     matrix = weigh(_matrix(tokens, offsets, vocab_size), np.diff(offsets), counts)[:, used]
     results = []
@@ -114,7 +114,9 @@ def _best(rows: np.ndarray, scores: np.ndarray, top: int) -> tuple[np.ndarray, n
 
 def _matrix(tokens: np.ndarray, offsets: np.ndarray, vocab_size: int) -> csr_array:
     """Token counts, float64 [sequences, vocabulary], columns of a row in ascending order."""
-    counts = csr_array((np.ones(len(tokens)), tokens.astype(np.int64), offsets), shape=(len(offsets) - 1, vocab_size))
+    shape = (len(offsets) - 1, vocab_size)
+    # Copies: sum_duplicates works in place, also on the offsets.
+    counts = csr_array((np.ones(len(tokens)), tokens.astype(np.int64), offsets.astype(np.int64)), shape=shape)
     counts.sum_duplicates()
     return counts
 
@@ -140,6 +142,8 @@ def _weigh_bm25(matrix: csr_array, lengths: np.ndarray, counts: TermCounts) -> c
 
 
 def _weigh_tfidf(matrix: csr_array, lengths: np.ndarray, counts: TermCounts) -> csr_array:
+    if matrix.shape[0] == 0:
+        return matrix  # scikit-learn refuses an empty shard
     return _cosine_vectors(counts).transform(matrix)
 
 

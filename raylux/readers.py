@@ -274,7 +274,7 @@ def _load_hub(path: str, config: CorpusSection) -> Iterable[Mapping[str, Any]]:
         # With a limit only the rows that are asked for travel; offline only a whole cached data set can serve.
         streaming = config.limit is not None and not datasets.config.HF_HUB_OFFLINE
         loaded = datasets.load_dataset(name, configuration or None, split=config.split, streaming=streaming)
-        return loaded  # type: ignore[no-any-return]
+        return loaded
     except UserError:
         raise
     except (ConnectionError, TimeoutError) as error:
@@ -294,8 +294,8 @@ def _local_dataset(path: str, split: str) -> Iterable[Mapping[str, Any]]:
             if split not in loaded:
                 raise UserError(f"{path}: no split '{split}'; splits: {', '.join(map(str, loaded))} (set corpus.split)")
             loaded = loaded[split]
-        return loaded  # type: ignore[no-any-return]
-    return datasets.load_dataset(path, split=split)  # type: ignore[no-any-return]
+        return loaded
+    return datasets.load_dataset(path, split=split)
 
 
 def _plain(value: Any) -> Any:

@@ -29,6 +29,11 @@ class SourceFile:
     path: str
     name: str
 
+    @property
+    def hidden(self) -> bool:
+        """Whether the file or a folder of its name begins with a dot."""
+        return any(part.startswith(".") for part in self.name.split("/"))
+
 
 def is_url(path: str) -> bool:
     """Whether ``path`` is an fsspec URL (``s3://…``), not a local path or ``package://``."""
@@ -116,7 +121,7 @@ def decode_utf8(data: bytes, where: str) -> str:
 
 
 def find_files(path: str) -> list[SourceFile]:
-    """The files that a path, folder, glob or URL names, sorted by name; hidden files of a folder are left out.
+    """The files that a path, folder, glob or URL names, sorted by name, hidden ones left out.
 
     Returns an empty list where a plain path does not exist, so that the caller may try it as a hub name.
 
@@ -141,8 +146,9 @@ def find_files(path: str) -> list[SourceFile]:
 
 
 def _folder(system: Any, root: str, path: str) -> list[SourceFile]:
-    files = [_source(system, found, root) for found in sorted(system.find(root))]
-    visible = [file for file in files if not any(part.startswith(".") for part in file.name.split("/"))]
+    visible = [
+        file for file in (_source(system, found, root) for found in sorted(system.find(root))) if not file.hidden
+    ]
     if not visible:
         raise UserError(f"{path}: the folder holds no file")
     return visible
@@ -150,10 +156,12 @@ def _folder(system: Any, root: str, path: str) -> list[SourceFile]:
 
 def _glob(system: Any, root: str, path: str) -> list[SourceFile]:
     fixed = root[: min(root.find(mark) for mark in "*?[" if mark in root)].rsplit("/", 1)[0]
-    found = [match for match in sorted(system.glob(root)) if system.isfile(match)]
+    found = [_source(system, match, fixed) for match in sorted(system.glob(root)) if system.isfile(match)]
+    if "/." not in root.removeprefix(fixed):  # hidden files only where the pattern asks for them, as in a shell
+        found = [file for file in found if not file.hidden]
     if not found:
         raise UserError(f"{path}: the pattern matches no file")
-    return [_source(system, match, fixed) for match in found]
+    return found
 
 
 def _source(system: Any, found: str, base: str) -> SourceFile:
