@@ -180,8 +180,8 @@ def _run_stages(config_path: str, overrides: Sequence[str], stages: Sequence[str
     Positive influence means that training on the sequence raises what the query measures. The unit (nats, raw or
     dot) stands in the table's title and in every json and csv record. Reads the run folder, writes nothing.
 
-    json is a list of records, lossless; csv has a header, and control characters of its texts are escaped, as in
-    the table. Both carry numbers in full precision.
+    json is a list of records, lossless; csv has a header, and its texts are on one line with control characters
+    escaped, as in the table. Both carry numbers in full precision.
 
     \b
     Examples:
@@ -206,9 +206,10 @@ def top(
     if form is Format.table:
         from raylux.report import tables
 
+        console = output.console()
         for name in ids:
             title = f"{name}: influence in {opened.unit}, positive raises the measurement"
-            output.console().print(tables.top_table(opened.top(name, k=k, by=by.value), title))
+            console.print(tables.top_table(opened.top(name, k=k, by=by.value), title, unit=opened.unit))
         return
     frames = [output.with_meaning(opened.top(name, k=k, by=by.value), name, opened.unit) for name in ids]
     text = output.as_json(frames) if form is Format.json else output.as_csv(frames)
@@ -259,22 +260,25 @@ def models(
     from raylux.config import Config
 
     loaded = Config.load(config, overrides or [])
-    from raylux.models import context_length, coverage, find_model, load_model, load_tokenizer, vocabulary_size
+    from raylux.models import context_length, coverage, find_model, load_structure, load_tokenizer, vocabulary_size
     from raylux.queries import load_queries, token_split
     from raylux.report import tables
 
+    trusted = loaded.model.trust_remote_code
     files = find_model(loaded.model)
-    model = load_model(files, loaded.model.dtype, "cpu", loaded.model.trust_remote_code)
+    model = load_structure(files, trusted)  # no weights: an 8B model answers as quickly as a small one
     covered = coverage(model, loaded.model.layers)
     console = output.console()
     console.print(tables.coverage_table(covered))
     output.print_skipped(console, covered)
 
-    tokenizer = load_tokenizer(files)
+    tokenizer = load_tokenizer(files, trusted)
     queries = load_queries(loaded.queries.path, tokenizer, vocabulary_size(model.config), context_length(model.config))
     ids = [item.id for item in queries]
     chosen = queries[ids.index(output.known(query, ids, loaded.queries.path)) if query is not None else 0]
-    console.print(tables.split_table(token_split(chosen, tokenizer)))
+    for part in range(len(chosen.parts)):
+        console.print(f"query {tables.plain(chosen.id)}, weight {chosen.parts[part].weight:+g}:", markup=False)
+        console.print(tables.split_table(token_split(chosen, tokenizer, part)))
 
 
 @app.command(

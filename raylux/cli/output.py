@@ -61,8 +61,7 @@ def print_status(run: Run) -> None:
 
 
 def print_skipped(out: Console, covered: Coverage) -> None:
-    """The share of parameters tracked, then one line per reason for which layers are not."""
-    out.print(f"tracked: {covered.share:.1%} of {covered.parameters:,} parameters", markup=False)
+    """One line per reason for which layers are not tracked."""
     by_reason: dict[str, list[SkippedLayer]] = defaultdict(list)
     for layer in covered.skipped:
         by_reason[layer.reason].append(layer)
