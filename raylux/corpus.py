@@ -160,7 +160,7 @@ class _Builder:
 
     def sequences(self, keep: tuple[str, ...]) -> Sequences:
         columns: dict[str, Any] = {"sequence": list(self.ids), "document": list(self.ids.values()), "text": self._texts}
-        columns.update({name: [kept.get(name) for kept in self._kept] for name in keep})
+        columns.update({name: _column([kept.get(name) for kept in self._kept]) for name in keep})
         return Sequences(
             tokens=np.array(self._tokens, dtype=np.int32),
             offsets=np.array(self._offsets, dtype=np.int64),
@@ -168,6 +168,15 @@ class _Builder:
             table=pd.DataFrame(columns),
             dropped=dict(self.dropped),
         )
+
+
+def _column(values: list[Any]) -> list[Any]:
+    """Values of a kept field as one type, so that any table format takes the column; a mixture becomes text."""
+    kinds = {type(value) for value in values if value is not None}
+    large = any(isinstance(value, int) and not -(2**63) <= value < 2**63 for value in values)
+    if (len(kinds) <= 1 or kinds == {int, float}) and not large:
+        return values
+    return [None if value is None else str(value) for value in values]
 
 
 def _unique(documents: Iterable[Document]) -> Iterator[Document]:

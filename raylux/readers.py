@@ -213,9 +213,8 @@ def parse_json(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        hint = (
-            "; one object per line? set corpus.format=jsonl" if error.msg == "Extra data" and error.lineno > 1 else ""
-        )
+        lines = error.msg == "Extra data" and error.lineno > 1
+        hint = "; one object per line? then its format is jsonl" if lines else ""
         raise UserError(f"{where}: not valid JSON at {place}: {error.msg}{hint}") from None
     except RecursionError:
         raise UserError(f"{where}: JSON nested too deeply") from None
