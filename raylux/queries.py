@@ -17,7 +17,7 @@ import yaml
 from raylux.corpus import IGNORE, check_tokens
 from raylux.errors import UserError
 from raylux.readers import check_surrogates, integers, parse_json
-from raylux.sources import data_suffix, read_text, resolve
+from raylux.sources import data_suffix, one_line, read_text, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -239,7 +239,7 @@ class _Encoder:
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except Exception as error:  # a template is a program of the model's author
-            raise UserError(f"{where}: the tokenizer's chat template fails: {error}") from None
+            raise UserError(f"{where}: the tokenizer's chat template fails ({one_line(error)})") from None
 
     def _search(self, tokens: list[int]) -> np.ndarray:
         found = np.array(tokens, dtype=np.int32)
