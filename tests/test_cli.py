@@ -301,6 +301,19 @@ def test_inspect_names_the_command_that_makes_what_is_missing(api: StubApi, caps
     assert "next: raylux query stub.yaml" in text
 
 
+# ---------------------------------------------------------------------------------------------- demo
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_demo_passes_its_check_on_as_exit_code(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    stub = SimpleNamespace(main=lambda folder, backend, console: asked.append((folder, backend)) or code)
+    monkeypatch.setitem(sys.modules, "raylux.demo", stub)
+    monkeypatch.setattr(raylux, "demo", stub, raising=False)
+    assert main(["demo", "--folder", "elsewhere", "--backend", "local"]) == code
+    assert asked == [("elsewhere", "local")]
+
+
 # ----------------------------------------------------------------------------------------------- top
 
 

