@@ -48,7 +48,20 @@ test: install wiki  ## the tests, on one small Ray cluster
 test-cluster: install wiki  ## the tests that start clusters of their own
 	$(TEST_ENV) $(PYTEST) -m cluster
 
-test-peers: install  ## install kronfluence (its declared torchvision is not needed)
+test-peers: install peers  ## the comparisons with kronfluence
+	$(TEST_ENV) $(PYTEST) -m peers
+
+check: install  ## lint, format, types, and the walls between the rooms
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+
+format: install  ## let ruff fix and format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+peers: install  ## install kronfluence (its declared torchvision is not needed)
 	@$(call have,einconv) && $(call have,accelerate) || $(PIP) accelerate einops einconv opt_einsum safetensors
 	@$(call have,kronfluence) || $(PIP) --no-deps kronfluence
 
