@@ -99,7 +99,7 @@ class QuerySection(Section):
         0.01, ge=0.0, lt=1.0, description="allowed RMS error of a query's scores by low rank; 0: dense"
     )
     max_rank: int = Field(256, ge=1, description="above this rank a layer's s_test is kept dense")
-    probes: int = Field(64, ge=1, description="sequences on which the error is measured")
+    probes: int = Field(32, ge=1, description="sequences on which the error is measured")
 
 
 class ScoreSection(Section):
@@ -182,7 +182,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}: not valid YAML{line}: {getattr(error, 'problem', None) or 'cannot be parsed'}") from None
+        raise UserError(
+            f"{path}: not valid YAML{line}: {getattr(error, 'problem', None) or 'cannot be parsed'}"
+        ) from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: a config is a mapping of sections (run, model, corpus, queries, …)")
     return data

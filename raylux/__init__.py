@@ -1,0 +1,41 @@
+"""raylux: tracing what a language model says back to the training sequences that made it say so.
+
+Example::
+
+    import raylux
+
+    config = raylux.Config.load("configs/quickstart.yaml", ["prefilter.top=100"])
+    run = raylux.run(config)
+    print(run.top(run.queries[0], k=10))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from raylux.config import Config
+from raylux.errors import MissingStageError, NumericsError, RayluxError, UserError
+
+if TYPE_CHECKING:
+    from raylux.api import Run, attribute, open_run, run
+
+__all__ = [
+    "Config",
+    "MissingStageError",
+    "NumericsError",
+    "RayluxError",
+    "Run",
+    "UserError",
+    "attribute",
+    "open_run",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The names that need torch are imported when they are first used: ``raylux --help`` answers at once."""
+    if name in ("Run", "attribute", "open_run", "run"):
+        from raylux import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'raylux' has no attribute '{name}'")

@@ -1,0 +1,125 @@
+"""Batches of token sequences: which sequences go together, how they are padded.
+
+Two ways to batch, both functions of the data alone, so that results do not depend on who computes them:
+
+- ``fit_batches``: the sequences of a fit unit are always the same, so they are sorted by length and
+  cut into batches of up to ``batch_tokens`` tokens.
+- ``score_batches``: which sequences of a score unit are candidates differs from day to day. A sequence
+  is therefore always run in a batch of a shape that is a function of its own length, short batches are
+  filled up, and its numbers do not depend on the company it has (a row of a matrix product has the same
+  bits wherever it stands, as long as the product's shape stays the same).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORED = -100
+MOST_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded sequences. Legend: B rows, T padded length.
+
+    Attributes:
+        rows: positions of the sequences in the caller's list, one per counted row; rows of the tensors
+            beyond ``len(rows)`` are filler.
+        input_ids: [B, T] int64.
+        mask: [B, T] bool, True on real tokens.
+        labels: [B, T] int64, -100 where no loss is taken.
+        keys: [B] int64, the sequences' keys for the noise of sampled labels.
+    """
+
+    rows: tuple[int, ...]
+    input_ids: Tensor
+    mask: Tensor
+    labels: Tensor
+    keys: Tensor
+
+    def to(self, device: str | torch.device) -> Batch:
+        return Batch(
+            self.rows, self.input_ids.to(device), self.mask.to(device), self.labels.to(device), self.keys.to(device)
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens of the counted rows."""
+        return int(self.mask[: len(self.rows)].sum())
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One sequence as a worker gets it: tokens and labels [T] int, and its key."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    key: int = 0
+
+
+def bucket(length: int, most: int | None = None) -> int:
+    """The padded length of a sequence: a step of an eighth of its size or 8 tokens, whichever is more."""
+    step = max(8, 1 << max(0, length.bit_length() - 4))
+    padded = -(-length // step) * step
+    return padded if most is None else max(length, min(padded, most))
+
+
+def rows_per_batch(padded: int, batch_tokens: int) -> int:
+    return max(1, min(MOST_ROWS, batch_tokens // padded))
+
+
+def collate(
+    rows: Sequence[TokenRow], places: Sequence[int], padded: int, size: int | None = None, pad_left: bool = False
+) -> Batch:
+    """Pad ``rows`` to ``padded`` tokens; with ``size``, fill up to that many rows by repeating the first."""
+    count = max(len(rows), size or 0)
+    ids = np.zeros((count, padded), np.int64)
+    mask = np.zeros((count, padded), bool)
+    labels = np.full((count, padded), IGNORED, np.int64)
+    keys = np.zeros(count, np.int64)
+    for place in range(count):
+        row = rows[place] if place < len(rows) else rows[0]
+        length = len(row.tokens)
+        span = slice(padded - length, padded) if pad_left else slice(0, length)
+        ids[place, span], mask[place, span], labels[place, span] = row.tokens, True, row.labels
+        keys[place] = row.key
+    tensors = [torch.from_numpy(array) for array in (ids, mask, labels, keys)]
+    return Batch(tuple(places), *tensors)
+
+
+def fit_batches(rows: Sequence[TokenRow], batch_tokens: int, pad_left: bool = False) -> list[Batch]:
+    """All rows, longest first, in batches of up to ``batch_tokens`` padded tokens."""
+    order = sorted(range(len(rows)), key=lambda place: (-len(rows[place].tokens), place))
+    batches = []
+    start = 0
+    while start < len(order):
+        padded = len(rows[order[start]].tokens)
+        places = order[start : start + max(1, batch_tokens // padded)]
+        batches.append(collate([rows[place] for place in places], places, padded, pad_left=pad_left))
+        start += len(places)
+    return batches
+
+
+def score_batches(rows: Sequence[TokenRow], batch_tokens: int, most: int | None = None) -> list[Batch]:
+    """All rows in batches whose shape depends on the rows' own length only.
+
+    Args:
+        rows: the sequences to run.
+        batch_tokens: padded tokens of a batch, at most (one row is always allowed).
+        most: the model's context, which padding does not exceed.
+    """
+    by_length: dict[int, list[int]] = {}
+    for place, row in enumerate(rows):
+        by_length.setdefault(bucket(len(row.tokens), most), []).append(place)
+    batches = []
+    for padded, places in sorted(by_length.items()):
+        size = rows_per_batch(padded, batch_tokens)
+        for start in range(0, len(places), size):
+            chosen = places[start : start + size]
+            batches.append(collate([rows[place] for place in chosen], chosen, padded, size=size))
+    return batches

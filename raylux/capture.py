@@ -1,0 +1,192 @@
+"""One forward and backward pass that gives, for each tracked layer, its inputs a and output gradients g.
+
+Layout, fixed for everything that builds on it:
+
+- ``a_NTM``: N sequences, T tokens (a module called c times in one forward has c·T), M inputs, the last
+  being the constant 1 of the bias where the layer has one; zero on padding.
+- ``g_NTP``: the gradient of the summed loss of sequence n with respect to the layer's output; zero on padding.
+
+The gradient of sequence n is then ``G_PM = Σ_t g_tP a_tM``, whatever the layer's own storage (``nn.Linear``
+keeps [P, M], GPT-2's ``Conv1D`` [M, P]). Parameters are frozen: no weight gradient is ever formed, and the
+graph begins at the lowest tracked layer, so the backward pass stops there.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from raylux.batches import IGNORED, Batch
+from raylux.errors import NumericsError
+from raylux.layers import TrackedLayer
+
+Labeller = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(logits [n, V], keys [n], positions [n]) -> labels [n] int64"""
+
+
+@dataclass
+class Captured:
+    """What one batch left behind. Legend: N rows (filler included), T tokens (times calls), M inputs, P outputs.
+
+    Attributes:
+        inputs: input group -> a [N, T, M].
+        grads: layer -> g [N, T, P].
+        labels: [N, T] int64, the labels the loss was taken on (the sampled ones, if sampled).
+        loss: [N] summed token loss of each sequence.
+    """
+
+    inputs: dict[str, Tensor]
+    grads: dict[str, Tensor]
+    labels: Tensor
+    loss: Tensor
+
+
+class Capture:
+    """Runs batches through a frozen causal LM and records a and g of its tracked layers.
+
+    Args:
+        model: called as ``model(input_ids=…, attention_mask=…)``, returns an object with ``logits`` [B, T, V].
+        layers: the layers to record.
+        groups: layer -> input group, as ``input_groups`` finds them; default: each layer by itself.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[TrackedLayer], groups: dict[str, str] | None = None) -> None:
+        self.model = model
+        self.layers = tuple(layers)
+        self.groups = groups or {layer.name: layer.name for layer in layers}
+        self._modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+
+    def run(self, batch: Batch, labeller: Labeller | None = None) -> Captured:
+        """Forward and backward of one batch.
+
+        Args:
+            batch: on the model's device.
+            labeller: draws labels from the logits where the batch has a label; default: the batch's own.
+
+        Raises:
+            NumericsError: the loss or a gradient is not finite.
+        """
+        with self._recording(batch) as record:
+            logits = self._logits(batch)
+            counted = batch.labels[:, 1:] != IGNORED
+            row, position = counted.nonzero(as_tuple=True)
+            chosen = logits[:, :-1][counted]
+            chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
+            labels = batch.labels.clone()
+            if labeller is not None:
+                with torch.no_grad():
+                    labels[row, position + 1] = labeller(chosen, batch.keys[row], position + 1)
+            token_loss = nn.functional.cross_entropy(chosen, labels[row, position + 1], reduction="none")
+            if token_loss.requires_grad:
+                token_loss.sum().backward()
+        loss = torch.zeros(len(batch.mask), dtype=token_loss.dtype, device=token_loss.device)
+        loss.index_add_(0, row, token_loss.detach())
+        if not torch.isfinite(loss).all():
+            raise NumericsError("the loss of a sequence is not finite")
+        return self._collect(record, batch, labels, loss)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        extra = {}
+        if self._takes_positions:
+            extra["position_ids"] = (batch.mask.long().cumsum(1) - 1).clamp_(min=0)
+        return self.model(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False, **extra).logits
+
+    @contextmanager
+    def _recording(self, batch: Batch) -> Iterator[_Record]:
+        record = _Record()
+        leaders = set(self.groups.values())
+        handles = [
+            module.register_forward_hook(record.hook(name, keep_input=name in leaders))
+            for name, module in self._modules.items()
+        ]
+        try:
+            yield record
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _collect(self, record: _Record, batch: Batch, labels: Tensor, loss: Tensor) -> Captured:
+        count = len(batch.mask)
+        mask = batch.mask
+        shared: dict[str, Tensor] = {}
+        grads: dict[str, Tensor] = {}
+        for layer in self.layers:
+            calls = record.grads.get(layer.name, [])
+            if layer.name in record.inputs:
+                parts = [_by_sequence(x, count) for x in record.inputs[layer.name]]
+                shared[layer.name] = _with_bias(torch.cat(parts, 1), mask.repeat(1, len(parts)), layer.bias)
+            parts = [_by_sequence(calls[index], count) for index in sorted(calls)] if calls else []
+            if not parts:
+                raise NumericsError(f"layer '{layer.name}' took no part in the loss")
+            # Where padding stands on the left, its own rows attend to themselves and may leak nothing into
+            # the loss; a zero there is exact.
+            grads[layer.name] = torch.cat(parts, 1) * mask.repeat(1, len(parts)).unsqueeze(-1)
+        return Captured(shared, grads, labels, loss)
+
+
+class _Record:
+    """Inputs by layer in call order; gradients by layer and call (they arrive in reverse)."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, list[Tensor]] = {}
+        self.grads: dict[str, dict[int, Tensor]] = {}
+        self._calls: dict[str, int] = {}
+
+    def hook(self, name: str, keep_input: bool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            call = self._calls.get(name, 0)
+            self._calls[name] = call + 1
+            if keep_input:
+                self.inputs.setdefault(name, []).append(inputs[0].detach())
+            if not output.requires_grad:
+                output.requires_grad_(True)
+            output.register_hook(lambda grad: self.grads.setdefault(name, {}).__setitem__(call, grad))
+
+        return record
+
+
+def _by_sequence(x: Tensor, sequences: int) -> Tensor:
+    """[B, T, D] from whatever the module saw ([B, T, D] or, as in OPT, [B·T, D])."""
+    return x.reshape(sequences, -1, x.shape[-1])
+
+
+def _with_bias(a: Tensor, mask: Tensor, bias: bool) -> Tensor:
+    if bias:
+        a = torch.cat([a, torch.ones_like(a[..., :1])], -1)
+    return a * mask.unsqueeze(-1)
+
+
+def input_groups(model: nn.Module, layers: Sequence[TrackedLayer]) -> dict[str, str]:
+    """Layer -> the first layer that reads the very same tensor (gate and up projections share one).
+
+    Found by one forward pass of two tokens, on the meta device too: layers whose calls were handed the same
+    tensor object, unchanged in between. A model that cannot run there has every layer in a group of its own,
+    which costs time and memory but changes no result.
+    """
+    seen: dict[str, list[tuple[int, int]]] = {layer.name: [] for layer in layers}
+    alive: list[Tensor] = []
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            alive.append(inputs[0])
+            seen[name].append((id(inputs[0]), inputs[0]._version))
+
+        return look
+
+    handles = [model.get_submodule(layer.name).register_forward_pre_hook(watch(layer.name)) for layer in layers]
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device))
+    except (RuntimeError, NotImplementedError, ValueError):
+        return {layer.name: layer.name for layer in layers}
+    finally:
+        for handle in handles:
+            handle.remove()
+    leaders: dict[tuple[object, ...], str] = {}
+    return {layer.name: leaders.setdefault((layer.bias, *seen[layer.name]), layer.name) for layer in layers}

@@ -1,0 +1,12 @@
+"""The curvature G of the training loss and its damped inverse, layer by layer. Torch only.
+
+Layout: a layer's parameters are a matrix [P, M] (outputs, inputs; the bias is the last column). G_l acts on
+such matrices. All kinds are *per sequence*: G = (1/N) Σ_i (pseudo-)gradient of sequence i, outer product.
+"""
+
+from raylux.curvature.covariance import Covariances, eigenbasis
+from raylux.curvature.kinds import KINDS, Kind
+from raylux.curvature.moments import add_second_moment
+from raylux.curvature.spectral import Spectral
+
+__all__ = ["KINDS", "Covariances", "Kind", "Spectral", "add_second_moment", "eigenbasis"]

@@ -1,0 +1,75 @@
+"""The kinds of curvature by name: which passes over the data each needs, and what it makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raylux.curvature.spectral import Spectral
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a kind of curvature needs.
+
+    Attributes:
+        name: its name in a config.
+        basis: needs A, S and their eigenbases (the covariance pass).
+        moments: needs the second moments of per-sequence gradients in that basis (the Λ pass).
+        normalised: scores are cosines, divided by the norms of the two gradients.
+    """
+
+    name: str
+    basis: bool = False
+    moments: bool = False
+    normalised: bool = False
+
+    @property
+    def fitted(self) -> bool:
+        return self.basis or self.moments
+
+    @property
+    def predicts(self) -> bool:
+        """Whether a score divided by N is a prediction in nats."""
+        return self.fitted
+
+    def assemble(
+        self,
+        q_a: Tensor | None,
+        q_s: Tensor | None,
+        a_values: Tensor | None,
+        s_values: Tensor | None,
+        moments: Tensor | None,
+        rows_per_sequence: float,
+    ) -> Spectral:
+        """The curvature of one layer from what the passes left.
+
+        Args:
+            q_a: [M, M] and ``q_s`` [P, P]: eigenvectors of A and S.
+            q_s: see ``q_a``.
+            a_values: [M] and ``s_values`` [P]: eigenvalues of the token means A and S.
+            s_values: see ``a_values``.
+            moments: [P, M], the mean of (Q_Sᵀ G Q_A)² over sequences.
+            rows_per_sequence: T̄, token rows per sequence. K-FAC's token means are multiplied by it: its
+                scale is then that of a whole sequence, like every other kind's.
+        """
+        if self.moments:
+            return Spectral(moments, q_a if self.basis else None, q_s if self.basis else None)
+        if self.basis:
+            assert a_values is not None and s_values is not None
+            return Spectral(rows_per_sequence * torch.outer(s_values, a_values), q_a, q_s)
+        return Spectral()
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("ekfac", basis=True, moments=True),
+        Kind("kfac", basis=True),
+        Kind("diagonal", moments=True),
+        Kind("identity"),
+        Kind("cosine", normalised=True),
+    )
+}

@@ -1,0 +1,62 @@
+"""A layer's curvature as eigenvalues on a Kronecker basis: one operator for every kind.
+
+G_l V = Q_S [Λ ∘ (Q_Sᵀ V Q_A)] Q_Aᵀ, hence (G_l + λI)⁻¹ V = Q_S [(Q_Sᵀ V Q_A) / (Λ + λ)] Q_Aᵀ
+(Grosse et al. 2023, eq. 21, with the transposes put right). A basis of None is the standard one, Λ of None
+is the identity operator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from raylux.errors import NumericsError
+
+DAMPING_SHARE = 0.1
+
+
+@dataclass
+class Spectral:
+    """Curvature of one layer.
+
+    Attributes:
+        values: Λ [P, M], or None for the identity.
+        q_a: [M, M] eigenvectors of A in columns, or None.
+        q_s: [P, P] eigenvectors of S in columns, or None.
+    """
+
+    values: Tensor | None = None
+    q_a: Tensor | None = None
+    q_s: Tensor | None = None
+
+    def damping(self, setting: float | str) -> float:
+        """λ: the setting, or 0.1 × mean(Λ) of this layer for "auto"."""
+        if self.values is None:
+            return 0.0
+        return DAMPING_SHARE * float(self.values.double().mean()) if isinstance(setting, str) else float(setting)
+
+    def multiply(self, v: Tensor) -> Tensor:
+        """G V for V [..., P, M]."""
+        return v if self.values is None else self._back(self._into(v) * self.values)
+
+    def solve(self, v: Tensor, damping: float) -> Tensor:
+        """(G + λI)⁻¹ V for V [..., P, M]; for the identity, V itself.
+
+        Raises:
+            NumericsError: λ = 0 where Λ has a zero.
+        """
+        if self.values is None:
+            return v
+        denominator = self.values + damping
+        if not bool((denominator > 0).all()):
+            raise NumericsError("the damped curvature is singular: set curvature.damping above 0, or to auto")
+        return self._back(self._into(v) / denominator)
+
+    def _into(self, v: Tensor) -> Tensor:
+        v = v if self.q_s is None else self.q_s.T @ v
+        return v if self.q_a is None else v @ self.q_a
+
+    def _back(self, v: Tensor) -> Tensor:
+        v = v if self.q_s is None else self.q_s @ v
+        return v if self.q_a is None else v @ self.q_a.T

@@ -1,0 +1,1 @@
+"""The one place that knows Ray: workers, shards, the seam that drives them, and the stages of a run."""

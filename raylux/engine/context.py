@@ -1,0 +1,133 @@
+"""What every stage works with: the config, the run folder, the frozen plan, and the backend when it is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from raylux.config import Config
+from raylux.curvature import KINDS, Kind
+from raylux.engine.backend import Backend, LocalBackend
+from raylux.engine.plan import Plan, assign, shards_bytes, worker_bytes
+from raylux.engine.progress import Reporter
+from raylux.engine.shard import ShardSpec
+from raylux.engine.worker import WorkerSpec
+from raylux.layers import Coverage
+from raylux.models import ModelFiles
+from raylux.queries import Query
+from raylux.store import CorpusReader, RunFolder, read_table
+
+
+@dataclass
+class Context:
+    """One run being worked on."""
+
+    config: Config
+    folder: RunFolder
+    files: ModelFiles
+    coverage: Coverage
+    groups: dict[str, str]
+    context: int | None
+    vocabulary: int
+    plan: Plan
+    reporter: Reporter
+    queries: list[Query] = field(default_factory=list)
+    _backend: Backend | None = None
+    _assignment: list[list[str]] = field(default_factory=list)
+    _reader: CorpusReader | None = None
+    _ids: list[str] | None = None
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.config.curvature.kind]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in sums, factors and scores."""
+        return 8 if self.plan.dtype == "float64" else 4
+
+    @property
+    def reader(self) -> CorpusReader:
+        if self._reader is None:
+            self._reader = CorpusReader(self.folder)
+        return self._reader
+
+    @property
+    def ids(self) -> list[str]:
+        """Sequence ids in corpus order."""
+        if self._ids is None:
+            self._ids = read_table(self.folder)["sequence"].tolist()
+        return self._ids
+
+    @property
+    def assignment(self) -> list[list[str]]:
+        """Layer names of each shard."""
+        _ = self.backend
+        return self._assignment
+
+    @property
+    def backend(self) -> Backend:
+        """Workers and shards; started when first asked for."""
+        if self._backend is None:
+            self._backend = self._start()
+        return self._backend
+
+    def shard_of(self, layer: str) -> int:
+        return next(index for index, names in enumerate(self.assignment) if layer in names)
+
+    def close(self) -> None:
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
+
+    def _start(self) -> Backend:
+        engine, layers = self.config.engine, self.coverage.tracked
+        worker = WorkerSpec(
+            self.folder.path,
+            self.files,
+            self.plan,
+            layers,
+            self.groups,
+            self.config.fit.seed,
+            self.context,
+            self.config.model.trust_remote_code,
+        )
+        queries = len(self.queries)
+        needs = (
+            worker_bytes(layers, self.groups, self.coverage.parameters, self.itemsize, queries),
+            shards_bytes(layers, self.groups, self.itemsize, queries),
+        )
+        # Ray is imported where it is used: in process, nothing of it is loaded.
+        from raylux.engine import session
+
+        demand = session.Demand(engine.workers, engine.shards, self.plan.threads, self.plan.device == "cuda", *needs)
+        if engine.backend == "local":
+            session.check_memory_here(demand)
+            self._assignment = assign(layers, self.groups, 1)
+            return LocalBackend(worker, self._shard_specs())
+        started = session.connect()
+        workers, shards = session.size(demand)
+        shards = min(shards, len(set(self.groups.values())))
+        self._assignment = assign(layers, self.groups, shards)
+        return session.RayBackend(worker, self._shard_specs(), workers, engine.timeout, started)
+
+    def _shard_specs(self) -> list[ShardSpec]:
+        by_name = {layer.name: layer for layer in self.coverage.tracked}
+        return [
+            ShardSpec(
+                self.folder.path,
+                tuple(by_name[name] for name in names),
+                self.groups,
+                self.config.curvature.kind,
+                self.config.curvature.damping,
+                self.plan.dtype,
+                self.plan.threads,
+                self.plan.device,
+            )
+            for names in self._assignment
+        ]
+
+    def seconds_of(self, rows: np.ndarray) -> int:
+        """Tokens of corpus rows."""
+        return int(self.reader.lengths[rows].sum())

@@ -1,0 +1,110 @@
+"""Progress of a run: a bar on a terminal, plain lines elsewhere, and progress.jsonl in the run folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from raylux.store import RunFolder
+
+_LINE_EVERY = 10.0
+
+
+class Task:
+    """One stretch of work of known length."""
+
+    def __init__(self, owner: Reporter, stage: str, total: int, what: str) -> None:
+        self._owner, self.stage, self.total, self.what = owner, stage, total, what
+        self.done = 0
+        self.started = self._line = time.monotonic()
+
+    def advance(self, count: int = 1) -> None:
+        self.done += count
+        self._owner.moved(self)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    @property
+    def left(self) -> float | None:
+        """Seconds left by the pace so far."""
+        return self.seconds / self.done * (self.total - self.done) if self.done else None
+
+    def due(self) -> bool:
+        """Whether it is time for another plain line."""
+        now = time.monotonic()
+        if now - self._line < _LINE_EVERY:
+            return False
+        self._line = now
+        return True
+
+
+class Reporter:
+    """Tells of a run's progress; ``quiet`` keeps the terminal clean, the file is written all the same."""
+
+    def __init__(self, folder: RunFolder, quiet: bool = False) -> None:
+        self._file = None if folder.files.remote else Path(folder.files.where("progress.jsonl"))
+        self.console = Console(stderr=True, quiet=quiet)
+        self._bar: Progress | None = None
+        self._id: object = None
+
+    @contextmanager
+    def task(self, stage: str, total: int, what: str) -> Iterator[Task]:
+        """A bar for ``total`` things called ``what``."""
+        task = Task(self, stage, total, what)
+        live = self.console.is_terminal and not self.console.quiet
+        self._write(task, "started")
+        try:
+            if live:
+                columns = (
+                    TextColumn("{task.description:<11}"),
+                    BarColumn(bar_width=28),
+                    MofNCompleteColumn(),
+                    TextColumn(what),
+                    TimeElapsedColumn(),
+                    TextColumn("left"),
+                    TimeRemainingColumn(),
+                )
+                with Progress(*columns, console=self.console) as bar:
+                    self._bar, self._id = bar, bar.add_task(stage, total=total)
+                    yield task
+            else:
+                yield task
+            self._write(task, "done")
+            if not live:
+                self.say(f"{stage}: {task.done} {what} in {task.seconds:.1f} s")
+        finally:
+            self._bar = None
+
+    def moved(self, task: Task) -> None:
+        if self._bar is not None:
+            self._bar.update(self._id, completed=task.done)  # type: ignore[arg-type]
+        if task.due():
+            self._write(task, "running")
+            if self._bar is None and task.left is not None:
+                self.say(f"{task.stage}: {task.done} of {task.total} {task.what}, about {task.left:.0f} s left")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+    def _write(self, task: Task, state: str) -> None:
+        if self._file is None:
+            return
+        record = {
+            "time": round(time.time(), 3),
+            "stage": task.stage,
+            "state": state,
+            "done": task.done,
+            "total": task.total,
+            "what": task.what,
+            "seconds": round(task.seconds, 3),
+        }
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")

@@ -1,0 +1,120 @@
+"""What the stages leave in the run folder and how it is read back: factors and preconditioned queries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raylux.layers import TrackedLayer
+from raylux.store import RunFolder
+
+COVARIANCE, EIGEN, MOMENTS = "fit.covariance", "fit.eigen", "fit.moments"
+QUERY, SCORE, TOKENS, CANDIDATES = "query", "score", "tokens", "prefilter"
+
+
+@dataclass(frozen=True)
+class FactorFiles:
+    """Keys of the eigenbases by matrix name (``A:group`` and ``S:layer``); empty for the standard basis."""
+
+    eigen: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class QueryFiles:
+    """One committed block of s_test: its query ids and the key of each layer's group."""
+
+    queries: tuple[str, ...]
+    layers: dict[str, str]
+
+
+def input_matrix(group: str) -> str:
+    return f"A:{group}"
+
+
+def output_matrix(layer: str) -> str:
+    return f"S:{layer}"
+
+
+def factor_files(folder: RunFolder) -> FactorFiles:
+    return FactorFiles({unit: manifest.meta["key"] for unit, manifest in folder.units(EIGEN).items()})
+
+
+def query_files(folder: RunFolder) -> list[QueryFiles]:
+    return [
+        QueryFiles(tuple(manifest.meta["queries"]), manifest.meta["layers"])
+        for manifest in folder.units(QUERY).values()
+    ]
+
+
+def tensor(array: np.ndarray, dtype: torch.dtype, device: str) -> Tensor:
+    """A tensor in memory of torch's own alignment, whatever the array's: alignment can change bits."""
+    return torch.from_numpy(np.ascontiguousarray(array)).clone().to(device=device, dtype=dtype)
+
+
+def read_basis(
+    folder: RunFolder, files: FactorFiles, layer: str, group: str, dtype: torch.dtype, device: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """(Q_A [M, M], Q_S [P, P]) of a layer, or (None, None)."""
+    if not files.eigen:
+        return None, None
+    keys = files.eigen[input_matrix(group)], files.eigen[output_matrix(layer)]
+    q_a, q_s = (tensor(folder.group(key).read("vectors"), dtype, device) for key in keys)
+    return q_a, q_s
+
+
+def read_layer_queries(
+    folder: RunFolder,
+    files: Sequence[QueryFiles],
+    layer: TrackedLayer,
+    ids: Sequence[str],
+    dtype: torch.dtype,
+    device: str,
+) -> list[Tensor | tuple[Tensor, Tensor]]:
+    """s_test of each query of ``ids`` in one layer: dense [P, M], or (left [P, R], right [M, R])."""
+    found: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
+    for block in files:
+        if not set(block.queries) & set(ids):
+            continue
+        group = folder.group(block.layers[layer.name])
+        ranks, places = group.read("rank"), group.read("place")
+        arrays: dict[str, Any] = {name: group.read(name) for name in ("dense", "left", "right") if name in group}
+        for index, query in enumerate(block.queries):
+            if query not in ids:
+                continue
+            rank, place = int(ranks[index]), int(places[index])
+            if rank < 0:
+                found[query] = tensor(arrays["dense"][place], dtype, device)
+            else:
+                left, right = arrays["left"][place][:, :rank], arrays["right"][place][:, :rank]
+                found[query] = tensor(left, dtype, device), tensor(right, dtype, device)
+    return [found[query] for query in ids]
+
+
+def query_arrays(
+    dense: Sequence[Tensor], factors: Sequence[tuple[Tensor, Tensor]], is_dense: Sequence[bool]
+) -> dict[str, np.ndarray]:
+    """The arrays of one layer of a query block.
+
+    ``rank`` [Q]: −1 where dense; ``place`` [Q]: the query's index in ``dense`` [n, P, M], or in ``left``
+    [m, P, R] and ``right`` [m, M, R], which are filled with zeros up to the largest rank.
+    """
+    ranks, places, counts = [], [], [0, 0]
+    low = iter(factors)
+    for flag in is_dense:
+        ranks.append(-1 if flag else next(low)[0].shape[1])
+        places.append(counts[flag])
+        counts[flag] += 1
+    arrays = {"rank": np.array(ranks, np.int64), "place": np.array(places, np.int64)}
+    if dense:
+        arrays["dense"] = np.stack([x.cpu().numpy() for x in dense])
+    if factors:
+        most = max(1, *(left.shape[1] for left, _ in factors))
+        for side, name in enumerate(("left", "right")):
+            padded = [torch.nn.functional.pad(pair[side], (0, most - pair[side].shape[1])) for pair in factors]
+            arrays[name] = np.stack([x.cpu().numpy() for x in padded])
+    return arrays

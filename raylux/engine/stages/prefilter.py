@@ -1,0 +1,119 @@
+"""Prefilter: candidates of each query, over shards of the corpus in parallel."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from raylux import prefilter
+from raylux.engine.context import Context
+from raylux.engine.records import CANDIDATES
+from raylux.queries import Query
+from raylux.store import RunFolder
+
+# Corpus rows of a shard of the prefilter: some seconds of work, some hundred megabytes.
+_SHARD_ROWS = 50_000
+
+
+def run(ctx: Context) -> None:
+    """Find and commit the candidates of every query that has none for the present kind and size."""
+    setting = ctx.config.prefilter
+    if setting.kind == "none":
+        return
+    known = candidates(ctx.folder, setting.kind, setting.top)
+    todo = [query for query in ctx.queries if query.id not in known]
+    if not todo:
+        return
+    bounds = _bounds(len(ctx.reader))
+    with ctx.reporter.task("prefilter", 2 * len(bounds), "corpus shards") as task:
+        counts = ctx.backend.tasks(_count, [(ctx.folder.path, *bound, ctx.vocabulary) for bound in bounds])
+        task.advance(len(bounds))
+        terms = prefilter.merge_counts(counts)
+        tokens = [query.search_tokens for query in todo]
+        parts = ctx.backend.tasks(
+            _score, [(ctx.folder.path, *bound, setting.kind, terms, tokens, setting.top) for bound in bounds]
+        )
+        task.advance(len(bounds))
+    found = [prefilter.merge_top([part[place] for part in parts], setting.top) for place in range(len(todo))]
+    _commit(ctx, todo, found)
+
+
+def _commit(ctx: Context, queries: Sequence[Query], found: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    setting = ctx.config.prefilter
+    offsets = np.concatenate([[0], np.cumsum([len(rows) for rows, _ in found])]).astype(np.int64)
+    arrays = {
+        "rows": np.concatenate([rows for rows, _ in found]).astype(np.int64),
+        "scores": np.concatenate([scores for _, scores in found]).astype(np.float64),
+        "offsets": offsets,
+    }
+    key, objects = ctx.folder.write("candidates/block", arrays)
+    ids = [query.id for query in queries]
+    name = hashlib.blake2b("\n".join(ids).encode(), digest_size=6).hexdigest()
+    ctx.folder.commit(
+        CANDIDATES,
+        f"{setting.kind}-{setting.top}-{name}",
+        objects,
+        key=key,
+        kind=setting.kind,
+        top=setting.top,
+        queries=ids,
+    )
+
+
+def candidates(folder: RunFolder, kind: str, top: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Query -> (corpus rows best first [n] int64, prefilter scores [n]) as committed for this kind and size."""
+    result = {}
+    for manifest in folder.units(CANDIDATES).values():
+        if (manifest.meta["kind"], manifest.meta["top"]) != (kind, top):
+            continue
+        group = folder.group(manifest.meta["key"])
+        rows, scores, offsets = (group.read(name) for name in ("rows", "scores", "offsets"))
+        for place, query in enumerate(manifest.meta["queries"]):
+            span = slice(offsets[place], offsets[place + 1])
+            result[query] = rows[span], scores[span]
+    return result
+
+
+def union(ctx: Context) -> np.ndarray:
+    """Corpus rows that are a candidate of some query, ascending."""
+    setting = ctx.config.prefilter
+    if setting.kind == "none":
+        return np.arange(len(ctx.reader))
+    known = candidates(ctx.folder, setting.kind, setting.top)
+    rows = [known[query.id][0] for query in ctx.queries]
+    return np.unique(np.concatenate(rows)) if rows else np.zeros(0, np.int64)
+
+
+def missing(ctx: Context) -> list[str]:
+    """Ids of the queries without candidates."""
+    setting = ctx.config.prefilter
+    if setting.kind == "none":
+        return []
+    known = candidates(ctx.folder, setting.kind, setting.top)
+    return [query.id for query in ctx.queries if query.id not in known]
+
+
+def _bounds(count: int) -> list[tuple[int, int]]:
+    # At least two, so that the path over shards is the one always taken.
+    size = min(_SHARD_ROWS, max(1, -(-count // 2)))
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _slice(path: str, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    folder = RunFolder(path)
+    group = folder.group(folder.manifest("corpus", "corpus").meta["key"])
+    offsets = group.read("offsets", slice(start, stop + 1))
+    return group.read("tokens", slice(int(offsets[0]), int(offsets[-1]))), offsets - offsets[0]
+
+
+def _count(path: str, start: int, stop: int, vocabulary: int) -> prefilter.TermCounts:
+    return prefilter.count_terms(*_slice(path, start, stop), vocabulary)
+
+
+def _score(
+    path: str, start: int, stop: int, kind: str, terms: prefilter.TermCounts, queries: list[np.ndarray], top: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    tokens, offsets = _slice(path, start, stop)
+    return prefilter.score_shard(kind, tokens, offsets, terms, queries, top, start)

@@ -1,0 +1,40 @@
+"""The queries that a run knows: what was asked, and that an id always means the same question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from raylux.errors import UserError
+from raylux.fingerprints import of_query
+from raylux.queries import Query
+from raylux.store import RunFolder
+
+STAGE = "queries"
+
+
+def records(folder: RunFolder) -> list[dict[str, Any]]:
+    """id, fingerprint, measurement and record of every registered query, in the order they came."""
+    return [entry for manifest in folder.units(STAGE).values() for entry in manifest.meta["queries"]]
+
+
+def check(folder: RunFolder, queries: Sequence[Query]) -> None:
+    """Raises UserError where a query's id stands for another question in the run folder."""
+    known = {entry["id"]: entry["fingerprint"] for entry in records(folder)}
+    for query in queries:
+        if known.get(query.id, of_query(query)) != of_query(query):
+            raise UserError(
+                f"query '{query.id}' is not the one that {folder.path} knows by this id; give the new one another id"
+            )
+
+
+def register(folder: RunFolder, queries: Sequence[Query]) -> None:
+    """Commit the queries that are new."""
+    known = {entry["id"] for entry in records(folder)}
+    new = [
+        {"id": query.id, "fingerprint": of_query(query), "measurement": query.measurement, "record": query.record}
+        for query in queries
+        if query.id not in known
+    ]
+    if new:
+        folder.commit(STAGE, f"q{len(folder.committed(STAGE)):05d}", queries=new)

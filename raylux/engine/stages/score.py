@@ -1,0 +1,136 @@
+"""Score: all queries against the union of the candidates, a unit of the corpus at a time; then tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from raylux.engine.context import Context
+from raylux.engine.records import SCORE, TOKENS, query_files
+from raylux.engine.stages import prefilter
+from raylux.store import RunFolder, ScoreBlock, score_blocks
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """Rows of one unit and the queries that miss their scores."""
+
+    name: str
+    rows: np.ndarray
+    queries: tuple[str, ...]
+
+
+def run(ctx: Context) -> None:
+    """Compute and commit the scores that are missing, then the per-token scores of the best."""
+    jobs = missing(ctx)
+    loaded: list[str] = []
+    if jobs:
+        loaded = [query.id for query in ctx.queries if any(query.id in job.queries for job in jobs)]
+        ctx.backend.everyone("load_queries", query_files(ctx.folder), loaded)
+        _score(ctx, jobs)
+    _tokens(ctx, loaded)
+
+
+def _score(ctx: Context, jobs: Sequence[ScoreJob]) -> None:
+    layers, norms = ctx.config.score.layers, ctx.kind.normalised
+    tag = ctx.backend.everyone("facts")[0]
+    calls = ((job, (job.name, job.rows, job.queries, layers, norms)) for job in jobs)
+    with ctx.reporter.task("score", sum(len(job.rows) for job in jobs), "sequences") as task:
+        for job, (key, objects), _ in ctx.backend.map("score_unit", calls):
+            ctx.folder.commit(
+                SCORE,
+                job.name,
+                objects,
+                key=key,
+                queries=list(job.queries),
+                rows=job.rows.tolist(),
+                layers=layers,
+                numerics=tag,
+            )
+            task.advance(len(job.rows))
+
+
+def missing(ctx: Context) -> list[ScoreJob]:
+    """The jobs that the present queries and candidates still need, in corpus order.
+
+    Within a unit the rows are parted by the set of queries that miss them, so each row runs once.
+    """
+    wanted = [query.id for query in ctx.queries]
+    size = ctx.plan.score_unit_size
+    rows = prefilter.union(ctx)
+    blocks = [block for block in score_blocks(ctx.folder) if block.layers or not ctx.config.score.layers]
+    absent = np.ones((len(wanted), len(rows)), bool)
+    for block in blocks:
+        places = [wanted.index(query) for query in block.queries if query in wanted]
+        absent[np.ix_(places, np.isin(rows, block.rows, assume_unique=True))] = False
+    return list(_jobs(wanted, rows, absent, size))
+
+
+def _jobs(wanted: Sequence[str], rows: np.ndarray, absent: np.ndarray, size: int) -> Iterator[ScoreJob]:
+    for unit in np.unique(rows[absent.any(0)] // size):
+        here = np.flatnonzero(rows // size == unit)
+        patterns, which = np.unique(absent[:, here], axis=1, return_inverse=True)
+        for index in range(patterns.shape[1]):
+            queries = tuple(query for query, flag in zip(wanted, patterns[:, index], strict=True) if flag)
+            if queries:
+                chosen = rows[here[which.reshape(-1) == index]]
+                text = f"{queries} {chosen.tolist()}"
+                tail = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+                yield ScoreJob(f"u{unit:06d}-{tail}", chosen, queries)
+
+
+def _tokens(ctx: Context, loaded: Sequence[str]) -> None:
+    """Per-token scores of each query's ``score.token_top`` best sequences."""
+    if not ctx.config.score.token_top:
+        return
+    wanted = [query.id for query in ctx.queries]
+    best = _best(ctx.folder, wanted, ctx.config.score.token_top)
+    jobs = []
+    for query, rows in best.items():
+        have = token_rows(ctx.folder, query)
+        rows = np.array([row for row in rows if row not in have], np.int64)
+        if len(rows):
+            text = f"{query} {rows.tolist()}"
+            jobs.append((query, hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), rows))
+    if not jobs:
+        return
+    if set(loaded) != {query for query, _, _ in jobs}:
+        ctx.backend.everyone("load_queries", query_files(ctx.folder), [query for query, _, _ in jobs])
+    calls = (((query, name, rows), (name, rows, query)) for query, name, rows in jobs)
+    with ctx.reporter.task("tokens", len(jobs), "queries") as task:
+        for (query, name, rows), (key, objects), _ in ctx.backend.map("token_unit", calls):
+            ctx.folder.commit(TOKENS, name, objects, key=key, query=query, rows=rows.tolist())
+            task.advance()
+
+
+def _best(folder: RunFolder, queries: Sequence[str], count: int) -> dict[str, np.ndarray]:
+    """Query -> the rows of its ``count`` largest scores, reading one block at a time."""
+    held: dict[str, tuple[np.ndarray, np.ndarray]] = {query: (np.zeros(0, np.int64), np.zeros(0)) for query in queries}
+    for block in score_blocks(folder):
+        total = folder.group(block.key).read("total")
+        norms = _norms(folder, block)
+        for place, query in enumerate(block.queries):
+            if query in held:
+                rows = np.concatenate([held[query][0], block.rows])
+                scores = np.concatenate([held[query][1], total[place] / norms])
+                keep = np.lexsort((rows, -scores))[:count]
+                held[query] = rows[keep], scores[keep]
+    return {query: rows for query, (rows, _) in held.items()}
+
+
+def _norms(folder: RunFolder, block: ScoreBlock) -> np.ndarray | float:
+    group = folder.group(block.key)
+    return group.read("norms") if "norms" in group else 1.0
+
+
+def token_rows(folder: RunFolder, query: str) -> dict[int, tuple[str, int]]:
+    """Corpus row -> (key, place) of the committed per-token scores of a query."""
+    return {
+        int(row): (manifest.meta["key"], place)
+        for manifest in folder.units(TOKENS).values()
+        if manifest.meta["query"] == query
+        for place, row in enumerate(manifest.meta["rows"])
+    }

@@ -1,0 +1,21 @@
+"""The run folder: the one place that knows Zarr.
+
+A commit is one small manifest object, written last, that names every object it vouches for with size and
+checksum. Readers trust only what a manifest names, and keys are never used twice.
+"""
+
+from raylux.store.corpus import CorpusReader, read_table, write_corpus
+from raylux.store.folder import FORMAT_VERSION, Manifest, RunFolder
+from raylux.store.scores import ScoreBlock, lazy_scores, score_blocks
+
+__all__ = [
+    "FORMAT_VERSION",
+    "CorpusReader",
+    "Manifest",
+    "RunFolder",
+    "ScoreBlock",
+    "lazy_scores",
+    "read_table",
+    "score_blocks",
+    "write_corpus",
+]
