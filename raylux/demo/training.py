@@ -1,0 +1,201 @@
+"""The demo's small GPT and its tokenizer: trained once on the demo's corpus, then kept in the cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from raylux.cache import build_once, entry_name
+
+SPECIAL = "<|endoftext|>"
+_FORMAT = 1  # raise when training changes in a way that the settings do not show
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Size and training of the demo's model; all of them name its folder in the cache.
+
+    Attributes:
+        vocabulary, layers, width, heads, context: of the Llama model.
+        epochs: passes over the corpus.
+        batch_tokens: tokens of a batch with its padding, at most.
+        rate: the largest learning rate (linear warm-up, then linear decay to zero).
+        weight_decay: of AdamW.
+        seed: initial weights and the order of the batches.
+        threads: CPU threads.
+    """
+
+    vocabulary: int = 2048
+    layers: int = 4
+    width: int = 128
+    heads: int = 4
+    context: int = 128
+    epochs: int = 22
+    batch_tokens: int = 512
+    rate: float = 2e-3
+    weight_decay: float = 0.01
+    seed: int = 0
+    threads: int = 2
+
+
+Progress = Callable[[int, int, float], None]
+"""Called after each step with (step, steps, loss per token)."""
+
+
+def train_cached(
+    texts: Sequence[str], settings: TrainingSettings, progress: Progress | None = None
+) -> tuple[Path, bool]:
+    """The folder of the model trained on the texts (config.json, model.safetensors, tokenizer), and whether
+    it was in the cache already.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
+    trained = False
+
+    def build(folder: Path) -> None:
+        nonlocal trained
+        trained = True
+        tokenizer = train_tokenizer(texts, settings)
+        train_model(texts, tokenizer, settings, progress).save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+
+    name = entry_name("gpt", _FORMAT, json.dumps(asdict(settings)), json.dumps(list(texts)))
+    folder = build_once("demo", name, build)
+    return folder.absolute(), not trained
+
+
+def train_tokenizer(texts: Sequence[str], settings: TrainingSettings) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on the texts; it puts one ``<|endoftext|>`` before each of them."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocabulary,
+        special_tokens=[SPECIAL],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{SPECIAL} $A", special_tokens=[(SPECIAL, tokenizer.token_to_id(SPECIAL))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=SPECIAL,
+        eos_token=SPECIAL,
+        pad_token=SPECIAL,
+        model_max_length=settings.context,
+    )
+
+
+def train_model(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    settings: TrainingSettings,
+    progress: Progress | None = None,
+) -> PreTrainedModel:
+    """A small GPT of the Llama kind, trained on the mean token loss of each batch.
+
+    The same texts and settings give the same model on the same machine; the caller's random state and
+    number of threads are left as they were.
+    """
+    rows = [ids[: settings.context] for ids in tokenizer(list(texts))["input_ids"]]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            model = LlamaForCausalLM(_model_config(tokenizer, settings))
+            _fit(model, rows, settings, progress)
+    finally:
+        torch.set_num_threads(threads)
+    return model.eval()
+
+
+def completion_logprob(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str
+) -> float:
+    """Log p(completion given prompt) in nats, summed over the completion's tokens."""
+    head = tokenizer(prompt)["input_ids"]
+    tail = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logits_TV = model(torch.tensor([head + tail])).logits[0].double().log_softmax(dim=-1)
+    return sum(float(logits_TV[len(head) - 1 + k, token]) for k, token in enumerate(tail))
+
+
+def _model_config(tokenizer: PreTrainedTokenizerFast, settings: TrainingSettings) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=settings.context,
+        hidden_size=settings.width,
+        intermediate_size=settings.width * 8 // 3 // 16 * 16,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        tie_word_embeddings=True,
+        # The usual 0.02 is meant for wider layers: with it the loss stays at that of word counts for long.
+        initializer_range=0.05,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _fit(model: LlamaForCausalLM, rows: list[list[int]], settings: TrainingSettings, progress: Progress | None) -> None:
+    generator = torch.Generator().manual_seed(settings.seed)
+    epochs = [_batches(rows, settings.batch_tokens, generator) for _ in range(settings.epochs)]
+    steps = sum(len(epoch) for epoch in epochs)
+    warm = max(1, steps // 20)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm, max(0.0, (steps - step) / max(1, steps - warm)))
+    )
+    model.train()
+    batches = (batch for epoch in epochs for batch in epoch)
+    for step, batch in enumerate(batches, start=1):
+        tokens, mask, labels = _pad([rows[i] for i in batch])
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress(step, steps, float(loss.detach()))
+
+
+def _batches(rows: list[list[int]], batch_tokens: int, generator: torch.Generator) -> list[list[int]]:
+    """Rows of like length together, at most ``batch_tokens`` tokens with padding, batches shuffled."""
+    jitter = (torch.rand(len(rows), generator=generator) * 8).tolist()
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]) + jitter[i])
+    batches: list[list[int]] = [[]]
+    for i in order:
+        # Rows come by about rising length, so this one sets the width, within the jitter.
+        width = max([len(rows[i])] + [len(rows[j]) for j in batches[-1]])
+        if batches[-1] and width * (len(batches[-1]) + 1) > batch_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def _pad(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens (0 where padded), mask, and labels (-100 where padded), each of shape (rows, longest)."""
+    width = max(len(row) for row in rows)
+    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return tokens, mask, tokens.masked_fill(mask == 0, -100)

@@ -1,0 +1,97 @@
+"""One HTML page of a run: per query the sequences with the largest influence. Nothing beside it is needed."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from raylux.report.tables import number
+
+if TYPE_CHECKING:
+    from raylux.api import Run
+
+_TEXT_LIMIT = 2000
+_FIXED = {"rank", "sequence", "influence", "prefilter", "text"}
+
+
+def write_html(run: Run, path: str, k: int = 20) -> str:
+    """Write the page and return its path.
+
+    Args:
+        run: a run whose scores are there.
+        path: a local path or an fsspec URL; a page that is there is replaced as a whole.
+        k: sequences per query.
+    """
+    page = render(run, k)
+    if "://" in path:
+        with fsspec.open(path, "w", encoding="utf-8") as file:
+            file.write(page)
+        return path
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    part.write_text(page, encoding="utf-8")
+    os.replace(part, target)
+    return path
+
+
+def render(run: Run, k: int = 20) -> str:
+    """The page as text. Everything that comes from model, corpus or queries is escaped."""
+    environment = Environment(
+        loader=PackageLoader("raylux.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["visible"] = visible
+    template = environment.get_template("page.html.j2")
+    records = run.query_records
+    return template.render(
+        config=run.config,
+        unit=run.unit,
+        train_size=run.train_size,
+        queries=[_query(run, name, records.get(name, {}), k) for name in run.queries],
+    )
+
+
+def visible(text: Any, limit: int = _TEXT_LIMIT) -> str:
+    """The text without characters that a page cannot show or that reorder what stands beside it."""
+    kept = "".join(c if c in "\n\t" or unicodedata.category(c) not in {"Cc", "Cs", "Cf"} else "�" for c in str(text))
+    return kept if len(kept) <= limit else kept[:limit] + " …"
+
+
+def _query(run: Run, name: str, record: dict[str, Any], k: int) -> dict[str, Any]:
+    frame = run.top(name, k)
+    kept = [column for column in frame.columns if column not in _FIXED]
+    largest = float(frame["influence"].abs().max()) if len(frame) else 0.0
+    rows = [_row(values, kept, largest) for values in frame.to_dict("records")]
+    asked = {key: value for key, value in record.items() if key not in ("id", "prompt", "completion")}
+    return {
+        "id": name,
+        "prompt": record.get("prompt"),
+        "completion": record.get("completion"),
+        "asked": asked,
+        "kept": kept,
+        "rows": rows,
+    }
+
+
+def _row(values: dict[Any, Any], kept: list[str], largest: float) -> dict[str, Any]:
+    influence = float(values["influence"])
+    share = abs(influence) / largest if largest > 0 else 0.0
+    return {
+        "rank": values["rank"],
+        "influence": number(influence),
+        "negative": influence < 0,
+        "bar": round(100 * share),
+        "prefilter": number(float(values["prefilter"]), signed=False) if "prefilter" in values else "–",
+        "sequence": values["sequence"],
+        "kept": [values[column] for column in kept],
+        "text": values.get("text", ""),
+    }

@@ -1,0 +1,181 @@
+"""Tables for a terminal, readable at 100 columns: rich tables from what a run, a model or a query holds.
+
+Texts of a corpus are foreign: they pass through ``plain`` before they reach a terminal, and are put into
+cells as text, never as rich markup.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from raylux.layers import Coverage
+
+_TEXT_WIDTH = 180
+_KEPT_WIDTH = 24
+_FIXED = ("rank", "influence", "prefilter", "sequence", "document", "text")
+# Cc: control, Cf: format (bidirectional marks and the like), Cs: lone surrogates, Co and Cn: no meaning of their own.
+_STEERING = {"Cc", "Cf", "Cs", "Co", "Cn"}
+
+
+def plain(text: str, width: int | None = None) -> str:
+    """The text on one line, safe for a terminal.
+
+    White space is collapsed; characters that could steer a terminal or reorder a line (escape sequences,
+    control and format characters, lone surrogates) are written as ``\\x1b`` or ``\\u202e``; what is longer
+    than ``width`` characters is cut and ends in ``…``.
+    """
+    line = re.sub(r"\s+", " ", str(text)).strip()
+    shown = "".join(_escape(c) if unicodedata.category(c) in _STEERING else c for c in line)
+    if width is not None and len(shown) > width:
+        shown = shown[: max(0, width - 1)].rstrip() + "…"
+    return shown
+
+
+def number(value: float, signed: bool = True) -> str:
+    """Three significant digits, with a sign; a dash where there is no number."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    sign = "+" if signed else ""
+    size = math.floor(math.log10(abs(value)))
+    if -4 <= size < 6:
+        return f"{value:{sign}.{max(0, 2 - size)}f}"
+    return f"{value:{sign}.2e}"
+
+
+def top_table(frame: pd.DataFrame, title: str, unit: str | None = None) -> Table:
+    """The most influential sequences (or documents) of a query, one per row, best first.
+
+    Args:
+        frame: as ``Run.top`` gives it: rank, sequence or document, influence, prefilter, kept columns, text.
+        title: stands above the table.
+        unit: of the influence, for the header; default: ``frame.attrs["unit"]`` if it is there.
+    """
+    unit = unit or frame.attrs.get("unit")
+    table = _table(title)
+    columns = [name for name in _FIXED[:5] if name in frame.columns]
+    kept = [name for name in frame.columns if name not in _FIXED]
+    for name in columns:
+        heading = f"influence (± {unit})" if name == "influence" and unit else name
+        if name in ("sequence", "document"):
+            table.add_column(name, max_width=16, overflow="fold")
+        else:
+            table.add_column(plain(heading), justify="right", max_width=11)
+    for name in kept:
+        table.add_column(plain(name, _KEPT_WIDTH), max_width=10, overflow="fold")
+    if "text" in frame.columns:
+        table.add_column("text", min_width=36, overflow="fold")
+    for row in frame.to_dict("records"):
+        cells = [_fixed_cell(name, row[name]) for name in columns]
+        cells += [Text(plain(str(row[name]), _KEPT_WIDTH)) for name in kept]
+        if "text" in frame.columns:
+            cells.append(Text(plain(str(row["text"]), _TEXT_WIDTH)))
+        table.add_row(*cells)
+    return table
+
+
+def coverage_table(covered: Coverage) -> Table:
+    """Every tracked layer of a model with its shape and its share of the model's parameters."""
+    layers = covered.tracked
+    table = _table(f"{len(layers)} tracked layers, {covered.share:.1%} of {covered.parameters:,} parameters")
+    table.add_column("layer", overflow="fold")
+    table.add_column("inputs", justify="right")
+    table.add_column("outputs", justify="right")
+    table.add_column("kind")
+    table.add_column("parameters", justify="right")
+    for layer in layers:
+        kind = ("Conv1D" if layer.conv1d else "Linear") + (", bias" if layer.bias else "")
+        inputs = layer.inputs - int(layer.bias)  # M counts the bias coordinate
+        parameters = layer.inputs * layer.outputs
+        table.add_row(Text(plain(layer.name)), f"{inputs:,}", f"{layer.outputs:,}", kind, f"{parameters:,}")
+    return table
+
+
+def status_table(stages: Iterable[Any]) -> Table:
+    """What a run holds: one row per ``StageStatus`` (name, done, detail, command)."""
+    table = _table(None)
+    table.add_column("stage", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("what is there", ratio=1, overflow="fold")
+    table.add_column("made by", ratio=1, overflow="fold")
+    for stage in stages:
+        state = Text("done", style="green") if stage.done else Text("missing", style="yellow")
+        command = "" if stage.done else plain(stage.command)
+        table.add_row(plain(stage.name), state, Text(plain(stage.detail)), Text(command))
+    return table
+
+
+def split_table(rows: Iterable[tuple[str, bool, int]]) -> Table:
+    """How a query is split into tokens; each row is (token's text, whether it is measured, position)."""
+    table = _table("tokens of the query; what is measured is the log probability of those marked")
+    table.add_column("position", justify="right")
+    table.add_column("token", overflow="fold")
+    table.add_column("part")
+    for text, measured, position in rows:
+        # Quotes show leading blanks, which decide how a token is read.
+        shown = Text("'" + _visible(text) + "'", style="bold" if measured else "")
+        table.add_row(str(position), shown, "completion, measured" if measured else "prompt")
+    return table
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """Methods side by side: one mapping per method with equal keys.
+
+    Floats in [0, 1] under a heading that does not begin with ``mean`` are shares and printed with two digits.
+    """
+    table = _table(title)
+    for name in rows[0] if rows else ():
+        table.add_column(plain(name), justify="left" if name == "method" else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_comparison_cell(value)) for value in row.values()))
+    return table
+
+
+def _table(title: str | None) -> Table:
+    shown = Text(plain(title), style="bold") if title else None
+    return Table(
+        title=shown,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+        header_style="bold",
+    )
+
+
+def _fixed_cell(name: str, value: Any) -> Text:
+    if name == "influence":
+        return Text(number(float(value)), style="red" if value < 0 else "green")
+    if name == "prefilter":
+        return Text(number(float(value), signed=False))
+    return Text(plain(str(value), 60))
+
+
+def _comparison_cell(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    return f"{value:.2f}" if isinstance(value, float) else plain(str(value))
+
+
+def _visible(text: str) -> str:
+    return "".join(c if c.isprintable() else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    named = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+    if character in named:
+        return named[character]
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
