@@ -1,0 +1,53 @@
+"""The project's own files: targets that do something, and a tested version for each dependency."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("demo", ["raylux.cli demo"]),
+        ("smollm2", ["raylux.cli run configs/smollm2-wiki.yaml"]),
+        ("test", ["pytest", "not cluster and not peers"]),
+        ("test-cluster", ["pytest", "-m cluster"]),
+        ("test-peers", ["kronfluence", "-m peers"]),
+        ("check", ["ruff check", "ruff format --check", "mypy", "lint-imports"]),
+        ("clean", ["rm -rf .venv"]),
+    ],
+)
+def test_a_target_does_what_its_name_says(target: str, words: list[str]) -> None:
+    """A target without a recipe would succeed in silence."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", "--dry-run", "--no-print-directory", target, f"VENV={sys.prefix}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert all(word in done.stdout for word in words), done.stdout
+
+
+def test_ci_runs_every_group_of_tests() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    (targets,) = re.findall(r"^for target in (.+); do$", script, flags=re.MULTILINE)
+    assert targets.split() == ["install", "check", "test", "test-cluster", "test-peers"]
+
+
+def test_every_direct_dependency_has_a_tested_version_torch_first() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.scripts]")[0]
+    named = re.findall(r'^    "([A-Za-z0-9-]+)[^"]*",', project, flags=re.MULTILINE)
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = [_normal(line.split("==")[0]) for line in lines if "==" in line]
+    assert pinned[0] == "torch"
+    assert len(named) > 20
+    assert {_normal(name) for name in named} - set(pinned) == set()
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
