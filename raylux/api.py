@@ -245,15 +245,21 @@ def attribute(
     base = Path(keep.name if keep else str(folder))
     inputs = base.with_name(base.name + "-inputs") if keep is None else base / "inputs"
     inputs.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(inputs / "model")
-    tokenizer.save_pretrained(inputs / "model")
+    with models.quiet():
+        model.save_pretrained(inputs / "model")
+        # Not beside the model: transformers would pick a tokenizer class by the model's type.
+        tokenizer.save_pretrained(inputs / "tokenizer")
     rows = [{"text": row} if isinstance(row, str) else dict(row) for row in train]
     asked = [row if isinstance(row, Mapping) else {"prompt": row[0], "completion": row[1]} for row in queries]
     _write_lines(inputs / "train.jsonl", rows)
     _write_lines(inputs / "queries.jsonl", [{"id": str(place), **row} for place, row in enumerate(asked)])
     sections: dict[str, dict[str, Any]] = {
         "run": {"folder": str(base / "run" if keep else base)},
-        "model": {"path": str(inputs / "model"), "dtype": str(model.dtype).removeprefix("torch.")},
+        "model": {
+            "path": str(inputs / "model"),
+            "tokenizer": str(inputs / "tokenizer"),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
         "corpus": {"path": str(inputs / "train.jsonl")},
         "queries": {"path": str(inputs / "queries.jsonl")},
         "prefilter": {"kind": "none"},

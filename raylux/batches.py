@@ -70,6 +70,7 @@ def bucket(length: int, most: int | None = None) -> int:
 
 
 def rows_per_batch(padded: int, batch_tokens: int) -> int:
+    """Rows of a score batch of sequences padded to ``padded`` tokens, filler included."""
     return max(1, min(MOST_ROWS, batch_tokens // padded))
 
 

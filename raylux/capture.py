@@ -117,11 +117,11 @@ class Capture:
         shared: dict[str, Tensor] = {}
         grads: dict[str, Tensor] = {}
         for layer in self.layers:
-            calls = record.grads.get(layer.name, [])
+            calls = record.grads.get(layer.name, {})
             if layer.name in record.inputs:
                 parts = [_by_sequence(x, count) for x in record.inputs[layer.name]]
                 shared[layer.name] = _with_bias(torch.cat(parts, 1), mask.repeat(1, len(parts)), layer.bias)
-            parts = [_by_sequence(calls[index], count) for index in sorted(calls)] if calls else []
+            parts = [_by_sequence(calls[index], count) for index in sorted(calls)]
             if not parts:
                 raise NumericsError(f"layer '{layer.name}' took no part in the loss")
             # Where padding stands on the left, its own rows attend to themselves and may leak nothing into

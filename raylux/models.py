@@ -92,7 +92,7 @@ def load_tokenizer(files: ModelFiles, trust_remote_code: bool = False) -> PreTra
         UserError: there is none in the folder, or it cannot be read.
     """
     try:
-        with _quiet():
+        with quiet():
             return AutoTokenizer.from_pretrained(
                 files.tokenizer, local_files_only=True, trust_remote_code=trust_remote_code
             )
@@ -114,7 +114,7 @@ def load_config(files: ModelFiles, trust_remote_code: bool = False) -> Pretraine
 def load_structure(files: ModelFiles, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model without its weights (meta device): enough for ``coverage``, costs neither time nor memory."""
     config = load_config(files, trust_remote_code)
-    with torch.device("meta"), _quiet():
+    with torch.device("meta"), quiet():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return model
@@ -133,7 +133,7 @@ def load_model(files: ModelFiles, dtype: str, device: str, trust_remote_code: bo
     """
     config = load_config(files, trust_remote_code)
     try:
-        with _quiet():
+        with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 files.folder,
                 config=config,
@@ -200,7 +200,7 @@ def _bring(path: str, patterns: tuple[str, ...], key: str) -> Path:
             raise UserError(f"{key} '{path}' is a file; name the model's folder, or a .gguf file")
         from raylux.gguf import converted
 
-        with _quiet():
+        with quiet():
             return converted(local, path)
     if local.is_dir():
         return local.resolve()
@@ -356,7 +356,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' own progress bars and warnings: what matters in them is checked here and an error."""
     level = transformers_logging.get_verbosity()
     bar = transformers_logging.is_progress_bar_enabled()

@@ -12,7 +12,7 @@ import xarray as xr
 
 from raylux.config import Config
 from raylux.curvature import KINDS
-from raylux.engine.records import CANDIDATES, COVARIANCE, EIGEN, MOMENTS, QUERY, SCORE
+from raylux.engine.records import COVARIANCE, EIGEN, MOMENTS, QUERY
 from raylux.engine.stages.prefilter import candidates
 from raylux.engine.stages.queries import records
 from raylux.engine.stages.score import token_rows
@@ -116,9 +116,18 @@ class Run:
         NaN where a pair was not computed. Attributes: unit, sign, train_size, curvature.
         """
         names = self.sequences["sequence"].to_numpy()[self.rows]
-        norms = self.measurements["norm"].to_dict() if self.unit == "cosine" else None
+        norms = {str(name): float(norm) for name, norm in self.measurements["norm"].items()}
         dtype = "float64" if self.settings["plan"]["dtype"] == "float64" else "float32"
-        return lazy_scores(self._store, self.queries, self.rows, names, self._scale, self._attrs(), norms, dtype)
+        return lazy_scores(
+            self._store,
+            self.queries,
+            self.rows,
+            names,
+            self._scale,
+            self._attrs(),
+            norms if self.unit == "cosine" else None,
+            dtype,
+        )
 
     def top(self, query: str, k: int = 10, by: Literal["sequence", "document"] = "sequence") -> pd.DataFrame:
         """The k sequences (or documents, their sequences summed) with the largest influence on a query.
@@ -307,7 +316,7 @@ class Run:
 
         files = ModelFiles(self.settings["model"]["folder"], self.settings["model"]["tokenizer"])
         tokenizer = load_tokenizer(files)
-        return [tokenizer.decode([int(token)]) for token in tokens]
+        return [str(tokenizer.decode([int(token)])) for token in tokens]
 
 
 def _dropped(dropped: dict[str, int]) -> str:

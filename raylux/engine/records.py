@@ -33,18 +33,22 @@ class QueryFiles:
 
 
 def input_matrix(group: str) -> str:
+    """The name of an input group's A among the matrices of the fit."""
     return f"A:{group}"
 
 
 def output_matrix(layer: str) -> str:
+    """The name of a layer's S among the matrices of the fit."""
     return f"S:{layer}"
 
 
 def factor_files(folder: RunFolder) -> FactorFiles:
+    """The committed eigenbases."""
     return FactorFiles({unit: manifest.meta["key"] for unit, manifest in folder.units(EIGEN).items()})
 
 
 def query_files(folder: RunFolder) -> list[QueryFiles]:
+    """The committed blocks of s_test."""
     return [
         QueryFiles(tuple(manifest.meta["queries"]), manifest.meta["layers"])
         for manifest in folder.units(QUERY).values()

@@ -22,8 +22,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray announces a change of this default at every start of an actor without a GPU.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
-import ray  # noqa: E402
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError  # noqa: E402
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 # Jobs in flight per worker: one runs, one waits.
 _WINDOW = 2
@@ -192,7 +192,8 @@ class RayBackend:
         return results
 
     def close(self) -> None:
-        for actor in (*self._workers, *self._shards):
+        actors: list[Any] = [*self._workers, *self._shards]
+        for actor in actors:
             ray.kill(actor)
         if self._started:
             ray.shutdown()

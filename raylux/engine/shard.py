@@ -81,7 +81,7 @@ class FactorShard:
         sequences = self._counts[""]
         for name, total in self._sums.items():
             rows = self._counts[name.partition(":")[2]]
-            mean = (total / rows).astype(self._storage())
+            mean: np.ndarray = (total / rows).astype(self._storage())
             key, objects = self.folder.write(f"factors/{_tidy(name)}/covariance", {"matrix": mean})
             written[name] = key, objects, {"rows": rows, "sequences": sequences}
         self._sums = {}
@@ -99,7 +99,7 @@ class FactorShard:
         written = {}
         sequences = self._counts[""]
         for name, total in self._sums.items():
-            mean = (total / sequences).astype(self._storage())
+            mean: np.ndarray = (total / sequences).astype(self._storage())
             key, objects = self.folder.write(f"factors/{name}/lambda", {"matrix": mean})
             written[name] = key, objects, {"sequences": sequences}
         self._sums = {}

@@ -201,9 +201,7 @@ def _ledger_key(stage: str, unit: str) -> str:
 
 def _write_array(group: zarr.Group, name: str, array: np.ndarray) -> None:
     rows = max(1, _CHUNK_BYTES // max(1, array[:1].nbytes)) if array.ndim else 1
-    chunks = (
-        tuple([max(1, min(rows, array.shape[0])), *(max(1, size) for size in array.shape[1:])]) if array.ndim else ()
-    )
+    chunks = (max(1, min(rows, array.shape[0])), *(max(1, size) for size in array.shape[1:])) if array.ndim else ()
     created = group.create_array(
         name,
         shape=array.shape,

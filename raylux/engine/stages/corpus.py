@@ -37,9 +37,9 @@ def run(folder: RunFolder, load: Callable[[], Sequences], source: dict[str, obje
     keys = np.array([sequence_key(name) for name in names], np.int64)
     digest = hashlib.blake2b(digest_size=16)
     for array in (corpus.tokens, corpus.offsets, keys):
-        digest.update(np.ascontiguousarray(array))
+        digest.update(array.tobytes())
     if corpus.labels is not None:
-        digest.update(np.ascontiguousarray(corpus.labels))
+        digest.update(corpus.labels.tobytes())
     write_corpus(
         folder,
         corpus.tokens,

@@ -34,6 +34,7 @@ def run(ctx: Context) -> None:
 
 
 def solved_queries(ctx: Context) -> set[str]:
+    """Ids of the queries that have their s_test."""
     return {query for manifest in ctx.folder.units(QUERY).values() for query in manifest.meta["queries"]}
 
 

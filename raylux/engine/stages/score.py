@@ -65,7 +65,7 @@ def missing(ctx: Context) -> list[ScoreJob]:
     absent = np.ones((len(wanted), len(rows)), bool)
     for block in blocks:
         places = [wanted.index(query) for query in block.queries if query in wanted]
-        absent[np.ix_(places, np.isin(rows, block.rows, assume_unique=True))] = False
+        absent[np.ix_(np.array(places, np.int64), np.flatnonzero(np.isin(rows, block.rows)))] = False
     return list(_jobs(wanted, rows, absent, size))
 
 
