@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from raylux.config import Config
 from raylux.curvature import KINDS, Kind
 from raylux.engine.backend import Backend, LocalBackend
@@ -127,7 +125,3 @@ class Context:
             )
             for names in self._assignment
         ]
-
-    def seconds_of(self, rows: np.ndarray) -> int:
-        """Tokens of corpus rows."""
-        return int(self.reader.lengths[rows].sum())

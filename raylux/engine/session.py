@@ -106,13 +106,8 @@ class RayBackend:
     ) -> None:
         self.workers, self.shards = workers, len(shards)
         self._timeout, self._started = timeout, started
-        gpus = 1 if worker.plan.device == "cuda" else 0
-        spec = ray.put(worker)
-        make = ray.remote(GradientWorker).options(num_cpus=worker.plan.threads, num_gpus=gpus)
-        self._workers = [make.remote(spec) for _ in range(workers)]
-        # Shards work while workers wait and the other way round: they take no CPU of their own.
-        own = ray.remote(FactorShard).options(num_cpus=0, scheduling_strategy="SPREAD")
-        self._shards = [own.remote(spec) for spec in shards]
+        self._worker_spec, self._shard_specs = worker, list(shards)
+        self._started_actors: dict[str, list[Any]] = {}
 
     def map(
         self, method: str, jobs: Iterable[Job], parts: bool = False, ordered: bool = False
@@ -192,9 +187,9 @@ class RayBackend:
         return results
 
     def close(self) -> None:
-        actors: list[Any] = [*self._workers, *self._shards]
-        for actor in actors:
-            ray.kill(actor)
+        for actors in self._started_actors.values():
+            for actor in actors:
+                ray.kill(actor)
         if self._started:
             ray.shutdown()
 
