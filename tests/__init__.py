@@ -1,0 +1,1 @@
+"""The tests. A package, so that no installed `tests` takes its place."""
