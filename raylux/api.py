@@ -183,7 +183,7 @@ def _prepare(config: Config, config_path: str | None, quiet: bool) -> Context:
     )
     corpus_stage.run(folder, loader, source)
     queries.register(folder, asked)
-    return Context(config, folder, files, coverage, groups, context, vocabulary, plan, Reporter(folder, quiet), asked)
+    return Context(config, folder, files, coverage, groups, vocabulary, plan, Reporter(folder, quiet), asked)
 
 
 def _check_same(config: Config, known: Mapping[str, Any], path: str) -> None:

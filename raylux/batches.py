@@ -63,9 +63,14 @@ class TokenRow:
 
 
 def bucket(length: int, most: int | None = None) -> int:
-    """The padded length of a sequence: a step of an eighth of its size or 8 tokens, whichever is more."""
+    """The padded length of a sequence: at least one token more, up to a step of an eighth of its size or 8 tokens.
+
+    transformers leaves out the attention mask of a batch without padding, and a sequence would take another
+    path through attention with company of its own length than with shorter company: so there is always
+    padding, but for a sequence as long as the longest of the corpus (``most``).
+    """
     step = max(8, 1 << max(0, length.bit_length() - 4))
-    padded = -(-length // step) * step
+    padded = (length // step + 1) * step
     return padded if most is None else max(length, min(padded, most))
 
 
@@ -112,13 +117,14 @@ def score_batches(rows: Sequence[TokenRow], batch_tokens: int, most: int | None 
     Args:
         rows: the sequences to run.
         batch_tokens: padded tokens of a batch, at most (one row is always allowed).
-        most: the model's context, which padding does not exceed.
+        most: length of the longest sequence of the corpus, which padding does not exceed.
     """
-    by_length: dict[int, list[int]] = {}
+    by_shape: dict[tuple[int, bool], list[int]] = {}
     for place, row in enumerate(rows):
-        by_length.setdefault(bucket(len(row.tokens), most), []).append(place)
+        padded = bucket(len(row.tokens), most)
+        by_shape.setdefault((padded, padded == len(row.tokens)), []).append(place)
     batches = []
-    for padded, places in sorted(by_length.items()):
+    for (padded, _), places in sorted(by_shape.items()):
         size = rows_per_batch(padded, batch_tokens)
         for start in range(0, len(places), size):
             chosen = places[start : start + size]

@@ -26,7 +26,6 @@ class Context:
     files: ModelFiles
     coverage: Coverage
     groups: dict[str, str]
-    context: int | None
     vocabulary: int
     plan: Plan
     reporter: Reporter
@@ -88,7 +87,6 @@ class Context:
             layers,
             self.groups,
             self.config.fit.seed,
-            self.context,
             self.config.model.trust_remote_code,
         )
         queries = len(self.queries)

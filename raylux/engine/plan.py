@@ -43,6 +43,7 @@ class Plan:
         fit_unit_tokens: tokens of a fit unit, at least.
         score_unit_size: corpus rows of a score unit.
         typical_tokens: mean tokens of a sequence, by which contractions are chosen.
+        longest: tokens of the longest sequence; padding does not go beyond.
     """
 
     device: str
@@ -52,6 +53,7 @@ class Plan:
     fit_unit_tokens: int
     score_unit_size: int
     typical_tokens: float
+    longest: int
 
     def dump(self) -> dict[str, Any]:
         return asdict(self)
@@ -84,6 +86,7 @@ def make_plan(
         int(unit),
         int(size),
         float(lengths.mean()),
+        int(lengths.max()),
     )
 
 

@@ -36,7 +36,6 @@ class WorkerSpec:
     layers: tuple[TrackedLayer, ...]
     groups: dict[str, str]
     seed: int
-    context: int | None
     trust_remote_code: bool = False
 
 
@@ -268,7 +267,7 @@ class GradientWorker:
         )
 
     def _batches(self, rows: np.ndarray) -> Any:
-        for batch in score_batches(self.reader.rows(rows), self.spec.plan.batch_tokens, self.spec.context):
+        for batch in score_batches(self.reader.rows(rows), self.spec.plan.batch_tokens, self.spec.plan.longest):
             inputs, grads = self._widened(self._run(batch, sampled=False))
             yield batch, inputs, grads
 
