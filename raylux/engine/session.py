@@ -109,6 +109,25 @@ class RayBackend:
         self._worker_spec, self._shard_specs = worker, list(shards)
         self._started_actors: dict[str, list[Any]] = {}
 
+    @property
+    def _workers(self) -> list[Any]:
+        """The gradient workers, started when first needed: a stage without gradients loads no model."""
+        if "workers" not in self._started_actors:
+            plan = self._worker_spec.plan
+            gpus = 1 if plan.device == "cuda" else 0
+            make = ray.remote(GradientWorker).options(num_cpus=plan.threads, num_gpus=gpus)
+            spec = ray.put(self._worker_spec)
+            self._started_actors["workers"] = [make.remote(spec) for _ in range(self.workers)]
+        return self._started_actors["workers"]
+
+    @property
+    def _shards(self) -> list[Any]:
+        """The factor shards. They work while workers wait and the other way round: they take no CPU of their own."""
+        if "shards" not in self._started_actors:
+            make = ray.remote(FactorShard).options(num_cpus=0, scheduling_strategy="SPREAD")
+            self._started_actors["shards"] = [make.remote(spec) for spec in self._shard_specs]
+        return self._started_actors["shards"]
+
     def map(
         self, method: str, jobs: Iterable[Job], parts: bool = False, ordered: bool = False
     ) -> Iterator[tuple[Any, Any, list[Any]]]:
