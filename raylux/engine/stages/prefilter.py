@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,12 +29,12 @@ def run(ctx: Context) -> None:
         return
     bounds = _bounds(len(ctx.reader))
     with ctx.reporter.task("prefilter", 2 * len(bounds), "corpus shards") as task:
-        counts = ctx.backend.tasks(_count, [(ctx.folder.path, *bound, ctx.vocabulary) for bound in bounds])
+        counts = _spread(ctx, _count, [(ctx.folder.path, *bound, ctx.vocabulary) for bound in bounds])
         task.advance(len(bounds))
         terms = prefilter.merge_counts(counts)
         tokens = [query.search_tokens for query in todo]
-        parts = ctx.backend.tasks(
-            _score, [(ctx.folder.path, *bound, setting.kind, terms, tokens, setting.top) for bound in bounds]
+        parts = _spread(
+            ctx, _score, [(ctx.folder.path, *bound, setting.kind, terms, tokens, setting.top) for bound in bounds]
         )
         task.advance(len(bounds))
     found = [prefilter.merge_top([part[place] for part in parts], setting.top) for place in range(len(todo))]
@@ -96,9 +97,12 @@ def missing(ctx: Context) -> list[str]:
 
 
 def _bounds(count: int) -> list[tuple[int, int]]:
-    # At least two, so that the path over shards is the one always taken.
-    size = min(_SHARD_ROWS, max(1, -(-count // 2)))
-    return [(start, min(start + size, count)) for start in range(0, count, size)]
+    return [(start, min(start + _SHARD_ROWS, count)) for start in range(0, count, _SHARD_ROWS)]
+
+
+def _spread(ctx: Context, function: Callable[..., Any], jobs: list[tuple[Any, ...]]) -> list[Any]:
+    """Run over the shards; a single one here, sooner than a process of the cluster could start."""
+    return ctx.backend.tasks(function, jobs) if len(jobs) > 1 else [function(*jobs[0])]
 
 
 def _slice(path: str, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
