@@ -13,6 +13,7 @@ import fsspec
 from raylux.errors import UserError
 
 _BLOCK = 1 << 20
+_PART = ".part"
 
 
 class Files:
@@ -39,9 +40,9 @@ class Files:
         if self.remote:
             self._fs.pipe_file(path, data)
             return
+        part = f"{path}.{uuid.uuid4().hex[:8]}{_PART}"
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            part = f"{path}.{uuid.uuid4().hex[:8]}.part"
             with open(part, "wb") as file:
                 file.write(data)
                 file.flush()
@@ -49,6 +50,9 @@ class Files:
             os.replace(part, path)
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        finally:
+            # Full disk, Ctrl-C: what is not whole does not stay.
+            Path(part).unlink(missing_ok=True)
 
     def get(self, key: str) -> bytes:
         """The object's bytes. Raises FileNotFoundError."""
@@ -84,8 +88,8 @@ class Files:
         return f"{value:08x}"
 
     def empty(self) -> bool:
-        """True if there is nothing at the root, or no root."""
-        return not self.names("")
+        """True if there is nothing at the root but what a killed process had not finished, or no root."""
+        return all(name.endswith(_PART) for name in self.names(""))
 
 
 def fresh(prefix: str) -> str:

@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 import yaml
 import zarr
+from zarr.abc.store import ByteRequest, Store
 from zarr.codecs import Crc32cCodec
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import FsspecStore, LocalStore, WrapperStore
 
 from raylux.errors import RayluxError, UserError
 from raylux.store.files import Files, fresh
@@ -121,7 +124,7 @@ class RunFolder:
         """
         key = fresh(prefix)
         try:
-            group = zarr.open_group(self.files.where(key), mode="w-")
+            group = zarr.open_group(_store(self.files.where(key)), mode="w-")
             group.attrs.update(dict(attrs or {}))
             for name, array in arrays.items():
                 _write_array(group, name, np.ascontiguousarray(array))
@@ -153,13 +156,27 @@ class RunFolder:
         return problems
 
 
+def _store(where: str, read_only: bool = False) -> Store:
+    return FsspecStore.from_url(where, read_only=read_only) if "://" in where else LocalStore(where, read_only=read_only)
+
+
+class _Whole(WrapperStore[Any]):
+    """A store in which every chunk that is asked for must be there: Zarr reads a lost one as its fill value."""
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        found = await super().get(key, prototype, byte_range)
+        if found is None and "/c/" in key:
+            raise FileNotFoundError(f"chunk {key} is missing")
+        return found
+
+
 class Group:
-    """A written group of arrays; each chunk's checksum is verified as it is read."""
+    """A written group of arrays; each chunk must be there, and its checksum is verified as it is read."""
 
     def __init__(self, folder: RunFolder, key: str) -> None:
         self._where = f"{folder.path}/{key}"
         try:
-            self._group = zarr.open_group(folder.files.where(key), mode="r")
+            self._group = zarr.open_group(_Whole(_store(folder.files.where(key), read_only=True)), mode="r")
         except (FileNotFoundError, KeyError, ValueError) as error:
             raise DamagedError(f"{self._where}: missing or damaged ({type(error).__name__})") from None
 
