@@ -157,7 +157,9 @@ class RunFolder:
 
 
 def _store(where: str, read_only: bool = False) -> Store:
-    return FsspecStore.from_url(where, read_only=read_only) if "://" in where else LocalStore(where, read_only=read_only)
+    return (
+        FsspecStore.from_url(where, read_only=read_only) if "://" in where else LocalStore(where, read_only=read_only)
+    )
 
 
 class _Whole(WrapperStore[Any]):
