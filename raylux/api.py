@@ -6,6 +6,7 @@ import json
 import platform
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from raylux.engine.progress import Reporter
 from raylux.engine.stages import corpus as corpus_stage
 from raylux.engine.stages import fit, prefilter, queries, query, score
 from raylux.errors import MissingStageError, UserError
+from raylux.layers import Coverage
 from raylux.queries import load_queries
 from raylux.results import Run, StageStatus
 from raylux.store import RunFolder
@@ -127,63 +129,94 @@ def _check_before(ctx: Context, stage: str, config_path: str | None) -> None:
             )
 
 
+@dataclass(frozen=True)
+class _Model:
+    """A model as it is before its weights are loaded."""
+
+    files: models.ModelFiles
+    coverage: Coverage
+    groups: dict[str, str]
+    vocabulary: int
+    context: int | None
+    tokenizer: Any
+    weights: dict[str, str]
+
+    @classmethod
+    def find(cls, config: Config) -> _Model:
+        trusted = config.model.trust_remote_code
+        files = models.find_model(config.model)
+        structure = models.load_structure(files, trusted)
+        coverage = models.coverage(structure, config.model.layers)
+        return cls(
+            files,
+            coverage,
+            input_groups(structure, coverage.tracked),
+            models.vocabulary_size(structure.config),
+            models.context_length(structure.config),
+            models.load_tokenizer(files, trusted),
+            fingerprints.of_model(files.folder),
+        )
+
+    def record(self) -> dict[str, Any]:
+        """What run.yaml keeps of it."""
+        return {
+            "folder": self.files.folder,
+            "tokenizer": self.files.tokenizer,
+            "files": self.weights,
+            "parameters": self.coverage.parameters,
+            "share": self.coverage.share,
+            "layers": [layer.name for layer in self.coverage.tracked],
+            "groups": self.groups,
+        }
+
+
 def _prepare(config: Config, config_path: str | None, quiet: bool) -> Context:
     """Check everything that can be checked before work begins, then open or make the run folder."""
     folder = RunFolder(config.run.folder)
-    known = folder.settings() if folder.exists else None
-    if known is not None:
+    known = folder.settings() if folder.exists else {}
+    if known:
         _check_same(config, known, folder.path)
     elif not folder.files.empty():
         raise UserError(f"{folder.path}: the folder is not empty and holds no run; choose another run.folder")
-    trusted = config.model.trust_remote_code
-    files = models.find_model(config.model)
-    structure = models.load_structure(files, trusted)
-    vocabulary, context = models.vocabulary_size(structure.config), models.context_length(structure.config)
-    coverage = models.coverage(structure, config.model.layers)
-    groups = input_groups(structure, coverage.tracked)
-    tokenizer = models.load_tokenizer(files, trusted)
-    asked = load_queries(config.queries.path, tokenizer, vocabulary, context)
+    model = _Model.find(config)
+    asked = load_queries(config.queries.path, model.tokenizer, model.vocabulary, model.context)
     queries.check(folder, asked)
-    device = models.resolve_device(config.model.device)
-    weights = fingerprints.of_model(files.folder)
     source = fingerprints.of_source(config.corpus.path)
+    device = models.resolve_device(config.model.device)
 
     def load() -> Sequences:
-        return load_corpus(config.corpus, tokenizer, vocabulary, context)
+        return load_corpus(config.corpus, model.tokenizer, model.vocabulary, model.context)
 
-    if known is None:
+    if known:
+        plan = Plan(**known["plan"])
+        _check_model(model.weights, known["model"]["files"], folder.path)
+        _check_device(plan.device, device, folder.path)
+    else:
         # Read whole before anything is written: a bad row leaves no run folder behind.
         sequences = load()
-        plan = make_plan(config, device, coverage.tracked, groups, coverage.parameters, sequences.lengths())
-        loader: Callable[[], Sequences] = lambda: sequences  # noqa: E731
-    else:
-        plan, loader = Plan(**known["plan"]), load
-        _check_model(weights, known["model"]["files"], folder.path)
-        if plan.device != device:
-            raise UserError(
-                f"{folder.path}: made on {plan.device}, now model.device is {device}; set it, or use another run.folder"
-            )
-    model = {
-        "folder": files.folder,
-        "tokenizer": files.tokenizer,
-        "files": weights,
-        "parameters": coverage.parameters,
-        "share": coverage.share,
-        "layers": [layer.name for layer in coverage.tracked],
-        "groups": groups,
-    }
+        load = lambda: sequences  # noqa: E731
+        covered = model.coverage
+        plan = make_plan(config, device, covered.tracked, model.groups, covered.parameters, sequences.lengths())
     folder.write_settings(
         {
             "config": config.dump(),
-            "config_path": config_path or (known or {}).get("config_path"),
+            "config_path": config_path or known.get("config_path"),
             "plan": plan.dump(),
-            "model": model,
-            "versions": (known or {}).get("versions") or _versions(),
+            "model": model.record(),
+            "versions": known.get("versions") or _versions(),
         }
     )
-    corpus_stage.run(folder, loader, source)
+    corpus_stage.run(folder, load, source)
     queries.register(folder, asked)
-    return Context(config, folder, files, coverage, groups, vocabulary, plan, Reporter(folder, quiet), asked)
+    reporter = Reporter(folder, quiet)
+    return Context(config, folder, model.files, model.coverage, model.groups, model.vocabulary, plan, reporter, asked)
+
+
+def _check_device(before: str, now: str, path: str) -> None:
+    if before != now:
+        raise UserError(
+            f"{path}: made on {before}, model.device is now {now}; set model.device={before} or use another run.folder"
+        )
 
 
 def _check_same(config: Config, known: Mapping[str, Any], path: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from enum import Enum
+from enum import StrEnum
 from inspect import cleandoc
 from typing import Annotated
 
@@ -40,7 +40,7 @@ app = typer.Typer(
 )
 
 
-class Format(str, Enum):
+class Format(StrEnum):
     """How ``raylux top`` prints."""
 
     table = "table"
@@ -48,14 +48,14 @@ class Format(str, Enum):
     csv = "csv"
 
 
-class By(str, Enum):
+class By(StrEnum):
     """What a line of ``raylux top`` stands for."""
 
     sequence = "sequence"
     document = "document"
 
 
-class Backend(str, Enum):
+class Backend(StrEnum):
     """Where the demo computes."""
 
     ray = "ray"

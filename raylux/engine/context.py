@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from raylux.config import Config
 from raylux.curvature import KINDS, Kind
 from raylux.engine.backend import Backend, LocalBackend
+from raylux.engine.demand import Demand, check_memory_here
 from raylux.engine.plan import Plan, assign, shards_bytes, worker_bytes
 from raylux.engine.progress import Reporter
 from raylux.engine.shard import ShardSpec
@@ -94,14 +95,14 @@ class Context:
             worker_bytes(layers, self.groups, self.coverage.parameters, self.itemsize, queries),
             shards_bytes(layers, self.groups, self.itemsize, queries),
         )
-        # Ray is imported where it is used: in process, nothing of it is loaded.
-        from raylux.engine import session
-
-        demand = session.Demand(engine.workers, engine.shards, self.plan.threads, self.plan.device == "cuda", *needs)
+        demand = Demand(engine.workers, engine.shards, self.plan.threads, self.plan.device == "cuda", *needs)
         if engine.backend == "local":
-            session.check_memory_here(demand)
+            check_memory_here(demand)
             self._assignment = assign(layers, self.groups, 1)
             return LocalBackend(worker, self._shard_specs())
+        # Ray is imported where it is used: a run in process loads nothing of it.
+        from raylux.engine import session
+
         started = session.connect()
         workers, shards = session.size(demand)
         shards = min(shards, len(set(self.groups.values())))

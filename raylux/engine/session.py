@@ -7,12 +7,10 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import psutil
-
 from raylux.engine.backend import Job
+from raylux.engine.demand import Demand
 from raylux.engine.plan import GIB
 from raylux.engine.shard import FactorShard, ShardSpec
 from raylux.engine.worker import GradientWorker, WorkerSpec
@@ -29,18 +27,6 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 _WINDOW = 2
 # A wait that is woken this often can tell what it waits for.
 _POLL = 5.0
-
-
-@dataclass(frozen=True)
-class Demand:
-    """What a run asks of a cluster."""
-
-    workers: int | str
-    shards: int | str
-    threads: int
-    gpu: bool
-    worker_bytes: int
-    shards_bytes: int
 
 
 def connect() -> bool:
@@ -86,16 +72,6 @@ def size(demand: Demand) -> tuple[int, int]:
         )
     shards = demand.shards if isinstance(demand.shards, int) else workers
     return workers, shards
-
-
-def check_memory_here(demand: Demand) -> None:
-    """For the backend in process: the same check against this machine's free memory."""
-    need, have = demand.worker_bytes + demand.shards_bytes, psutil.virtual_memory().available
-    if need > have:
-        raise UserError(
-            f"not enough memory: this run needs {need / GIB:.1f} GiB in process, {have / GIB:.1f} GiB are free; "
-            f"track fewer model.layers, ask fewer queries, or use engine.backend=ray on a larger cluster"
-        )
 
 
 class RayBackend:
