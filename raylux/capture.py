@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from raylux.batches import IGNORED, Batch
 from raylux.errors import NumericsError
@@ -76,12 +77,14 @@ class Capture:
             logits = self._logits(batch)
             counted = batch.labels[:, 1:] != IGNORED
             row, position = counted.nonzero(as_tuple=True)
+            # A label's place in its sequence, not in the padded row: draws must not depend on the padding.
+            place = _positions(batch)[:, 1:][counted]
             chosen = logits[:, :-1][counted]
             chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
             labels = batch.labels.clone()
             if labeller is not None:
                 with torch.no_grad():
-                    labels[row, position + 1] = labeller(chosen, batch.keys[row], position + 1)
+                    labels[row, position + 1] = labeller(chosen, batch.keys[row], place)
             token_loss = nn.functional.cross_entropy(chosen, labels[row, position + 1], reduction="none")
             if token_loss.requires_grad:
                 token_loss.sum().backward()
@@ -94,7 +97,7 @@ class Capture:
     def _logits(self, batch: Batch) -> Tensor:
         extra = {}
         if self._takes_positions:
-            extra["position_ids"] = (batch.mask.long().cumsum(1) - 1).clamp_(min=0)
+            extra["position_ids"] = _positions(batch)
         return self.model(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False, **extra).logits
 
     @contextmanager
@@ -121,9 +124,11 @@ class Capture:
             if layer.name in record.inputs:
                 parts = [_by_sequence(x, count) for x in record.inputs[layer.name]]
                 shared[layer.name] = _with_bias(torch.cat(parts, 1), mask.repeat(1, len(parts)), layer.bias)
-            parts = [_by_sequence(calls[index], count) for index in sorted(calls)]
-            if not parts:
+            if not calls:
                 raise NumericsError(f"layer '{layer.name}' took no part in the loss")
+            # A call whose output the loss does not depend on has no gradient, but its inputs are there.
+            none = torch.zeros_like(next(iter(calls.values())))
+            parts = [_by_sequence(calls.get(call, none), count) for call in range(record.calls[layer.name])]
             # Where padding stands on the left, its own rows attend to themselves and may leak nothing into
             # the loss; a zero there is exact.
             grads[layer.name] = torch.cat(parts, 1) * mask.repeat(1, len(parts)).unsqueeze(-1)
@@ -136,12 +141,12 @@ class _Record:
     def __init__(self) -> None:
         self.inputs: dict[str, list[Tensor]] = {}
         self.grads: dict[str, dict[int, Tensor]] = {}
-        self._calls: dict[str, int] = {}
+        self.calls: dict[str, int] = {}
 
     def hook(self, name: str, keep_input: bool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            call = self._calls.get(name, 0)
-            self._calls[name] = call + 1
+            call = self.calls.get(name, 0)
+            self.calls[name] = call + 1
             if keep_input:
                 self.inputs.setdefault(name, []).append(inputs[0].detach())
             if not output.requires_grad:
@@ -149,6 +154,11 @@ class _Record:
             output.register_hook(lambda grad: self.grads.setdefault(name, {}).__setitem__(call, grad))
 
         return record
+
+
+def _positions(batch: Batch) -> Tensor:
+    """[N, T] each token's place in its own sequence, wherever the padding stands; 0 on padding before it."""
+    return (batch.mask.long().cumsum(1) - 1).clamp_(min=0)
 
 
 def _by_sequence(x: Tensor, sequences: int) -> Tensor:
@@ -165,9 +175,9 @@ def _with_bias(a: Tensor, mask: Tensor, bias: bool) -> Tensor:
 def input_groups(model: nn.Module, layers: Sequence[TrackedLayer]) -> dict[str, str]:
     """Layer -> the first layer that reads the very same tensor (gate and up projections share one).
 
-    Found by one forward pass of two tokens, on the meta device too: layers whose calls were handed the same
-    tensor object, unchanged in between. A model that cannot run there has every layer in a group of its own,
-    which costs time and memory but changes no result.
+    Found by one forward pass of two fake tokens, shapes without numbers, on any device and on meta too: layers
+    whose calls were handed the same tensor object, unchanged in between. A model that cannot run so has every
+    layer in a group of its own, which costs time and memory but changes no result.
     """
     seen: dict[str, list[tuple[int, int]]] = {layer.name: [] for layer in layers}
     alive: list[Tensor] = []
@@ -181,7 +191,8 @@ def input_groups(model: nn.Module, layers: Sequence[TrackedLayer]) -> dict[str, 
 
     handles = [model.get_submodule(layer.name).register_forward_pre_hook(watch(layer.name)) for layer in layers]
     try:
-        with torch.no_grad():
+        # Plain meta tensors would not do: transformers looks at the numbers of a mask, unless it meets fake ones.
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device))
     except (RuntimeError, NotImplementedError, ValueError):
         return {layer.name: layer.name for layer in layers}
