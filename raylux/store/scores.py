@@ -67,12 +67,15 @@ class _Scores(BackendArray):
 
     def _outer(self, key: tuple[Any, Any]) -> np.ndarray:
         places = [np.atleast_1d(np.arange(size)[part]) for part, size in zip(key, self.shape, strict=True)]
-        result = np.full([len(part) for part in places], np.nan, self.dtype)
-        wanted = {self._queries[place]: at for at, place in enumerate(places[0])}
-        rows = self._rows[places[1]]
+        # An index may name a place twice: each is read once, then all are laid out as asked.
+        once, where = zip(*(np.unique(part, return_inverse=True) for part in places), strict=True)
+        found = np.full([len(part) for part in once], np.nan, self.dtype)
+        wanted = {self._queries[place]: at for at, place in enumerate(once[0])}
+        rows = self._rows[once[1]]
         order = np.argsort(rows, kind="stable")
         for block in self._blocks:
-            self._fill(result, block, wanted, rows, order)
+            self._fill(found, block, wanted, rows, order)
+        result = found[np.ix_(*where)]
         # A plain integer drops its axis, as NumPy does.
         dropped = tuple(0 if isinstance(part, (int, np.integer)) else slice(None) for part in key)
         return result[dropped]
