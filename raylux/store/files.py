@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 import zlib
@@ -52,7 +53,8 @@ class Files:
             raise UserError(f"{path}: cannot be written ({error.strerror})") from None
         finally:
             # Full disk, Ctrl-C: what is not whole does not stay.
-            Path(part).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.unlink(part)
 
     def get(self, key: str) -> bytes:
         """The object's bytes. Raises FileNotFoundError."""
