@@ -1,0 +1,106 @@
+"""Batches: every sequence once, shapes that depend on the sequence's own length only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raylux.batches import IGNORED, MOST_ROWS, Batch, TokenRow, bucket, collate, fit_batches, score_batches
+
+lengths_of = st.lists(st.integers(1, 70), min_size=1, max_size=40)
+
+
+def rows_of(lengths: Sequence[int]) -> list[TokenRow]:
+    """Rows whose tokens name their place, so that nothing can be swapped unseen."""
+    rows = []
+    for place, length in enumerate(lengths):
+        tokens = (1000 * (place + 1) + np.arange(length)).astype(np.int32)
+        labels = tokens.copy()
+        labels[0] = IGNORED
+        rows.append(TokenRow(tokens, labels, key=7 * place + 1))
+    return rows
+
+
+def check_holds(batches: Sequence[Batch], rows: Sequence[TokenRow]) -> None:
+    """Every row once, with its tokens, labels and key, and nothing else under the mask."""
+    assert sorted(row for batch in batches for row in batch.rows) == list(range(len(rows)))
+    for batch in batches:
+        for place, row in enumerate(batch.rows):
+            mask = batch.mask[place]
+            assert batch.input_ids[place][mask].tolist() == rows[row].tokens.tolist()
+            assert batch.labels[place][mask].tolist() == rows[row].labels.tolist()
+            assert (batch.labels[place][~mask] == IGNORED).all()
+            assert int(batch.keys[place]) == rows[row].key
+        assert batch.tokens == sum(len(rows[row].tokens) for row in batch.rows)
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths_of, st.integers(1, 200), st.booleans())
+def test_fit_batches_hold_every_sequence_once(lengths: list[int], batch_tokens: int, pad_left: bool) -> None:
+    rows = rows_of(lengths)
+    batches = fit_batches(rows, batch_tokens, pad_left)
+    check_holds(batches, rows)
+    for batch in batches:
+        assert batch.input_ids.shape == (len(batch.rows), max(lengths[row] for row in batch.rows))
+        assert batch.input_ids.numel() <= batch_tokens or len(batch.rows) == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths_of, st.integers(1, 400), st.one_of(st.none(), st.just(70)))
+def test_score_batches_hold_every_sequence_once(lengths: list[int], batch_tokens: int, most: int | None) -> None:
+    rows = rows_of(lengths)
+    batches = score_batches(rows, batch_tokens, most)
+    check_holds(batches, rows)
+    for batch in batches:
+        assert batch.input_ids.numel() <= batch_tokens or len(batch.input_ids) == 1
+        assert len(batch.input_ids) <= MOST_ROWS
+        # A batch without padding takes another path through attention: all of its rows have some, or none.
+        full = batch.mask.all(1)
+        assert full.all() or not full.any()
+        # Filler repeats the batch's first sequence.
+        for place in range(len(batch.rows), len(batch.input_ids)):
+            assert batch.input_ids[place].equal(batch.input_ids[0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths_of, lengths_of, st.integers(1, 400))
+def test_the_shape_of_a_score_batch_does_not_depend_on_company(one: list[int], other: list[int], size: int) -> None:
+    def shapes(lengths: Sequence[int]) -> dict[int, tuple[int, ...]]:
+        batches = score_batches(rows_of(lengths), size, 70)
+        return {lengths[row]: tuple(batch.input_ids.shape) for batch in batches for row in batch.rows}
+
+    together = shapes([*one, *other])
+    assert together == {**shapes(one), **shapes(other)}
+
+
+def test_buckets_grow_and_waste_little() -> None:
+    padded = [bucket(length) for length in range(1, 5000)]
+    assert padded == sorted(padded)
+    for length, size in enumerate(padded, start=1):
+        # At least one token, and at most a step: an eighth of the length, or 8 tokens where that is more.
+        assert 1 <= size - length <= max(8, length / 8)
+    assert len(set(padded)) < 80
+
+
+@pytest.mark.parametrize("most", [64, 100, 1024])
+def test_padding_does_not_exceed_the_context(most: int) -> None:
+    assert all(length <= bucket(length, most) <= most for length in range(1, most + 1))
+    # A sequence longer than the context is not cut here.
+    assert bucket(most + 5, most) == most + 5
+
+
+def test_padding_stands_on_the_side_asked_for() -> None:
+    rows = rows_of([2, 4])
+    right, left = collate(rows, [5, 3], 5), collate(rows, [5, 3], 5, pad_left=True)
+    assert right.rows == left.rows == (5, 3)
+    assert right.mask.int().tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]]
+    assert left.mask.int().tolist() == [[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]
+
+
+def test_the_longest_come_first_in_a_fit_unit() -> None:
+    batches = fit_batches(rows_of([3, 9, 5, 9, 1]), 18)
+    assert [batch.rows for batch in batches] == [(1, 3), (2, 0, 4)]
