@@ -14,8 +14,7 @@ from rich.text import Text
 
 from raylux.demo import compare
 from raylux.demo.corpus import CorpusSettings, DemoCorpus, Question, build_corpus
-from raylux.demo.training import TrainingSettings, completion_logprob, train_cached
-from raylux.report.html import write_html
+from raylux.demo.training import TrainingSettings, train_cached
 from raylux.report.tables import comparison_table, plain, top_table
 
 if TYPE_CHECKING:
@@ -48,8 +47,8 @@ def main(
 ) -> int:
     """Run the demo and print what it finds.
 
-    Writes corpus.jsonl, queries.yaml, demo.yaml, comparison.json, report.html and one run folder per method
-    into ``folder``; the trained model rests in the cache.
+    Writes corpus.jsonl, queries.yaml, demo.yaml, comparison.json and one run folder per method into
+    ``folder``; the trained model rests in the cache. What a former call left there is not computed again.
 
     Args:
         folder: where to write; default ``runs/demo``.
@@ -71,25 +70,24 @@ def main(
 
     _step(out, 2, "model: a small GPT trained on that corpus")
     model = _train(out, corpus, settings.training)
-    logprobs = _logprobs(model, corpus)
 
     runs = {}
     for number, (kind, name) in enumerate(METHODS.items(), start=3):
         _step(out, number, f"{name}: fit, prefilter, query, score ({backend})")
         runs[kind] = _run(place, model, kind, backend, settings)
     frames = {kind: _frames(run) for kind, run in runs.items()}
+    logprobs = {str(name): float(value) for name, value in runs["ekfac"].measurements["measurement"].items()}
 
     _print_queries(out, corpus, frames["ekfac"], logprobs, runs["ekfac"].unit)
     results = _judge(corpus, frames)
     out.print(comparison_table([result.row() for result in results.values()], "what each method puts first"))
     out.print("A method that finds statements need not be the one that says what would change the model.", style="dim")
     held, line = compare.check(results["ekfac"], results["identity"])
-    page = write_html(runs["ekfac"], str(place / "report.html"))
     record = _record(settings, corpus, frames, results, logprobs, runs["ekfac"].unit, held)
     (place / "comparison.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     out.print(line, markup=False, soft_wrap=True, style="green" if held else "red")
     out.print(f"numbers: {place / 'comparison.json'}", markup=False, soft_wrap=True)
-    out.print(f"page:    {page}", markup=False, soft_wrap=True)
+    out.print(f"page:    {place / 'ekfac' / 'report' / 'index.html'}", markup=False, soft_wrap=True)
     return 0 if held else 1
 
 
@@ -107,6 +105,7 @@ def config_data(folder: Path, model: Path, kind: str, backend: str, settings: De
         "queries": {"path": str(folder / "queries.yaml")},
         "curvature": {"kind": kind},
         "prefilter": {"kind": "idf", "top": settings.candidates},
+        "score": {"token_top": compare.TOP if kind == "ekfac" else 0},
         "engine": {"backend": backend},
     }
 
@@ -130,18 +129,11 @@ def _train(out: Console, corpus: DemoCorpus, settings: TrainingSettings) -> Path
     return folder
 
 
-def _logprobs(folder: Path, corpus: DemoCorpus) -> dict[str, float]:
-    from raylux.config import ModelSection
-    from raylux.models import find_model, load_model, load_tokenizer
-
-    files = find_model(ModelSection(path=str(folder)))
-    model, tokenizer = load_model(files, "float32", "cpu"), load_tokenizer(files)
-    return {q.id: completion_logprob(model, tokenizer, q.prompt, q.completion) for q in corpus.questions}
-
-
 def _frames(run: Run) -> dict[str, pd.DataFrame]:
-    every = 1 << 30
-    return {name: run.top(name, every) for name in run.queries}
+    """All candidates of every query, best first, with the document that each sequence comes from."""
+    documents = run.sequences.set_index("sequence")["document"]
+    frames = {name: run.top(name, len(documents)) for name in run.queries}
+    return {name: frame.assign(document=frame["sequence"].map(documents)) for name, frame in frames.items()}
 
 
 def _judge(corpus: DemoCorpus, frames: Mapping[str, Mapping[str, pd.DataFrame]]) -> dict[str, compare.MethodResult]:
@@ -203,7 +195,7 @@ def _record(
 def _query_record(
     question: Question, frames: Mapping[str, Mapping[str, pd.DataFrame]], logprob: float
 ) -> dict[str, Any]:
-    columns = ["rank", "sequence", "influence", "kind", "fact"]
+    columns = ["rank", "document", "influence", "kind", "fact"]
     top = {
         kind: json.loads(of_kind[question.id].head(compare.TOP)[columns].to_json(orient="records"))
         for kind, of_kind in frames.items()

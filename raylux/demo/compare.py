@@ -7,7 +7,7 @@ comparison shows what each method puts first, no more.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ RECALL_TOP = 10
 NEEDED = 0.8
 
 Ranking = Mapping[str, Sequence[str]]
-"""Per query the ids of its candidates, best first."""
+"""Per query the documents that were scored, best first."""
 
 
 @dataclass(frozen=True)
@@ -84,18 +84,27 @@ def judge(method: str, ranking: Ranking, documents: Sequence[Document], question
 
 
 def by_influence(frames: Mapping[str, pd.DataFrame]) -> dict[str, list[str]]:
-    """The ranking of ``Run.top`` frames as they stand."""
-    return {name: [str(value) for value in frame["sequence"]] for name, frame in frames.items()}
+    """The ranking of ``Run.top`` frames as they stand; a document counts where its best piece stands."""
+    return {name: _once(frame["document"]) for name, frame in frames.items()}
 
 
 def by_prefilter(frames: Mapping[str, pd.DataFrame], documents: Sequence[Document]) -> dict[str, list[str]]:
-    """The ranking by prefilter score; equal scores in corpus order, as the prefilter itself breaks ties."""
+    """The ranking of a query's own candidates by prefilter score.
+
+    Equal scores stand in corpus order, as the prefilter itself breaks ties; what was scored only because it
+    is a candidate of another query has no prefilter score here and is left out.
+    """
     place = {document.id: position for position, document in enumerate(documents)}
     rankings = {}
     for name, frame in frames.items():
-        scored = zip(frame["prefilter"], (str(value) for value in frame["sequence"]), strict=True)
-        rankings[name] = [ident for _, ident in sorted(scored, key=lambda pair: (-float(pair[0]), place[pair[1]]))]
+        own = frame[frame["prefilter"].notna()]
+        scored = zip(own["prefilter"], own["document"], strict=True)
+        rankings[name] = _once(ident for _, ident in sorted(scored, key=lambda pair: (-float(pair[0]), place[pair[1]])))
     return rankings
+
+
+def _once(names: Iterable[object]) -> list[str]:
+    return list(dict.fromkeys(str(name) for name in names))
 
 
 def check(ekfac: MethodResult, dot: MethodResult) -> tuple[bool, str]:

@@ -32,7 +32,7 @@ class CorpusSettings:
         seed: chooses leads, names, wordings and the order of the corpus.
     """
 
-    leads: int = 400
+    leads: int = 600
     lead_characters: tuple[int, int] = (150, 260)
     facts: int = 24
     statements: int = 6

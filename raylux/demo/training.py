@@ -13,11 +13,11 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 from raylux.cache import build_once, entry_name
+from raylux.models import quiet
 
 SPECIAL = "<|endoftext|>"
 _FORMAT = 1  # raise when training changes in a way that the settings do not show
@@ -42,12 +42,12 @@ class TrainingSettings:
     width: int = 128
     heads: int = 4
     context: int = 128
-    epochs: int = 22
+    epochs: int = 14
     batch_tokens: int = 512
     rate: float = 2e-3
     weight_decay: float = 0.01
     seed: int = 0
-    threads: int = 2
+    threads: int = 1
 
 
 Progress = Callable[[int, int, float], None]
@@ -69,8 +69,10 @@ def train_cached(
         nonlocal trained
         trained = True
         tokenizer = train_tokenizer(texts, settings)
-        train_model(texts, tokenizer, settings, progress).save_pretrained(str(folder))
-        tokenizer.save_pretrained(str(folder))
+        model = train_model(texts, tokenizer, settings, progress)
+        with quiet():
+            model.save_pretrained(str(folder))
+            tokenizer.save_pretrained(str(folder))
 
     name = entry_name("gpt", _FORMAT, json.dumps(asdict(settings)), json.dumps(list(texts)))
     folder = build_once("demo", name, build)
@@ -112,7 +114,7 @@ def train_model(
     The same texts and settings give the same model on the same machine; the caller's random state and
     number of threads are left as they were.
     """
-    rows = [ids[: settings.context] for ids in tokenizer(list(texts))["input_ids"]]
+    rows = tokenizer(list(texts), truncation=True, max_length=settings.context)["input_ids"]
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
@@ -123,17 +125,6 @@ def train_model(
     finally:
         torch.set_num_threads(threads)
     return model.eval()
-
-
-def completion_logprob(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str
-) -> float:
-    """Log p(completion given prompt) in nats, summed over the completion's tokens."""
-    head = tokenizer(prompt)["input_ids"]
-    tail = tokenizer(completion, add_special_tokens=False)["input_ids"]
-    with torch.no_grad():
-        logits_TV = model(torch.tensor([head + tail])).logits[0].double().log_softmax(dim=-1)
-    return sum(float(logits_TV[len(head) - 1 + k, token]) for k, token in enumerate(tail))
 
 
 def _model_config(tokenizer: PreTrainedTokenizerFast, settings: TrainingSettings) -> LlamaConfig:
