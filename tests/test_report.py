@@ -217,6 +217,15 @@ def test_page_says_how_to_read_its_unit(unit: str, kind: str, there: list[str], 
     assert not any(part in page for part in absent)
 
 
+def test_page_shows_the_best_and_the_strongest_negative() -> None:
+    values = [3.0, 2.0, 1.0, 0.5, -0.5, -1.0, -2.0]
+    frame = pd.DataFrame({"rank": range(1, 8), "sequence": list("abcdefg"), "influence": values, "prefilter": 1.0})
+    page = render(stub_run(frame=frame.assign(text="t")), k=2, negative=2)
+    ids = [value for value in Tags(page).texts if value in set("abcdefg")]
+    assert ids == list("abfg") * 2  # two queries
+    assert "3 more, then the strongest negative" in page
+
+
 def test_page_of_a_query_without_candidates() -> None:
     assert "No sequence was scored" in render(stub_run(frame=top_frame().head(0)))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +25,13 @@ if TYPE_CHECKING:
     from raylux.api import Run
 
 METHODS = {"ekfac": "EK-FAC", "identity": "gradient dot product", "cosine": "gradient cosine"}
+
+
+READING = (
+    "Read the order more than the size: EK-FAC overstates large changes. And finding statements is not the aim: "
+    "influence asks what would change the model, and a decoy that ties the same names together may do just that."
+)
+_PIPE_WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ def main(
         0, or 1 when EK-FAC does not find the planted statements as it should.
     """
     settings = settings or DemoSettings()
-    out = console or Console(highlight=False)
+    out = console or _console()
     place = Path(folder or "runs/demo").absolute()
 
     _step(out, 1, "corpus: Wikipedia leads with invented facts planted among them")
@@ -81,7 +90,8 @@ def main(
     _print_queries(out, corpus, frames["ekfac"], logprobs, runs["ekfac"].unit)
     results = _judge(corpus, frames)
     out.print(comparison_table([result.row() for result in results.values()], "what each method puts first"))
-    out.print("A method that finds statements need not be the one that says what would change the model.", style="dim")
+    out.print(compare.LEGEND, style="dim")
+    out.print(READING, style="dim")
     held, line = compare.check(results["ekfac"], results["identity"])
     record = _record(settings, corpus, frames, results, logprobs, runs["ekfac"].unit, held)
     (place / "comparison.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -89,6 +99,12 @@ def main(
     out.print(f"numbers: {place / 'comparison.json'}", markup=False, soft_wrap=True)
     out.print(f"page:    {place / 'ekfac' / 'report' / 'index.html'}", markup=False, soft_wrap=True)
     return 0 if held else 1
+
+
+def _console() -> Console:
+    """Stdout, as wide as the terminal or, into a pipe, as wide as a page."""
+    wide = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(highlight=False, width=None if wide else _PIPE_WIDTH)
 
 
 def config_data(folder: Path, model: Path, kind: str, backend: str, settings: DemoSettings) -> dict[str, Any]:

@@ -20,6 +20,11 @@ TOP = 5
 RECALL_TOP = 10
 NEEDED = 0.8
 
+LEGEND = (
+    f"facts: share with a statement of theirs in the top {TOP}; leads: share with the lead itself in the top {TOP}; "
+    f"decoys: how many in the top {TOP}, on average; statements: share of a fact's statements in the top {RECALL_TOP}"
+)
+
 Ranking = Mapping[str, Sequence[str]]
 """Per query the documents that were scored, best first."""
 
@@ -48,11 +53,11 @@ class MethodResult:
         """As a row of ``comparison_table``."""
         return {
             "method": self.method,
-            f"stated in top {TOP}, no decoys": self.plain,
-            f"stated in top {TOP}, decoys": self.decoyed,
-            f"mean decoys in top {TOP}": self.decoys,
-            f"statements in top {RECALL_TOP}": self.recall,
-            f"lead in top {TOP}": self.leads,
+            "facts, no decoys": self.plain,
+            "facts, decoys": self.decoyed,
+            "leads": self.leads,
+            "decoys": self.decoys,
+            "statements": self.recall,
         }
 
     def as_json(self) -> dict[str, Any]:

@@ -16,18 +16,20 @@ if TYPE_CHECKING:
     from raylux.api import Run
 
 _TEXT_LIMIT = 2000
+_EVERY = 1 << 30
 _FIXED = {"rank", "sequence", "influence", "prefilter", "text"}
 
 
-def write_html(run: Run, path: str, k: int = 20) -> str:
+def write_html(run: Run, path: str, k: int = 20, negative: int = 3) -> str:
     """Write the page and return its path.
 
     Args:
         run: a run whose scores are there.
         path: a local path or an fsspec URL; a page that is there is replaced as a whole.
-        k: sequences per query.
+        k: sequences per query, best first.
+        negative: sequences of the strongest negative influence below them.
     """
-    page = render(run, k)
+    page = render(run, k, negative)
     if "://" in path:
         with fsspec.open(path, "w", encoding="utf-8") as file:
             file.write(page)
@@ -40,7 +42,7 @@ def write_html(run: Run, path: str, k: int = 20) -> str:
     return path
 
 
-def render(run: Run, k: int = 20) -> str:
+def render(run: Run, k: int = 20, negative: int = 3) -> str:
     """The page as text. Everything that comes from model, corpus or queries is escaped."""
     environment = Environment(
         loader=PackageLoader("raylux.report", "."),
@@ -56,7 +58,7 @@ def render(run: Run, k: int = 20) -> str:
         config=run.config,
         unit=run.unit,
         train_size=run.train_size,
-        queries=[_query(run, name, records.get(name, {}), k) for name in run.queries],
+        queries=[_query(run, name, records.get(name, {}), k, negative) for name in run.queries],
     )
 
 
@@ -66,11 +68,12 @@ def visible(text: Any, limit: int = _TEXT_LIMIT) -> str:
     return kept if len(kept) <= limit else kept[:limit] + " …"
 
 
-def _query(run: Run, name: str, record: dict[str, Any], k: int) -> dict[str, Any]:
-    frame = run.top(name, k)
-    kept = [column for column in frame.columns if column not in _FIXED]
-    largest = float(frame["influence"].abs().max()) if len(frame) else 0.0
-    rows = [_row(values, kept, largest) for values in frame.to_dict("records")]
+def _query(run: Run, name: str, record: dict[str, Any], k: int, negative: int) -> dict[str, Any]:
+    everything = run.top(name, _EVERY)
+    best, rest = everything.head(k), everything.iloc[k:]
+    worst = rest[rest["influence"] < 0].tail(negative)
+    kept = [column for column in everything.columns if column not in _FIXED]
+    largest = float(everything["influence"].abs().max()) if len(everything) else 0.0
     asked = {key: value for key, value in record.items() if key not in ("id", "prompt", "completion")}
     return {
         "id": name,
@@ -78,7 +81,9 @@ def _query(run: Run, name: str, record: dict[str, Any], k: int) -> dict[str, Any
         "completion": record.get("completion"),
         "asked": asked,
         "kept": kept,
-        "rows": rows,
+        "rows": [_row(values, kept, largest) for values in best.to_dict("records")],
+        "between": len(rest) - len(worst),
+        "worst": [_row(values, kept, largest) for values in worst.to_dict("records")],
     }
 
 
