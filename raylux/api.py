@@ -6,7 +6,7 @@ import json
 import platform
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -189,6 +189,7 @@ def _prepare(config: Config, config_path: str | None, quiet: bool) -> Context:
 
     if known:
         plan = Plan(**known["plan"])
+        model = replace(model, groups=known["model"]["groups"])
         _check_model(model.weights, known["model"]["files"], folder.path)
         _check_device(plan.device, device, folder.path)
     else:
