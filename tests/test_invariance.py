@@ -1,0 +1,209 @@
+"""Bits that do not depend on who computes, when, or beside what; and what may change them, by how little."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import raylux
+from raylux.batches import IGNORED, TokenRow, collate
+from raylux.capture import Capture, input_groups
+from raylux.engine.records import QUERY
+from raylux.influence.dots import sequence_gradients
+from raylux.models import coverage
+from raylux.store import RunFolder
+from tests.architectures import build
+from tests.small import QUERIES, Inputs, contents, differing, error, make_inputs, texts, write_lines
+
+# Wide enough that four components fewer than the layers' size halve an s_test's memory.
+WIDE = {"hidden_size": 48, "intermediate_size": 96}
+DENSE, LOW_RANK = "query.max_error=0", "query.max_error=0.05"
+CASES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "gpt2": ("gpt2", {}, DENSE),
+    "llama": ("llama", {}, DENSE),
+    "low-rank": ("llama", WIDE, LOW_RANK),
+}
+# (workers, shards): processes take long to start, so each case has its own pair, and together they have all.
+CLUSTERS = {"gpt2": (2, 3), "llama": (1, 2), "low-rank": (3, 1)}
+FLOAT32, FLOAT64 = 1e-4, 1e-9
+
+
+class Case:
+    """A model with its inputs, and the run that others are held against: in process, all queries at once."""
+
+    def __init__(self, base: Path, name: str) -> None:
+        architecture, sizes, rank = CASES[name]
+        self.name, self.base, self.rank = name, base, rank
+        self.inputs = make_inputs(base / "inputs", architecture, **sizes)
+        self.run("usual")
+        self.usual = contents(base / "usual")
+
+    def run(self, folder: str, *overrides: str) -> Path:
+        self.inputs.run(self.base / folder, self.rank, *overrides)
+        return self.base / folder
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def test_the_runs_are_what_this_file_is_about(case: Case) -> None:
+    """Several units, blocks and batch shapes; dense or low rank as the case says."""
+    store = RunFolder(str(case.base / "usual"))
+    labels = [name for name in case.usual if name.startswith("fit.")]
+    assert any(name.startswith("fit.moments") for name in labels) and any("vectors" in name for name in labels)
+    assert len(store.committed("score")) >= 4
+    ranks = [rank for manifest in store.units(QUERY).values() for of in manifest.meta["ranks"] for rank in of.values()]
+    if case.rank == LOW_RANK:
+        assert max(ranks) > 0 and any(name.endswith("right") for name in case.usual)
+    else:
+        assert ranks == [] and not any(name.endswith("right") for name in case.usual)
+    assert all(np.isfinite(array).all() for array in case.usual.values())
+    progress = [json.loads(line) for line in (case.base / "usual" / "progress.jsonl").read_text().splitlines()]
+    assert max(entry["total"] for entry in progress if entry["stage"] == "covariance") >= 4
+
+
+# ----------------------------------------------------------------------------------------- equal bits
+
+
+def test_again_in_another_folder(case: Case) -> None:
+    if case.name == "low-rank":
+        assert differing(contents(case.run("again")), case.usual) == []
+
+
+def test_any_number_of_workers_and_shards_on_ray(case: Case, ray_cluster: Any) -> None:
+    workers, shards = CLUSTERS[case.name]
+    folder = case.run("ray", "engine.backend=ray", f"engine.workers={workers}", f"engine.shards={shards}")
+    assert differing(contents(folder), case.usual) == []
+
+
+def test_added_queries_against_all_at_once(case: Case) -> None:
+    case.inputs.ask("a", "b")
+    first = contents(case.run("grown"))
+    case.inputs.ask()
+    assert differing(first, {name: case.usual[name] for name in first}) == []
+    assert differing(contents(case.run("grown")), case.usual) == []
+
+
+def test_added_queries_and_a_larger_prefilter_against_all_at_once(case: Case) -> None:
+    few, many = (("prefilter.kind=idf", f"prefilter.top={top}") for top in (5, 11))
+    case.inputs.ask("d", "b")
+    case.run("filtered", *few)
+    case.inputs.ask()
+    case.run("filtered", *few)
+    grown = contents(case.run("filtered", *many))
+    at_once = contents(case.run("filtered-at-once", *many))
+    assert 11 < at_once["total a"].size < 60  # candidates differ between queries, and some sequences are nobody's
+    # A larger prefilter may add candidates only, so the union is that of the larger one.
+    assert differing(grown, at_once) == []
+    places = {f"s{row}": row for row in range(60)}
+    usual = dict(zip(sorted(places), case.usual["total a"], strict=True))
+    scored = raylux.open_run(case.base / "filtered").scores().sel(query="a").sortby("sequence")
+    assert [usual[str(name)] for name in scored["sequence"].to_numpy()] == scored.to_numpy().tolist()
+
+
+def test_scores_do_not_depend_on_how_many_queries_stand_beside_them(tmp_path: Path) -> None:
+    """More than a tile of queries, solved and scored a few at a time and in another order."""
+    inputs = make_inputs(tmp_path / "inputs", "gpt2")
+    asked = [
+        {"id": f"q{place}", "prompt": " ".join(words[:4]), "completion": " ".join(words[4:7])}
+        for place, words in enumerate(text.split() for text in texts(60, seed=9))
+        if len(words) > 7
+    ][:21]
+    for part in ([20], [3, 17, 5], range(20, -1, -1)):
+        write_lines(inputs.queries, [asked[place] for place in part])
+        inputs.run(tmp_path / "grown")
+    write_lines(inputs.queries, asked)
+    inputs.run(tmp_path / "usual")
+    assert differing(contents(tmp_path / "grown"), contents(tmp_path / "usual")) == []
+
+
+# ------------------------------------------------------------------------------------------ tolerance
+
+
+@pytest.fixture(scope="module", params=[("gpt2", "float32"), ("gpt2", "float64"), ("llama", "float32")], ids="-".join)
+def exact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, float]:
+    """A run to hold others against, dense, and what may lie between them."""
+    architecture, dtype = request.param
+    base = tmp_path_factory.mktemp("tolerance")
+    inputs = make_inputs(base / "inputs", architecture)
+
+    def run(folder: str, *overrides: str, of: Inputs = inputs) -> np.ndarray:
+        # Without sampling of the labels' company: the damping is given, so that all scores are of one size.
+        found = of.run(base / folder, DENSE, f"model.dtype={dtype}", "score.token_top=0", *overrides)
+        return found.scores().sortby("sequence").to_numpy()
+
+    usual = run("usual")
+    assert usual.dtype == dtype
+    return partial(_against, base, inputs, run, usual), FLOAT64 if dtype == "float64" else FLOAT32
+
+
+def _against(base: Path, inputs: Inputs, run: Any, usual: np.ndarray, name: str, *overrides: str) -> float:
+    of = inputs
+    if name == "order":
+        of = Inputs(base / "shuffled")
+        of.base.mkdir(exist_ok=True)
+        rows = [json.loads(line) for line in inputs.corpus.read_text(encoding="utf-8").splitlines()]
+        write_lines(of.corpus, [rows[place] for place in np.random.default_rng(0).permutation(len(rows))])
+        of.model.symlink_to(inputs.model)
+        of.ask()
+    return error(run(name, *overrides, of=of), usual)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("batches", ["engine.batch_tokens=64"]),
+        ("units", ["fit.unit_tokens=1500", "score.unit_size=60"]),
+        ("order", []),
+        ("padding", []),
+    ],
+    ids=["batches", "units", "order", "padding"],
+)
+def test_within_tolerance(
+    exact: tuple[Any, float], name: str, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    against, bound = exact
+    if name == "padding":
+        monkeypatch.setattr("raylux.batches.bucket", lambda length, most=None: 64)  # as far as the context goes
+    found = against(name, *overrides)
+    assert found <= bound
+    if name in ("batches", "padding") and bound == FLOAT64:
+        assert found > 0  # something did change
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "neox", "opt"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, FLOAT32), (torch.float64, FLOAT64)], ids=str)
+def test_padding_on_either_side(architecture: str, dtype: torch.dtype, bound: float) -> None:
+    model = build(architecture, dtype)
+    layers = coverage(model, None).tracked
+    groups = input_groups(model, layers)
+    capture = Capture(model, layers, groups)
+    draw = np.random.default_rng(1)
+    rows = []
+    for length in (17, 3, 30, 9):
+        tokens = draw.integers(0, 128, length).astype(np.int32)
+        rows.append(TokenRow(tokens, np.concatenate([[IGNORED], tokens[1:]]).astype(np.int32)))
+    alone = [_gradients(capture, collate([row], [0], len(row.tokens)), groups) for row in rows]
+    for padded, left in ((30, False), (41, False), (30, True), (41, True)):
+        found = _gradients(capture, collate(rows, range(4), padded, pad_left=left), groups)
+        for place in range(4):
+            for name, wanted in alone[place].items():
+                difference = float((found[name][place] - wanted[0]).abs().max() / wanted.square().mean().sqrt())
+                assert difference <= bound, (padded, left, place, name)
+
+
+def _gradients(capture: Capture, batch: Any, groups: dict[str, str]) -> dict[str, torch.Tensor]:
+    found = capture.run(batch)
+    return {name: sequence_gradients(found.inputs[groups[name]], g) for name, g in found.grads.items()}
+
+
+def test_the_query_file_of_these_tests_has_every_measurement() -> None:
+    assert {query.get("measurement", "logprob") for query in QUERIES} == {"logprob", "loss", "contrast"}
