@@ -17,7 +17,7 @@ from raylux.engine.stages.prefilter import candidates
 from raylux.engine.stages.queries import records
 from raylux.engine.stages.score import token_rows
 from raylux.errors import MissingStageError, UserError
-from raylux.store import RunFolder, lazy_scores, read_table, score_blocks
+from raylux.store import RunFolder, ScoreBlock, lazy_scores, read_table, score_blocks
 
 SIGN = "positive: training on the sequence raises the measurement"
 
@@ -244,7 +244,7 @@ class Run:
         union = len(np.unique(np.concatenate([rows for rows, _ in found.values()]))) if found else 0
         solved = {query for manifest in self._store.units(QUERY).values() for query in manifest.meta["queries"]}
         blocks = score_blocks(self._store)
-        scored = {query for block in blocks for query in block.queries}
+        scored = self._complete(blocks, found)
         detail = "none: every sequence" if setting.kind == "none" else f"{union:,} candidates of {len(found)} queries"
         page = self._store.files.exists("report/index.html")
         return [
@@ -263,6 +263,23 @@ class Run:
             ),
             StageStatus("report", page, "report/index.html" if page else "nothing yet", self._command("report")),
         ]
+
+    def _complete(self, blocks: list[ScoreBlock], found: dict[str, tuple[np.ndarray, np.ndarray]]) -> set[str]:
+        """Queries that have a score for each of their own candidates (without a prefilter: for every sequence).
+
+        A row is scored for all queries at once, so where all queries are complete the union of candidates is too.
+        """
+        rows: dict[str, list[np.ndarray]] = {}
+        for block in blocks:
+            for query in block.queries:
+                rows.setdefault(query, []).append(block.rows)
+        everything = self.config.prefilter.kind == "none"
+        return {
+            query
+            for query, parts in rows.items()
+            if (everything or query in found)
+            and np.isin(np.arange(len(self.sequences)) if everything else found[query][0], np.concatenate(parts)).all()
+        }
 
     # common
 
