@@ -38,7 +38,7 @@ class LayerQueries:
     Attributes:
         count: Q.
         tiles: dense s_test, each [TILE, P·M], zero where a query is not dense.
-        factors: query -> (left [P, R], right [M, R]) of the low-rank ones.
+        factors: query -> (left [P, R], right [M, R]) of the low-rank ones, R never 1.
         shape: (P, M).
     """
 
@@ -68,7 +68,7 @@ class LayerQueries:
             if isinstance(query, Tensor):
                 dense[place] = query
             elif tokens_pay(query[0].shape[1], outputs, inputs, tokens):
-                result.factors[place] = query
+                result.factors[place] = _no_vectors(*query)
             else:
                 dense[place] = query[0] @ query[1].T
         if dense:
@@ -100,6 +100,17 @@ class LayerQueries:
             return ((g @ left) * (a @ right)).sum(2)
         tile = self.tiles[place // TILE][place % TILE].reshape(self.shape)
         return ((g @ tile) * a).sum(2)
+
+
+def _no_vectors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of rank 1 with a second column of zeros.
+
+    A product with a single column is a matrix times a vector, which BLAS cuts into blocks of rows: a token's
+    result then depends on where in the batch it stands. With two columns or more it does not.
+    """
+    if left.shape[1] != 1:
+        return left, right
+    return torch.nn.functional.pad(left, (0, 1)), torch.nn.functional.pad(right, (0, 1))
 
 
 def squared_norms(inputs: Mapping[str, Tensor], grads: Mapping[str, Tensor], groups: Mapping[str, str]) -> Tensor:
