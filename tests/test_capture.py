@@ -167,6 +167,27 @@ def test_conv1d_is_linear() -> None:
         assert reference.difference(one.grads[name], other.grads[name]) <= 1e-12
 
 
+@pytest.mark.parametrize(("size", "padded"), [(5, 23), (3, 24), (4, 13)])
+@pytest.mark.parametrize("name", NAMES)
+def test_company_changes_no_bit(name: str, size: int, padded: int) -> None:
+    """In float32: a row's numbers do not depend on the other rows of a batch, nor on its place among them."""
+    model = build(name, vocab=VOCAB)
+    capture = Capture(model, coverage(model).tracked)
+    rows = rows_of([4, 12, 7, 11, 9, 5, 12, 3])
+    found: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+    for seed in range(4):
+        chosen = np.random.default_rng(seed).permutation(len(rows))[:size].tolist()
+        # The last batch is filled up with its first row.
+        chosen = chosen[:2] if seed == 3 else chosen
+        captured = capture.run(collate([rows[place] for place in chosen], chosen, padded, size))
+        for layer, g in captured.grads.items():
+            for place, row in enumerate(chosen):
+                one = captured.inputs[layer][place], g[place]
+                other = found.setdefault((layer, row), one)
+                assert torch.equal(one[0], other[0])
+                assert torch.equal(one[1], other[1])
+
+
 class TestWhatIsComputed:
     def test_no_weight_gradient_is_formed(self) -> None:
         model = build("llama", vocab=VOCAB)
