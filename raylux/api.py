@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,13 +18,14 @@ from raylux.corpus import Sequences, load_corpus
 from raylux.engine.context import Context
 from raylux.engine.plan import Plan, make_plan
 from raylux.engine.progress import Reporter
+from raylux.engine.records import CANDIDATES, COVARIANCE, EIGEN, MOMENTS, QUERY, SCORE, TOKENS
 from raylux.engine.stages import corpus as corpus_stage
 from raylux.engine.stages import fit, prefilter, queries, query, score
 from raylux.errors import MissingStageError, UserError
 from raylux.layers import Coverage
 from raylux.queries import load_queries
 from raylux.results import Run, StageStatus
-from raylux.store import RunFolder
+from raylux.store import CorpusReader, RunFolder
 
 __all__ = ["STAGES", "Run", "StageStatus", "attribute", "open_run", "run", "run_stages"]
 
@@ -48,6 +49,11 @@ FREE_KEYS = frozenset(
         "engine.timeout",
     }
 )
+
+# A run that holds no more than its corpus keeps these and the section corpus; the rest may still change, so that
+# too many threads, too large a model or broken weights can be put right in the same folder.
+CORPUS_KEYS = frozenset({"model.path", "model.tokenizer"})
+COMPUTED = (COVARIANCE, EIGEN, MOMENTS, CANDIDATES, QUERY, SCORE, TOKENS)
 
 
 def run(config: Config) -> Run:
@@ -174,8 +180,9 @@ def _prepare(config: Config, config_path: str | None, quiet: bool) -> Context:
     """Check everything that can be checked before work begins, then open or make the run folder."""
     folder = RunFolder(config.run.folder)
     known = folder.settings() if folder.exists else {}
+    computed = any(folder.committed(stage) for stage in COMPUTED)
     if known:
-        _check_same(config, known, folder.path)
+        _check_same(config, known, folder.path, FREE_KEYS if computed else None)
     elif not folder.files.empty():
         raise UserError(f"{folder.path}: the folder is not empty and holds no run; choose another run.folder")
     model = _Model.find(config)
@@ -187,17 +194,20 @@ def _prepare(config: Config, config_path: str | None, quiet: bool) -> Context:
     def load() -> Sequences:
         return load_corpus(config.corpus, model.tokenizer, model.vocabulary, model.context)
 
-    if known:
+    if computed:
         plan = Plan(**known["plan"])
         model = replace(model, groups=known["model"]["groups"])
         _check_model(model.weights, known["model"]["files"], folder.path)
         _check_device(plan.device, device, folder.path)
     else:
-        # Read whole before anything is written: a bad row leaves no run folder behind.
-        sequences = load()
-        load = lambda: sequences  # noqa: E731
+        if folder.committed("corpus"):
+            lengths = CorpusReader(folder).lengths
+        else:
+            # Read whole before anything is written: a bad row leaves no run folder behind.
+            sequences = load()
+            load, lengths = lambda: sequences, sequences.lengths()
         covered = model.coverage
-        plan = make_plan(config, device, covered.tracked, model.groups, covered.parameters, sequences.lengths())
+        plan = make_plan(config, device, covered.tracked, model.groups, covered.parameters, lengths)
     folder.write_settings(
         {
             "config": config.dump(),
@@ -220,13 +230,14 @@ def _check_device(before: str, now: str, path: str) -> None:
         )
 
 
-def _check_same(config: Config, known: Mapping[str, Any], path: str) -> None:
-    """Raise where a frozen key differs from the run folder's."""
+def _check_same(config: Config, known: Mapping[str, Any], path: str, free: Collection[str] | None) -> None:
+    """Raise where a key differs from the run folder's that is not ``free`` (None: one that the corpus rests on)."""
     before = known["config"]
     for section, keys in config.dump().items():
         for key, value in keys.items():
             name = f"{section}.{key}"
-            if name not in FREE_KEYS and before.get(section, {}).get(key) != value:
+            frozen = name in CORPUS_KEYS or section == "corpus" if free is None else name not in free
+            if frozen and before.get(section, {}).get(key) != value:
                 raise UserError(
                     f"{path} holds a run of another config: {name} is {before.get(section, {}).get(key)!r} there and "
                     f"{value!r} here; choose another run.folder, or set it back"
