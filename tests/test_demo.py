@@ -19,6 +19,7 @@ from raylux.config import Config
 from raylux.demo import compare
 from raylux.demo.corpus import CorpusSettings, DemoCorpus, Document, Question, build_corpus, read_leads
 from raylux.demo.facts import DECOYS, RELATIONS, make_facts
+from raylux.demo.progress import TrainingProgress
 from raylux.demo.training import TrainingSettings, train_cached, train_tokenizer
 from raylux.errors import UserError
 from raylux.queries import load_queries
@@ -257,3 +258,15 @@ def test_a_tiny_demo_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert demo.main(str(tmp_path / "demo"), backend="local", settings=settings, console=again) == code
     assert "found in the cache" in again.file.getvalue()  # type: ignore[attr-defined]
     assert json.loads((tmp_path / "demo" / "comparison.json").read_text(encoding="utf-8")) == result
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_a_bar_in_a_terminal_and_ten_lines_elsewhere(terminal: bool) -> None:
+    out = Console(file=io.StringIO(), width=100, force_terminal=terminal)
+    with TrainingProgress(out) as progress:
+        for step in range(1, 38):
+            progress.update(step, 37, 7.0 / step)
+    text: str = out.file.getvalue()  # type: ignore[attr-defined]
+    assert text.count("step") == (0 if terminal else 10)
+    assert ("━" in text) is terminal
+    assert "loss 0.19" in text
