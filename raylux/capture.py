@@ -71,7 +71,8 @@ class Capture:
             labeller: draws labels from the logits where the batch has a label; default: the batch's own.
 
         Raises:
-            NumericsError: the loss or a gradient is not finite.
+            NumericsError: the loss is not finite, or a layer took no part in it. Gradients are checked where they
+                are summed, by layer and unit.
         """
         with self._recording(batch) as record:
             logits = self._logits(batch)

@@ -53,7 +53,7 @@ class CorpusSection(Section):
     id: str | None = Field(None, description="field that holds the document's id; default: its number")
     keep: tuple[str, ...] = Field((), description="fields to keep beside each sequence")
     max_length: int = Field(512, ge=2, description="tokens per sequence, at most")
-    pack: bool = Field(False, description="join documents into sequences of exactly max_length tokens")
+    pack: bool = Field(False, description="join documents into sequences of max_length tokens; the last may be shorter")
     limit: int | None = Field(None, ge=1, description="read this many documents, then stop")
 
     @field_validator("keep", mode="before")

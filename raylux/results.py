@@ -127,6 +127,7 @@ class Run:
             self._attrs(),
             norms if self.unit == "cosine" else None,
             dtype,
+            self._keep,
         )
 
     def top(self, query: str, k: int = 10, by: Literal["sequence", "document"] = "sequence") -> pd.DataFrame:

@@ -454,6 +454,9 @@ def test_attribute_is_the_same_run(inputs: Inputs, usual: raylux.Run) -> None:
         model, tokenizer(), texts()[:9], [("anna bought", "the red")], overrides=["model.device=cpu"]
     )
     assert short.queries == ["0"] and len(short.top("0")) == 9
+    # The temporary folder lives as long as anything that is still to be read from it.
+    scores = raylux.attribute(model, tokenizer(), texts()[:9], [("anna bought", "the red")]).scores()
+    assert np.isfinite(scores.to_numpy()).all()
 
 
 # ------------------------------------------------------------------------------------ status and stages

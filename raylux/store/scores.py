@@ -56,7 +56,9 @@ class _Scores(BackendArray):
         scale: float,
         query_norms: Mapping[str, float] | None,
         dtype: np.dtype,
+        keep: object,
     ) -> None:
+        self._keep = keep
         self._folder, self._blocks, self._scale, self._norms = folder, blocks, scale, query_norms
         self._queries, self._rows = list(queries), rows
         self.shape = (len(queries), len(rows))
@@ -108,6 +110,7 @@ def lazy_scores(
     attrs: Mapping[str, Any],
     query_norms: Mapping[str, float] | None = None,
     dtype: str = "float32",
+    keep: object = None,
 ) -> xr.DataArray:
     """(query, sequence) scores that are read when they are looked at.
 
@@ -120,8 +123,9 @@ def lazy_scores(
         attrs: sign and unit.
         query_norms: for cosine: each query's gradient norm.
         dtype: of the result.
+        keep: what has to live as long as the array (the owner of a temporary folder).
     """
-    array = _Scores(folder, score_blocks(folder), queries, rows, scale, query_norms, np.dtype(dtype))
+    array = _Scores(folder, score_blocks(folder), queries, rows, scale, query_norms, np.dtype(dtype), keep)
     variable = xr.Variable(("query", "sequence"), indexing.LazilyIndexedArray(array), dict(attrs))
     coords = {"query": np.asarray(queries, object), "sequence": np.asarray(names, object)}
     return xr.DataArray(variable, coords=coords, name="influence")
