@@ -1,0 +1,117 @@
+"""Runs on clusters of their own: several nodes, and Ctrl-C in a run that started Ray itself."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+
+from tests.conftest import ray_processes
+from tests.small import CUT, Inputs, contents, differing, make_inputs
+
+pytestmark = pytest.mark.cluster
+DENSE = "query.max_error=0"
+
+# A driver of its own: the test session's process joins at most one cluster, that of ``ray_cluster``.
+DRIVER = """
+import json, sys
+import ray
+from raylux.api import STAGES, run_stages
+from raylux.config import Config
+
+sections, overrides = json.load(sys.stdin)
+ray.init(address="auto", log_to_driver=False)
+print(json.dumps(sum(node["Alive"] for node in ray.nodes())))
+run_stages(Config.parse(sections, overrides), STAGES[:-1], quiet=True)
+ray.shutdown()
+"""
+HEAD = """
+import sys, threading
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 200 << 20})
+for _ in range(2):
+    cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
+cluster.wait_for_nodes()
+print(cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return make_inputs(tmp_path_factory.mktemp("inputs"), "gpt2")
+
+
+@pytest.fixture(scope="module")
+def usual(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    """In process."""
+    return contents(inputs.run(tmp_path_factory.mktemp("usual") / "run", DENSE).folder)
+
+
+@pytest.fixture
+def cluster() -> Iterator[str]:
+    """A head and two nodes of one CPU each, in a process of their own; yields the address."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HEAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            address = next((line.strip() for line in process.stdout if ":" in line), "")
+            assert address, process.stderr.read() if process.stderr else ""
+            yield address
+        finally:
+            process.communicate(timeout=60)  # the end of its input asks it to shut down
+
+
+def test_three_nodes_give_the_bits_of_one_process(
+    inputs: Inputs, usual: dict[str, np.ndarray], cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", cluster)
+    overrides = [*CUT, DENSE, "engine.backend=ray", "engine.workers=3", "engine.shards=3"]
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        input=json.dumps([inputs.sections(tmp_path / "run"), overrides]),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.splitlines()[0]) == 3
+    assert differing(contents(tmp_path / "run"), usual) == []
+
+
+def test_ctrl_c_on_ray_goes_on_and_leaves_no_process(
+    inputs: Inputs, usual: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    """The command starts Ray itself; SIGINT while its actors work."""
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(inputs.sections(tmp_path / "run")), encoding="utf-8")
+    words = [*CUT, DENSE, "engine.backend=ray", "engine.workers=1"]
+    command = [sys.executable, "-m", "raylux.cli", "run", str(config), *words]
+    before = {process.pid for process in ray_processes()}
+    progress = tmp_path / "run" / "progress.jsonl"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 150
+        while not (progress.exists() and "covariance" in progress.read_text(encoding="utf-8")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said and "run the same command again" in said
+    left = [process for process in ray_processes() if process.pid not in before]
+    assert psutil.wait_procs(left, timeout=30)[1] == []
+    again = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert differing(contents(tmp_path / "run"), usual) == []
