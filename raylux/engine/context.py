@@ -82,7 +82,7 @@ class Context:
     def _start(self) -> Backend:
         engine, layers = self.config.engine, self.coverage.tracked
         worker = WorkerSpec(
-            self.folder.path,
+            self.folder.files.place,
             self.files,
             self.plan,
             layers,
@@ -113,7 +113,7 @@ class Context:
         by_name = {layer.name: layer for layer in self.coverage.tracked}
         return [
             ShardSpec(
-                self.folder.path,
+                self.folder.files.place,
                 tuple(by_name[name] for name in names),
                 self.groups,
                 self.config.curvature.kind,

@@ -26,12 +26,17 @@ class Files:
         if self.remote:
             self._fs, self._base = fsspec.core.url_to_fs(self.root)
         else:
-            self._base = str(Path(self.root.removeprefix("file://")).absolute())
+            self._base = str(Path(self.root.removeprefix("file://")).expanduser().absolute())
             self._fs = fsspec.filesystem("file")
+
+    @property
+    def place(self) -> str:
+        """The root as any process may open it: a URL, or an absolute local path."""
+        return self.root if self.remote else self._base
 
     def where(self, key: str) -> str:
         """What to open to get at ``key``: a URL, or a local path."""
-        return f"{self.root}/{key}" if self.remote else f"{self._base}/{key}"
+        return f"{self.place}/{key}"
 
     def _path(self, key: str) -> str:
         return f"{self._base}/{key}"

@@ -29,12 +29,14 @@ def run(ctx: Context) -> None:
         return
     bounds = _bounds(len(ctx.reader))
     with ctx.reporter.task("prefilter", 2 * len(bounds), "corpus shards") as task:
-        counts = _spread(ctx, _count, [(ctx.folder.path, *bound, ctx.vocabulary) for bound in bounds])
+        counts = _spread(ctx, _count, [(ctx.folder.files.place, *bound, ctx.vocabulary) for bound in bounds])
         task.advance(len(bounds))
         terms = prefilter.merge_counts(counts)
         tokens = [query.search_tokens for query in todo]
         parts = _spread(
-            ctx, _score, [(ctx.folder.path, *bound, setting.kind, terms, tokens, setting.top) for bound in bounds]
+            ctx,
+            _score,
+            [(ctx.folder.files.place, *bound, setting.kind, terms, tokens, setting.top) for bound in bounds],
         )
         task.advance(len(bounds))
     found = [prefilter.merge_top([part[place] for part in parts], setting.top) for place in range(len(todo))]
