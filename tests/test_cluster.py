@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from tests.conftest import ray_processes
 from tests.small import CUT, Inputs, contents, differing, make_inputs
 
 pytestmark = pytest.mark.cluster
-DENSE = "query.max_error=0"
+WHAT = ("query.max_error=0", "prefilter.kind=idf", "prefilter.top=9")
 
 # A driver of its own: the test session's process joins at most one cluster, that of ``ray_cluster``.
 DRIVER = """
@@ -56,7 +57,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 @pytest.fixture(scope="module")
 def usual(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     """In process."""
-    return contents(inputs.run(tmp_path_factory.mktemp("usual") / "run", DENSE).folder)
+    return contents(inputs.run(tmp_path_factory.mktemp("usual") / "run", *WHAT).folder)
 
 
 @pytest.fixture
@@ -77,11 +78,16 @@ def cluster() -> Iterator[str]:
 def test_three_nodes_give_the_bits_of_one_process(
     inputs: Inputs, usual: dict[str, np.ndarray], cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Paths relative to the driver's working directory, which is not that of the nodes."""
     monkeypatch.setenv("RAY_ADDRESS", cluster)
-    overrides = [*CUT, DENSE, "engine.backend=ray", "engine.workers=3", "engine.shards=3"]
+    monkeypatch.chdir(tmp_path)
+    sections = inputs.sections("run", corpus={"path": os.path.relpath(inputs.corpus)})
+    sections["model"]["path"], sections["queries"]["path"] = map(os.path.relpath, (inputs.model, inputs.queries))
+    overrides = [*CUT, *WHAT, "engine.backend=ray", "engine.workers=3", "engine.shards=3"]
     done = subprocess.run(
         [sys.executable, "-c", DRIVER],
-        input=json.dumps([inputs.sections(tmp_path / "run"), overrides]),
+        cwd=tmp_path,
+        input=json.dumps([sections, overrides]),
         capture_output=True,
         text=True,
         timeout=200,
@@ -97,16 +103,18 @@ def test_ctrl_c_on_ray_goes_on_and_leaves_no_process(
     """The command starts Ray itself; SIGINT while its actors work."""
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(inputs.sections(tmp_path / "run")), encoding="utf-8")
-    words = [*CUT, DENSE, "engine.backend=ray", "engine.workers=1"]
+    words = [*CUT, *WHAT, "engine.backend=ray", "engine.workers=1"]
     command = [sys.executable, "-m", "raylux.cli", "run", str(config), *words]
     before = {process.pid for process in ray_processes()}
     progress = tmp_path / "run" / "progress.jsonl"
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         deadline = time.monotonic() + 150
         while not (progress.exists() and "covariance" in progress.read_text(encoding="utf-8")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the command
         _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert "Traceback" not in said and "run the same command again" in said

@@ -245,6 +245,14 @@ def test_ctrl_c_in_a_terminal(inputs: Inputs, filtered: raylux.Run, tmp_path: Pa
     assert (tmp_path / "run" / "report" / "index.html").stat().st_size > 1000
 
 
+def test_a_folder_at_a_url_holds_the_same_run(inputs: Inputs, filtered: raylux.Run, tmp_path: Path) -> None:
+    for folder in (f"memory://{tmp_path.name}/run", f"file://{tmp_path}/run"):
+        run = inputs.run(folder, "query.max_error=0", *IDF)
+        assert differing(contents(folder), contents(filtered.folder)) == []
+        assert run.top("a", 3).equals(filtered.top("a", 3))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 # -------------------------------------------------------------------------------------------- tables
 
 

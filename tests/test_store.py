@@ -201,6 +201,15 @@ def test_a_folder_of_somebody_else_is_left_alone(local: RunFolder) -> None:
     assert local.files.names("") == ["thesis.tex"]
 
 
+def test_local_places_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that open the folder need not share a working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert RunFolder("runs/a/").files.place == f"{tmp_path}/runs/a"
+    assert RunFolder("~/a").files.place == f"{tmp_path}/home/a"
+    assert RunFolder("memory://x/a").files.place == "memory://x/a"
+
+
 def test_a_put_is_seen_whole_or_not_at_all(local: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
