@@ -74,8 +74,7 @@ def test_the_runs_are_what_this_file_is_about(case: Case) -> None:
 
 
 def test_again_in_another_folder(case: Case) -> None:
-    if case.name == "low-rank":
-        assert differing(contents(case.run("again")), case.usual) == []
+    assert differing(contents(case.run("again")), case.usual) == []
 
 
 def test_any_number_of_workers_and_shards_on_ray(case: Case, ray_cluster: Any) -> None:
@@ -136,7 +135,6 @@ def exact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     inputs = make_inputs(base / "inputs", architecture)
 
     def run(folder: str, *overrides: str, of: Inputs = inputs) -> np.ndarray:
-        # Without sampling of the labels' company: the damping is given, so that all scores are of one size.
         found = of.run(base / folder, DENSE, f"model.dtype={dtype}", "score.token_top=0", *overrides)
         return found.scores().sortby("sequence").to_numpy()
 
