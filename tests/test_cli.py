@@ -395,11 +395,12 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
 @pytest.fixture
 def model_config(config: str, tmp_path: Path) -> str:
     """A config whose model is a tiny GPT-2 on disk, with a tokenizer of whole words and two queries."""
-    from tests.architectures import build  # torch, which the other tests do without
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
     from transformers import PreTrainedTokenizerFast
+
+    from tests.architectures import build  # torch, which the other tests do without
 
     words = ["<s>", "<pad>", "the", "boat", "sank", "piano", "played", "itself"]
     tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<pad>"))

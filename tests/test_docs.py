@@ -30,7 +30,9 @@ def test_no_key_is_documented_that_does_not_exist() -> None:
     assert named == set(KEYS)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     source = ROOT / page
     links = re.findall(r"\]\((?!https?:)([^)#]+)", source.read_text(encoding="utf-8"))
