@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from raylux.layers import Coverage
 
 _TEXT_WIDTH = 180
-_KEPT_WIDTH = 24
+_KEPT_WIDTH = 40
 _FIXED = ("rank", "influence", "prefilter", "sequence", "document", "text")
 # Cc: control, Cf: format (bidirectional marks and the like), Cs: lone surrogates, Co and Cn: no meaning of their own.
 _STEERING = {"Cc", "Cf", "Cs", "Co", "Cn"}
@@ -60,12 +60,16 @@ def top_table(frame: pd.DataFrame, title: str, unit: str | None = None) -> Table
 
     Args:
         frame: as ``Run.top`` gives it: rank, sequence or document, influence, prefilter, kept columns, text.
+            The kept columns stand above the text, in its cell: side by side they would leave it no room. The
+            document of a sequence is not shown, its id begins with it.
         title: stands above the table.
         unit: of the influence, for the header; default: ``frame.attrs["unit"]`` if it is there.
     """
     unit = unit or frame.attrs.get("unit")
     table = _table(title)
     columns = [name for name in _FIXED[:5] if name in frame.columns]
+    if "sequence" in columns and "document" in columns:
+        columns.remove("document")
     kept = [name for name in frame.columns if name not in _FIXED]
     for name in columns:
         heading = f"influence (± {unit})" if name == "influence" and unit else name
@@ -73,17 +77,22 @@ def top_table(frame: pd.DataFrame, title: str, unit: str | None = None) -> Table
             table.add_column(name, max_width=16, overflow="fold")
         else:
             table.add_column(plain(heading), justify="right", max_width=11)
-    for name in kept:
-        table.add_column(plain(name, _KEPT_WIDTH), max_width=10, overflow="fold")
-    if "text" in frame.columns:
-        table.add_column("text", min_width=36, overflow="fold")
-    for row in frame.to_dict("records"):
+    table.add_column(
+        plain(" · ".join([*kept, "text"])) if "text" in frame.columns else "", min_width=36, overflow="fold"
+    )
+    for record in frame.to_dict("records"):
+        row = {str(name): value for name, value in record.items()}
         cells = [_fixed_cell(name, row[name]) for name in columns]
-        cells += [Text(plain(str(row[name]), _KEPT_WIDTH)) for name in kept]
-        if "text" in frame.columns:
-            cells.append(Text(plain(str(row["text"]), _TEXT_WIDTH)))
-        table.add_row(*cells)
+        table.add_row(*cells, _text_cell(row, kept))
     return table
+
+
+def _text_cell(row: Mapping[str, Any], kept: Sequence[str]) -> Text:
+    said = [plain(str(row[name]), _KEPT_WIDTH) for name in kept if str(row[name]) not in ("", "nan")]
+    cell = Text(" · ".join(said), style="dim")
+    if said and "text" in row:
+        cell.append("\n")
+    return cell.append(plain(str(row.get("text", "")), _TEXT_WIDTH), style="not dim")
 
 
 def coverage_table(covered: Coverage) -> Table:
