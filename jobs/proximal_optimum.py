@@ -2,7 +2,8 @@
 
 For each of some training sequences, one more copy (or a part of one) is added to the proximal objective, the
 optimum is found by L-BFGS (raylux/evaluate/proximal.py), and the change of every query's log p in nats is held
-against what raylux predicted. Queries are held-out text; sequences are drawn before anything is scored.
+against what raylux predicted. Queries are training texts, the sequences that are added are others, and both are drawn
+before anything is scored.
 
     python jobs/proximal_optimum.py --seeds 0 1 2
 """
@@ -42,8 +43,8 @@ class Settings:
     Attributes:
         seed: chooses texts, sequences, queries, initial weights and the order of training.
         train: N, training sequences.
-        queries: held-out texts; the second half of each is the completion.
-        added: training sequences that get a copy, each by itself.
+        queries: training texts; the last three quarters of each are the completion.
+        added: other training sequences that get a copy, each by itself.
         copies: how much of a copy is added; a measured change is divided by it.
         length: characters of a sequence.
         width: of the model, and ``layers`` its depth.
@@ -54,16 +55,16 @@ class Settings:
     """
 
     seed: int = 0
-    train: int = 256
-    queries: int = 6
+    train: int = 512
+    queries: int = 4
     added: int = 12
     copies: tuple[float, ...] = (0.1, 1.0)
-    length: int = 24
-    width: int = 24
+    length: int = 32
+    width: int = 32
     layers: int = 2
-    steps: int = 200
+    steps: int = 300
     batch: int = 16
-    iterations: int = 60
+    iterations: int = 40
 
 
 @dataclass
@@ -114,9 +115,10 @@ def experiment(settings: Settings, check: int = 2) -> Outcome:
     """
     started = time.monotonic()
     rng = np.random.default_rng(settings.seed)
-    texts, asked = _texts(settings, rng)
+    texts = _texts(settings, rng)
     # Drawn before anything is scored: neither the best nor the worst are preferred.
-    chosen = np.sort(rng.choice(settings.train, settings.added, replace=False))
+    places = rng.choice(settings.train, settings.queries + settings.added, replace=False)
+    asked, chosen = _questions(texts, places[: settings.queries]), np.sort(places[settings.queries :])
     tokenizer = _tokenizer(settings.length)
     model = _train(settings, [tokenizer(text)["input_ids"] for text in texts])
     with tempfile.TemporaryDirectory(prefix="raylux-proximal-") as folder:
@@ -157,18 +159,20 @@ def experiment(settings: Settings, check: int = 2) -> Outcome:
     return outcome
 
 
-def _texts(settings: Settings, rng: np.random.Generator) -> tuple[list[str], list[dict[str, str]]]:
-    """Openings of Wikipedia articles as training texts; how some of them go on as queries."""
+def _texts(settings: Settings, rng: np.random.Generator) -> list[str]:
+    """Openings of Wikipedia articles."""
     size = settings.length
     cleaned = ("".join(c for c in text.lower() if c in LETTERS) for _, text in read_leads())
-    pool = sorted({text[: 2 * size]: None for text in cleaned if len(text) >= 2 * size})
-    leads = [pool[place] for place in rng.choice(len(pool), settings.train, replace=False)]
-    ends = [leads[place][size:] for place in rng.choice(settings.train, settings.queries, replace=False)]
-    asked = [
-        {"id": f"q{place}", "prompt": text[: size // 2], "completion": text[size // 2 :]}
-        for place, text in enumerate(ends)
+    pool = sorted({text[:size]: None for text in cleaned if len(text) >= size})
+    return [pool[place] for place in rng.choice(len(pool), settings.train, replace=False)]
+
+
+def _questions(texts: Sequence[str], places: Sequence[int]) -> list[dict[str, str]]:
+    quarter = len(texts[0]) // 4
+    return [
+        {"id": f"q{number}", "prompt": texts[place][:quarter], "completion": texts[place][quarter:]}
+        for number, place in enumerate(places)
     ]
-    return [text[:size] for text in leads], asked
 
 
 def _tokenizer(length: int) -> PreTrainedTokenizerFast:
@@ -278,9 +282,9 @@ def page(outcomes: Sequence[Outcome], command: str) -> str:
     {command}
 
 A character GPT-2 ({settings.layers} layers, width {settings.width}) is trained for {settings.steps} steps on
-N = {settings.train} openings of Wikipedia articles of {settings.length} characters. {settings.queries} queries:
-how {settings.queries} of these articles go on, text that the model has not seen, f = log p of its second half.
-{settings.added} training sequences are drawn by the seed, before anything is scored. For each of them
+N = {settings.train} openings of Wikipedia articles of {settings.length} characters. {settings.queries} queries are
+drawn from these texts, f = log p of the last three quarters, and {settings.added} other training sequences to add a
+copy of; the seed draws both before anything is scored. For each of the sequences
 
     θ* = argmin (1/N) Σ_i Σ_t KL(p_s ‖ p_θ) + Σ_l (λ_l/2) |θ_l − θ_s,l|² + ε L_z,   ε = copies/N
 
