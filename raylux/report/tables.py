@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _TEXT_WIDTH = 180
 _KEPT_WIDTH = 40
+# Kept columns of fewer characters stand on the text's first line.
+_SHORT = 20
 _FIXED = ("rank", "influence", "prefilter", "sequence", "document", "text")
 # Cc: control, Cf: format (bidirectional marks and the like), Cs: lone surrogates, Co and Cn: no meaning of their own.
 _STEERING = {"Cc", "Cf", "Cs", "Co", "Cn"}
@@ -91,7 +93,7 @@ def _text_cell(row: Mapping[str, Any], kept: Sequence[str]) -> Text:
     said = [plain(str(row[name]), _KEPT_WIDTH) for name in kept if str(row[name]) not in ("", "nan")]
     cell = Text(" · ".join(said), style="dim")
     if said and "text" in row:
-        cell.append("\n")
+        cell.append(" · " if len(cell) < _SHORT else "\n")
     return cell.append(plain(str(row.get("text", "")), _TEXT_WIDTH), style="not dim")
 
 
