@@ -186,11 +186,13 @@ class ProximalObjective:
                 parts = [sequence_gradients(captured.inputs[x.name], captured.grads[x.name]) for x in self.layers]
                 flat = torch.cat([part.flatten(1) for part in parts], 1) / self._scale
                 rows += list(flat[: draws - len(rows)])
-        # The p × p matrix has the nonzero eigenvalues of the draws × draws one.
         matrix = torch.stack(rows) / len(rows) ** 0.5
-        values, vectors = torch.linalg.eigh(matrix @ matrix.T)
+        # The p × p matrix has the nonzero eigenvalues of the draws × draws one: the smaller is taken apart.
+        few = len(matrix) < matrix.shape[1]
+        values, vectors = torch.linalg.eigh(matrix @ matrix.T if few else matrix.T @ matrix)
         kept = values > 1e-3
-        return (matrix.T @ vectors[:, kept]) / values[kept].sqrt(), values[kept]
+        vectors, values = vectors[:, kept], values[kept]
+        return (matrix.T @ vectors) / values.sqrt() if few else vectors, values
 
     def _power(self, x: Tensor, exponent: float) -> Tensor:
         """(1 + sampled Fisher)^exponent x."""
