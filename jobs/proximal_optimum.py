@@ -311,7 +311,7 @@ Wanted: EK-FAC's Pearson ≥ 0.8 and above the dot product's.
   grain of salt.
 - **A tenth of a copy** separates two reasons. The first-order formula is exact as the amount goes to zero; what
   of the slope is missing there is EK-FAC's approximation of G, and what is lost from there to a whole copy is
-  curvature along the step. One copy among N = {settings.train} is a large step; with a large N it is a small one.
+  curvature along the step. One copy among few sequences is a long step, among many a short one.
 - The dot product has no unit, so it has no slope.
 
 ## Whether the searches ended

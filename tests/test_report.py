@@ -206,9 +206,9 @@ def test_page_tells_positive_from_negative() -> None:
 @pytest.mark.parametrize(
     ("unit", "kind", "there", "absent"),
     [
-        ("nats", "ekfac", ["1,234 sequences", "about threefold"], ["without a unit"]),
+        ("nats", "ekfac", ["1,234 sequences", "two- to threefold"], ["without a unit"]),
         ("raw", "ekfac", ["only their order"], ["1,234 sequences", "without a unit"]),
-        ("dot", "cosine", ["without a unit"], ["threefold", "one more copy"]),
+        ("dot", "cosine", ["without a unit"], ["two- to threefold", "one more copy"]),
     ],
 )
 def test_page_says_how_to_read_its_unit(unit: str, kind: str, there: list[str], absent: list[str]) -> None:
