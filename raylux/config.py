@@ -99,7 +99,14 @@ class QuerySection(Section):
         0.01, ge=0.0, lt=1.0, description="allowed RMS error of a query's scores by low rank; 0: dense"
     )
     max_rank: int = Field(256, ge=1, description="above this rank a layer's s_test is kept dense")
-    probes: int = Field(32, ge=1, description="sequences on which the error is measured")
+    probes: int | Auto = Field("auto", description="sequences on which the error is measured; auto: 32 to 128")
+
+    @field_validator("probes")
+    @classmethod
+    def _some(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("probes is a whole number of at least 1, or auto")
+        return value
 
 
 class ScoreSection(Section):

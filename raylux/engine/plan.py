@@ -145,6 +145,11 @@ def shards_bytes(layers: Sequence[TrackedLayer], groups: Mapping[str, str], item
     return max(sums, solving)
 
 
+def probe_count(setting: int | str, parameters: int) -> int:
+    """Sequences on which compression is measured: as many as a second or so of a small model's time allows."""
+    return setting if isinstance(setting, int) else int(min(128, max(32, 2e9 // parameters)))
+
+
 def query_block(layers: Sequence[TrackedLayer], itemsize: int) -> int:
     """Queries that are solved together."""
     return int(max(1, min(QUERY_BLOCK, _BLOCK_BYTES // max(1, layer_bytes(layers, itemsize)))))

@@ -23,6 +23,8 @@ from raylux.layers import TrackedLayer
 from raylux.store import RunFolder
 
 Objects = dict[str, tuple[int, str]]
+Measured = dict[int, tuple[float, np.ndarray | None]]
+"""Place of a query in its block -> its dense score on a probe, and what each component gives to it [R]."""
 
 
 @dataclass(frozen=True)
@@ -140,21 +142,26 @@ class FactorShard:
                 self._factors[name] = [factorise(s_test, rank_limit[name]) for s_test in self._block[name]]
         return damping
 
-    def measure(self, part: Mapping[str, Any]) -> dict[str, list[tuple[float, np.ndarray | None]]]:
-        """Scores of the kept block on one probe sequence: layer -> per query (dense score, component scores)."""
+    def measure(self, part: Mapping[str, Any], places: Sequence[int]) -> dict[str, Measured]:
+        """Scores of queries of the kept block on one probe sequence, by layer.
+
+        Args:
+            part: the probe's ``inputs`` [T, M] by group and ``grads`` [T, P] by layer.
+            places: of the queries in the block.
+        """
         result = {}
         for name, queries in self._block.items():
             a, g = self._tokens(part, name)
             gradient = sequence_gradients(a, g)[0]
-            result[name] = [
-                (
-                    float((s_test * gradient).sum(dtype=torch.float64)),
+            result[name] = {
+                place: (
+                    float((queries[place] * gradient).sum(dtype=torch.float64)),
                     component_scores(*self._factors[name][place], a, g)[0].cpu().numpy()
                     if name in self._factors
                     else None,
                 )
-                for place, s_test in enumerate(queries)
-            ]
+                for place in places
+            }
         return result
 
     def write_block(self, block: str, ranks: Sequence[Mapping[str, int]]) -> tuple[dict[str, str], Objects]:

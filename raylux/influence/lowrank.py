@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # The bound is to hold on sequences that the probes do not include.
-MARGIN = 0.5
+MARGIN = 0.25
 
 
 def factorise(s_test: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,10 @@ def component_scores(left: Tensor, right: Tensor, a: Tensor, g: Tensor) -> Tenso
 
 
 def choose_ranks(
-    components: Mapping[str, np.ndarray], dense: Mapping[str, np.ndarray], max_error: float
+    components: Mapping[str, np.ndarray],
+    dense: Mapping[str, np.ndarray],
+    max_error: float,
+    split: int | None = None,
 ) -> tuple[dict[str, int], float]:
     """The rank of each compressible layer for one query.
 
@@ -58,6 +61,7 @@ def choose_ranks(
         components: layer -> [N, R] component scores on N probe sequences, by falling singular value.
         dense: layer -> [N] scores of the uncompressed s_test on the same probes, of all layers.
         max_error: allowed RMS(score − dense score) / RMS(dense score), over all layers together.
+        split: the bound is to hold on the first so many probes and on the rest, each by itself.
 
     Returns:
         layer -> rank, −1 where the layer has to stay dense; and the error measured on the probes.
@@ -65,7 +69,8 @@ def choose_ranks(
     One tolerance for all layers: a layer takes the smallest rank from which on its own error is within it;
     the largest tolerance that keeps the bound is found by bisection over the errors that occur.
     """
-    target = _rms(sum(np.asarray(values, np.float64) for values in dense.values()))
+    target = np.sum([np.asarray(values, np.float64) for values in dense.values()], axis=0)
+    sets = [part for part in (slice(0, split), slice(split, None) if split else slice(0, 0)) if target[part].size]
     # What is missing at each choice: rank 0 leaves out the whole score, rank r the rest, dense nothing.
     missing = {}
     for name, values in components.items():
@@ -83,7 +88,8 @@ def choose_ranks(
         return {name: int(np.argmax(values <= level)) for name, values in errors.items()}
 
     def error(chosen: Mapping[str, int]) -> float:
-        return _rms(sum(missing[name][:, choice] for name, choice in chosen.items())) / max(target, 1e-300)
+        left = np.sum([missing[name][:, choice] for name, choice in chosen.items()], axis=0)
+        return max(_rms(left[part]) / max(_rms(target[part]), 1e-300) for part in sets)
 
     # levels[0] is 0: everything dense, which always holds.
     low, high = 0, len(levels) - 1
@@ -98,5 +104,5 @@ def choose_ranks(
     return ranks, error(chosen)
 
 
-def _rms(values: np.ndarray | float) -> float:
+def _rms(values: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(values))))

@@ -27,20 +27,19 @@ def run(ctx: Context) -> None:
     todo = [query for query in ctx.queries if query.id not in known]
     if not todo:
         return
-    bounds = _bounds(len(ctx.reader))
-    with ctx.reporter.task("prefilter", 2 * len(bounds), "corpus shards") as task:
-        counts = _spread(ctx, _count, [(ctx.folder.files.place, *bound, ctx.vocabulary) for bound in bounds])
-        task.advance(len(bounds))
-        terms = prefilter.merge_counts(counts)
-        tokens = [query.search_tokens for query in todo]
-        parts = _spread(
-            ctx,
-            _score,
-            [(ctx.folder.files.place, *bound, setting.kind, terms, tokens, setting.top) for bound in bounds],
-        )
-        task.advance(len(bounds))
-    found = [prefilter.merge_top([part[place] for part in parts], setting.top) for place in range(len(todo))]
+    with ctx.reporter.task("prefilter", len(todo), "queries") as task:
+        found = find(ctx, todo, setting.kind, setting.top)
+        task.advance(len(todo))
     _commit(ctx, todo, found)
+
+
+def find(ctx: Context, queries: Sequence[Query], kind: str, top: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(corpus rows best first, scores) of each query: the ``top`` sequences by a kind of prefilter."""
+    place, bounds = ctx.folder.files.place, _bounds(len(ctx.reader))
+    terms = prefilter.merge_counts(_spread(ctx, _count, [(place, *bound, ctx.vocabulary) for bound in bounds]))
+    tokens = [query.search_tokens for query in queries]
+    parts = _spread(ctx, _score, [(place, *bound, kind, terms, tokens, top) for bound in bounds])
+    return [prefilter.merge_top([part[number] for part in parts], top) for number in range(len(queries))]
 
 
 def _commit(ctx: Context, queries: Sequence[Query], found: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:

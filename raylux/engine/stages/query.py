@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from raylux.batches import TokenRow
 from raylux.engine.context import Context
-from raylux.engine.plan import choose_fit_rows, query_block
+from raylux.engine.plan import choose_fit_rows, probe_count, query_block
 from raylux.engine.records import COVARIANCE, MOMENTS, QUERY, factor_files
+from raylux.engine.shard import Measured
+from raylux.engine.stages import prefilter
 from raylux.engine.stages.fit import rows_per_sequence
 from raylux.engine.worker import QuerySpec
 from raylux.influence.lowrank import choose_ranks
@@ -55,7 +56,7 @@ def _block(ctx: Context, name: str, queries: Sequence[Query]) -> None:
         [(files, moments, tokens, limits, *(handles[shard] for handles in parts)) for shard in range(backend.shards)],
     ):
         damping |= part
-    ranks, errors = _choose(ctx, len(queries), limits)
+    ranks, errors = _choose(ctx, queries, limits)
     keys: dict[str, str] = {}
     objects: dict[str, tuple[int, str]] = {}
     for layer_keys, written in backend.shard_calls("write_block", [(name, ranks)] * backend.shards):
@@ -90,28 +91,46 @@ def _rank_limits(ctx: Context) -> dict[str, int]:
     return limits
 
 
-def _choose(ctx: Context, count: int, limits: dict[str, int]) -> tuple[list[dict[str, int]], list[float]]:
-    """Ranks of each query of the block that the shards hold, and the error measured on the probes."""
+def _choose(ctx: Context, queries: Sequence[Query], limits: dict[str, int]) -> tuple[list[dict[str, int]], list[float]]:
+    """Ranks of each query of the block that the shards hold, and the error measured on the probes.
+
+    The probes are some sequences of the corpus, the same for every query, and for each query those that share
+    most with it: its largest scores are where compression errs in other directions. The bound is to hold on
+    both. They depend on the corpus and the query alone, so a query's ranks do not depend on other queries.
+    """
+    everyone = range(len(queries))
     if not any(limits.values()):
-        return [{} for _ in range(count)], [0.0] * count
-    # The probes depend on the corpus alone, so a query's ranks do not depend on other queries.
-    rows = choose_fit_rows(ctx.ids, ctx.config.query.probes, -1)
-    jobs = ((int(row), (int(row), ctx.assignment)) for row in rows)
-    measured: list[dict[str, list[tuple[float, np.ndarray | None]]]] = []
-    for _, _, parts in ctx.backend.map("probe", jobs, parts=True, ordered=True):
-        layers: dict[str, Any] = {}
-        for answer in ctx.backend.shard_calls("measure", [(part,) for part in parts]):
-            layers |= answer
-        measured.append(layers)
+        return [{} for _ in everyone], [0.0 for _ in everyone]
+    probes = probe_count(ctx.config.query.probes, ctx.coverage.parameters)
+    own = min(16, probes // 4)
+    near = prefilter.find(ctx, queries, "idf", own) if own else [(np.zeros(0, np.int64),)] * len(queries)
+    shared = choose_fit_rows(ctx.ids, probes - own, -1)
+    asked: list[tuple[int, Sequence[int]]] = [(int(row), everyone) for row in shared]
+    asked += [(int(row), (place,)) for place in everyone for row in near[place][0]]
+    measured = _measure(ctx, asked)
     ranks, errors = [], []
-    for place in range(count):
-        dense = {name: np.array([probe[name][place][0] for probe in measured]) for name in limits}
+    for place in everyone:
+        mine = [probe for probe, (_, places) in zip(measured, asked, strict=True) if place in places]
+        dense = {name: np.array([probe[name][place][0] for probe in mine]) for name in limits}
         components = {
-            name: np.stack([probe[name][place][1] for probe in measured])  # type: ignore[misc]
+            name: np.stack([np.asarray(probe[name][place][1]) for probe in mine])
             for name, limit in limits.items()
             if limit
         }
-        chosen, error = choose_ranks(components, dense, ctx.config.query.max_error)
+        chosen, error = choose_ranks(components, dense, ctx.config.query.max_error, split=len(shared))
         ranks.append(chosen)
         errors.append(error)
     return ranks, errors
+
+
+def _measure(ctx: Context, asked: Sequence[tuple[int, Sequence[int]]]) -> list[dict[str, Measured]]:
+    """Scores of the shards' block on each probe (corpus row, places of the queries): layer -> place -> scores."""
+    jobs = ((row, (row, ctx.assignment)) for row, _ in asked)
+    measured = []
+    probes = ctx.backend.map("probe", jobs, parts=True, ordered=True)
+    for (_, places), (_, _, parts) in zip(asked, probes, strict=True):
+        layers: dict[str, Measured] = {}
+        for answer in ctx.backend.shard_calls("measure", [(part, list(places)) for part in parts]):
+            layers |= answer
+        measured.append(layers)
+    return measured
