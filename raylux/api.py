@@ -37,6 +37,7 @@ FREE_KEYS = frozenset(
         "run.folder",
         "model.device",
         "queries.path",
+        "fit.snapshot",
         "prefilter.kind",
         "prefilter.top",
         "score.unit",

@@ -73,6 +73,16 @@ class FitSection(Section):
     )
     seed: int = 0
     unit_tokens: int | Auto = Field("auto", description="tokens in a fit unit")
+    snapshot: float | Auto = Field(
+        "auto", description="seconds between snapshots of the sums; 0: after every unit; auto: by their cost"
+    )
+
+    @field_validator("snapshot")
+    @classmethod
+    def _not_negative(cls, value: float | str) -> float | str:
+        if not isinstance(value, str) and not 0.0 <= value < float("inf"):
+            raise ValueError("snapshot is a finite number of seconds ≥ 0, or auto")
+        return value
 
 
 class CurvatureSection(Section):
