@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
+# A multiple of the rows that any BLAS takes together.
+ROW_BLOCK = 8
 MOST_ROWS = 16
 
 
@@ -69,13 +71,25 @@ def bucket(length: int, most: int | None = None) -> int:
     path through attention with company of its own length than with shorter company: so there is always
     padding, but for a sequence as long as the longest of the corpus (``most``).
     """
-    step = max(8, 1 << max(0, length.bit_length() - 4))
+    step = max(ROW_BLOCK, 1 << max(0, length.bit_length() - 4))
     padded = (length // step + 1) * step
     return padded if most is None else max(length, min(padded, most))
 
 
+def longest(lengths: np.ndarray, context: int | None) -> int:
+    """What padding need not exceed: the longest of ``lengths`` in whole blocks of rows, within the model's context."""
+    blocks = -(-int(lengths.max()) // ROW_BLOCK) * ROW_BLOCK
+    return blocks if context is None else max(int(lengths.max()), min(blocks, context))
+
+
 def rows_per_batch(padded: int, batch_tokens: int) -> int:
-    """Rows of a score batch of sequences padded to ``padded`` tokens, filler included."""
+    """Rows of a score batch of sequences padded to ``padded`` tokens, filler included.
+
+    Matrix products flatten rows and tokens, and the bits of a token depend on where in a block of rows it stands.
+    A length that is no whole number of blocks (a model's odd context) therefore runs alone.
+    """
+    if padded % ROW_BLOCK:
+        return 1
     return max(1, min(MOST_ROWS, batch_tokens // padded))
 
 
@@ -117,7 +131,7 @@ def score_batches(rows: Sequence[TokenRow], batch_tokens: int, most: int | None 
     Args:
         rows: the sequences to run.
         batch_tokens: padded tokens of a batch, at most (one row is always allowed).
-        most: length of the longest sequence of the corpus, which padding does not exceed.
+        most: the length that padding does not exceed, as ``longest`` gives it.
     """
     by_shape: dict[tuple[int, bool], list[int]] = {}
     for place, row in enumerate(rows):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from raylux.batches import longest
 from raylux.config import Config
 from raylux.layers import TrackedLayer
 from raylux.sampling import sequence_key
@@ -43,7 +44,7 @@ class Plan:
         fit_unit_tokens: tokens of a fit unit, at least.
         score_unit_size: corpus rows of a score unit.
         typical_tokens: mean tokens of a sequence, by which contractions are chosen.
-        longest: tokens of the longest sequence; padding does not go beyond.
+        longest: padding does not go beyond: the tokens of the longest sequence in whole blocks of rows.
     """
 
     device: str
@@ -66,6 +67,7 @@ def make_plan(
     groups: Mapping[str, str],
     parameters: int,
     lengths: np.ndarray,
+    context: int | None = None,
 ) -> Plan:
     """Resolve every "auto" that changes bits."""
     batch = config.engine.batch_tokens
@@ -86,7 +88,7 @@ def make_plan(
         int(unit),
         int(size),
         float(lengths.mean()),
-        int(lengths.max()),
+        longest(lengths, context),
     )
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from raylux.batches import ROW_BLOCK
+
 TILE = 8
 """Dense queries per matrix product; a shorter tile is filled with zeros."""
 
@@ -82,7 +84,8 @@ class LayerQueries:
         return result
 
     def scores(self, a: Tensor, g: Tensor) -> Tensor:
-        """[N, Q] from a [N, T, M] and g [N, T, P]."""
+        """[N, Q] from a [N, T, M] and g [N, T, P]; a sequence's scores have the same bits in any company."""
+        a, g = _whole_blocks(a), _whole_blocks(g)
         result = torch.zeros(len(a), self.count, dtype=a.dtype, device=a.device)
         if self.tiles:
             gradient = sequence_gradients(a, g).reshape(len(a), -1)
@@ -95,11 +98,23 @@ class LayerQueries:
 
     def token_scores(self, place: int, a: Tensor, g: Tensor) -> Tensor:
         """Each token's share of the score of query ``place``: [N, T]; they sum to the sequence's score."""
+        tokens = a.shape[1]
+        a, g = _whole_blocks(a), _whole_blocks(g)
         if place in self.factors:
             left, right = self.factors[place]
-            return ((g @ left) * (a @ right)).sum(2)
+            return ((g @ left) * (a @ right)).sum(2)[:, :tokens]
         tile = self.tiles[place // TILE][place % TILE].reshape(self.shape)
-        return ((g @ tile) * a).sum(2)
+        return ((g @ tile) * a).sum(2)[:, :tokens]
+
+
+def _whole_blocks(x: Tensor) -> Tensor:
+    """[N, T, ·] with rows of zeros behind each sequence up to whole blocks; batches of a run have them already.
+
+    BLAS works on blocks of rows and takes the rest by another kernel: a token has the same bits wherever in the
+    batch it stands only where every sequence has whole blocks.
+    """
+    rest = -x.shape[1] % ROW_BLOCK
+    return torch.nn.functional.pad(x, (0, 0, 0, rest)) if rest else x
 
 
 def _no_vectors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
