@@ -146,7 +146,7 @@ class _Model:
     vocabulary: int
     context: int | None
     tokenizer: Any
-    weights: dict[str, str]
+    prints: fingerprints.ModelPrint
 
     @classmethod
     def find(cls, config: Config) -> _Model:
@@ -161,15 +161,15 @@ class _Model:
             models.vocabulary_size(structure.config),
             models.context_length(structure.config),
             models.load_tokenizer(files, trusted),
-            fingerprints.of_model(files.folder),
+            fingerprints.of_model(files),
         )
 
     def record(self) -> dict[str, Any]:
         """What run.yaml keeps of it."""
         return {
             "folder": self.files.folder,
-            "tokenizer": self.files.tokenizer,
-            "files": self.weights,
+            "tokenizer_folder": self.files.tokenizer,
+            **self.prints.dump(),
             "parameters": self.coverage.parameters,
             "share": self.coverage.share,
             "layers": [layer.name for layer in self.coverage.tracked],
@@ -198,7 +198,7 @@ def _prepare(config: Config, config_path: str | None, quiet: bool) -> Context:
     if computed:
         plan = Plan(**known["plan"])
         model = replace(model, groups=known["model"]["groups"])
-        _check_model(model.weights, known["model"]["files"], folder.path)
+        _check_model(model.prints, known["model"], folder.path)
         _check_device(plan.device, device, folder.path)
     else:
         if folder.committed("corpus"):
@@ -208,7 +208,7 @@ def _prepare(config: Config, config_path: str | None, quiet: bool) -> Context:
             sequences = load()
             load, lengths = lambda: sequences, sequences.lengths()
         covered = model.coverage
-        plan = make_plan(config, device, covered.tracked, model.groups, covered.parameters, lengths)
+        plan = make_plan(config, device, covered.tracked, model.groups, covered.parameters, lengths, model.context)
     folder.write_settings(
         {
             "config": config.dump(),
@@ -245,12 +245,12 @@ def _check_same(config: Config, known: Mapping[str, Any], path: str, free: Colle
                 )
 
 
-def _check_model(now: Mapping[str, str], before: Mapping[str, str], path: str) -> None:
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if changed:
-        raise UserError(
-            f"{path}: the model's files changed since ({', '.join(sorted(changed))}); choose another run.folder"
-        )
+def _check_model(now: fingerprints.ModelPrint, known: Mapping[str, Any], path: str) -> None:
+    before = fingerprints.ModelPrint.load(known)
+    changes = (before.weights_changed, before.config_changed, before.code_changed, before.tokenizer_changed)
+    for changed in (change(now) for change in changes):
+        if changed:
+            raise UserError(f"{path}: {changed}; choose another run.folder")
 
 
 def _versions() -> dict[str, str]:

@@ -36,6 +36,7 @@ from raylux.cache import build_once, entry_name
 from raylux.config import ModelSection
 from raylux.errors import UserError
 from raylux.layers import Coverage, SkippedLayer, TrackedLayer, coverage
+from raylux.weights import check_indexes
 
 __all__ = [
     "Coverage",
@@ -286,6 +287,7 @@ def _check_folder(folder: Path, label: str, trust_remote_code: bool) -> None:
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "unknown method")
         raise UserError(f"{label}: the weights are quantised ({method}); gradients need the unquantised model")
+    check_indexes(folder)
     if not list(folder.glob("*.safetensors")):
         pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
         raise UserError(_no_safetensors(folder, label, pickled))

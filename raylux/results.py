@@ -332,7 +332,7 @@ class Run:
     def _decode(self, tokens: np.ndarray) -> list[str]:
         from raylux.models import ModelFiles, load_tokenizer
 
-        files = ModelFiles(self.settings["model"]["folder"], self.settings["model"]["tokenizer"])
+        files = ModelFiles(self.settings["model"]["folder"], self.settings["model"]["tokenizer_folder"])
         tokenizer = load_tokenizer(files)
         return [str(tokenizer.decode([int(token)])) for token in tokens]
 
