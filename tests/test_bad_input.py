@@ -272,7 +272,7 @@ def test_changed_weights_are_not_mixed_with_the_old(inputs: Inputs, done: Path) 
     _spoil_weights(inputs, 0.5)
     with pytest.raises(UserError) as error:
         inputs.run(done)
-    _line(str(error.value), "model.safetensors", "changed", "run.folder")
+    _line(str(error.value), "weights differ: 1 of 28 tensors", "transformer.h.0.mlp.c_fc.weight", "run.folder")
     assert same()
 
 
