@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from raylux import fingerprints
 from raylux.config import Config
 from raylux.curvature import KINDS, Kind
-from raylux.engine.backend import Backend, LocalBackend
 from raylux.engine.demand import Demand, check_memory_here
+from raylux.engine.local import LocalBackend
 from raylux.engine.plan import Plan, assign, shards_bytes, worker_bytes
 from raylux.engine.progress import Reporter
 from raylux.engine.shard import ShardSpec
+from raylux.engine.work import Backend
 from raylux.engine.worker import WorkerSpec
+from raylux.errors import UserError
 from raylux.layers import Coverage
 from raylux.models import ModelFiles
 from raylux.queries import Query
@@ -71,9 +76,6 @@ class Context:
             self._backend = self._start()
         return self._backend
 
-    def shard_of(self, layer: str) -> int:
-        return next(index for index, names in enumerate(self.assignment) if layer in names)
-
     def close(self) -> None:
         if self._backend is not None:
             self._backend.close()
@@ -102,12 +104,32 @@ class Context:
             return LocalBackend(worker, self._shard_specs())
         # Ray is imported where it is used: a run in process loads nothing of it.
         from raylux.engine import session
+        from raylux.engine.remote import RayBackend
 
         started = session.connect()
         workers, shards = session.size(demand)
         shards = min(shards, len(set(self.groups.values())))
         self._assignment = assign(layers, self.groups, shards)
-        return session.RayBackend(worker, self._shard_specs(), workers, engine.timeout, started)
+        return RayBackend(
+            worker,
+            self._shard_specs(),
+            workers,
+            engine.timeout,
+            started,
+            lambda: session.capacity(demand),
+            self.reporter.event,
+            self._welcome,
+        )
+
+    def _welcome(self, facts: Mapping[str, Any]) -> None:
+        """Raises UserError where a worker's node has other weights under the same path."""
+        here = fingerprints.of_weights(self.files.folder)
+        if facts["weights"] != here:
+            raise UserError(
+                f"the model in {self.files.folder} on node {facts['host']} is not the driver's (weights "
+                f"{facts['weights']} instead of {here}); bring the same files to every node, or use a folder "
+                "that all nodes share"
+            )
 
     def _shard_specs(self) -> list[ShardSpec]:
         by_name = {layer.name: layer for layer in self.coverage.tracked}

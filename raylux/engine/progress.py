@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -22,10 +23,20 @@ class Task:
     def __init__(self, owner: Reporter, stage: str, total: int, what: str) -> None:
         self._owner, self.stage, self.total, self.what = owner, stage, total, what
         self.done = 0
+        self._from = 0
         self.started = self._line = time.monotonic()
 
     def advance(self, count: int = 1) -> None:
-        self.done += count
+        self.reach(self.done + count)
+
+    def go_on(self, done: int) -> None:
+        """So many were done by an earlier command: they say nothing of this one's pace."""
+        self._from = done
+        self.reach(done)
+
+    def reach(self, done: int) -> None:
+        """So many are done; fewer than before, where some have to be done again."""
+        self.done = done
         self._owner.moved(self)
 
     @property
@@ -35,7 +46,8 @@ class Task:
     @property
     def left(self) -> float | None:
         """Seconds left by the pace so far."""
-        return self.seconds / self.done * (self.total - self.done) if self.done else None
+        own = self.done - self._from
+        return self.seconds / own * (self.total - self.done) if own > 0 else None
 
     def due(self) -> bool:
         """Whether it is time for another plain line."""
@@ -94,17 +106,22 @@ class Reporter:
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)
 
-    def _write(self, task: Task, state: str) -> None:
+    def event(self, kind: str, **facts: object) -> None:
+        """A line of progress.jsonl: what happened, when."""
         if self._file is None:
             return
-        record = {
-            "time": round(time.time(), 3),
-            "stage": task.stage,
-            "state": state,
-            "done": task.done,
-            "total": task.total,
-            "what": task.what,
-            "seconds": round(task.seconds, 3),
-        }
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        record = {"time": round(time.time(), 3), "event": kind, **facts}
+        # One write to a file opened for appending: lines of two processes do not mix.
+        with contextlib.suppress(OSError), self._file.open("ab", buffering=0) as file:
+            file.write(json.dumps(record, default=str).encode() + b"\n")
+
+    def _write(self, task: Task, state: str) -> None:
+        self.event(
+            "task",
+            stage=task.stage,
+            state=state,
+            done=task.done,
+            total=task.total,
+            what=task.what,
+            seconds=round(task.seconds, 3),
+        )

@@ -14,6 +14,7 @@ from raylux.layers import TrackedLayer
 from raylux.store import RunFolder
 
 COVARIANCE, EIGEN, MOMENTS = "fit.covariance", "fit.eigen", "fit.moments"
+LABELS, SNAPSHOT, QUARANTINE = "fit.labels", "fit.snapshot", "quarantine"
 QUERY, SCORE, TOKENS, CANDIDATES = "query", "score", "tokens", "prefilter"
 
 

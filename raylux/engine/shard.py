@@ -6,6 +6,7 @@ driver commits what it wrote.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from raylux.curvature import KINDS, Spectral, eigenbasis
+from raylux.engine import numerics
 from raylux.engine.records import FactorFiles, input_matrix, output_matrix, query_arrays, read_basis, tensor
 from raylux.errors import NumericsError
 from raylux.influence.dots import sequence_gradients
@@ -23,6 +25,7 @@ from raylux.layers import TrackedLayer
 from raylux.store import RunFolder
 
 Objects = dict[str, tuple[int, str]]
+Written = dict[str, tuple[str, Objects, dict[str, Any]]]
 Measured = dict[int, tuple[float, np.ndarray | None]]
 """Place of a query in its block -> its dense score on a probe, and what each component gives to it [R]."""
 
@@ -56,56 +59,99 @@ class FactorShard:
         self._block: dict[str, list[Tensor]] = {}
         self._factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
+    def pid(self) -> int:
+        """The process it lives in."""
+        return os.getpid()
+
     # sums
 
-    def begin(self) -> None:
-        """Start a pass: nothing summed, unit 0 comes first."""
-        self._sums, self._counts, self._next = {}, {}, 0
+    def begin(
+        self, cursor: int = 0, keys: Mapping[str, str] | None = None, counts: Mapping[str, int] | None = None
+    ) -> None:
+        """Start a pass, or go on with one from a snapshot.
 
-    def add(self, unit: int, part: Mapping[str, Any]) -> None:
-        """Add a unit's part. Units come in order: the order of float sums is part of the result."""
+        Args:
+            cursor: the unit that is due next.
+            keys: matrix -> key of its sum in the snapshot; those of other shards are left alone.
+            counts: layer -> token rows summed, and "" -> sequences summed.
+        """
+        own = set(self._own())
+        self._sums = {
+            name: self.folder.group(key).read("sum").copy() for name, key in (keys or {}).items() if name in own
+        }
+        self._counts = {name: count for name, count in (counts or {}).items() if not name or name in self.layers}
+        self._next = cursor
+
+    def add(self, unit: int, part: Mapping[str, Any] | None) -> None:
+        """Add a unit's part; None: the unit was given up. A unit that is held already is dropped.
+
+        Units come in order: the order of float sums is part of the result.
+        """
+        if unit < self._next:
+            return
         if unit != self._next:
             raise RuntimeError(f"unit {unit} came where unit {self._next} was due")
-        for name, array in _matrices(part):
+        if part is not None:
+            self._add(unit, part)
+        self._next += 1
+
+    def _add(self, unit: int, part: Mapping[str, Any]) -> None:
+        arrays = _matrices(part)
+        for name, array in arrays:
             if not np.isfinite(array).all():
                 raise NumericsError(f"fit unit {unit}: NaN or infinity in {name}")
+        for name, array in arrays:
             if name in self._sums:
                 self._sums[name] += array
             else:
                 self._sums[name] = array.astype(np.float64)
         for name, count in {**part.get("rows", {}), "": part["sequences"]}.items():
             self._counts[name] = self._counts.get(name, 0) + int(count)
-        self._next += 1
 
-    def write_covariances(self) -> dict[str, tuple[str, Objects, dict[str, Any]]]:
+    def snapshot(self, prefix: str) -> tuple[dict[str, str], dict[str, int], Objects]:
+        """Write the running sums: matrix -> key, counts, and the objects written."""
+        keys: dict[str, str] = {}
+        objects: Objects = {}
+        for name, total in self._sums.items():
+            keys[name], more = self.folder.write(f"{prefix}/{_tidy(name)}", {"sum": total})
+            objects |= more
+        return keys, dict(self._counts), objects
+
+    def write_covariances(self) -> Written:
         """Write A of each input group and S of each layer as means over tokens: name -> key, objects, counts."""
         written = {}
-        sequences = self._counts[""]
         for name, total in self._sums.items():
             rows = self._counts[name.partition(":")[2]]
             mean: np.ndarray = (total / rows).astype(self._storage())
             key, objects = self.folder.write(f"factors/{_tidy(name)}/covariance", {"matrix": mean})
-            written[name] = key, objects, {"rows": rows, "sequences": sequences}
-        self._sums = {}
+            written[name] = key, objects, {"rows": rows, "sequences": self._counts[""]}
         return written
 
-    def decompose(self, name: str, key: str) -> tuple[str, Objects]:
-        """Eigenvalues and eigenvectors of a written covariance, computed in float64."""
+    def write_moments(self) -> Written:
+        """Write Λ of each layer: the mean over sequences."""
+        written = {}
+        for name, total in self._sums.items():
+            mean: np.ndarray = (total / self._counts[""]).astype(self._storage())
+            key, objects = self.folder.write(f"factors/{name}/lambda", {"matrix": mean})
+            written[name] = key, objects, {"sequences": self._counts[""]}
+        return written
+
+    def release(self) -> None:
+        """Forget the sums: they are committed."""
+        self._sums, self._counts, self._next = {}, {}, 0
+
+    def _own(self) -> list[str]:
+        """Every name under which a sum of this shard may stand."""
+        leaders = {self.spec.groups[name] for name in self.layers}
+        inputs, outputs = map(input_matrix, leaders), map(output_matrix, self.layers)
+        return [*inputs, *outputs, *self.layers]
+
+    def decompose(self, name: str, key: str) -> tuple[str, Objects, numerics.Numerics]:
+        """Eigenvalues and eigenvectors of a written covariance, computed in float64; any shard may do it."""
         matrix = tensor(self.folder.group(key).read("matrix"), torch.float64, self.spec.device)
         values, vectors = eigenbasis(matrix, name)
         arrays = {"values": values.cpu().numpy(), "vectors": vectors.cpu().numpy().astype(self._storage())}
-        return self.folder.write(f"factors/{_tidy(name)}/eigen", arrays)
-
-    def write_moments(self) -> dict[str, tuple[str, Objects, dict[str, Any]]]:
-        """Write Λ of each layer: the mean over sequences."""
-        written = {}
-        sequences = self._counts[""]
-        for name, total in self._sums.items():
-            mean: np.ndarray = (total / sequences).astype(self._storage())
-            key, objects = self.folder.write(f"factors/{name}/lambda", {"matrix": mean})
-            written[name] = key, objects, {"sequences": sequences}
-        self._sums = {}
-        return written
+        return *self.folder.write(f"factors/{_tidy(name)}/eigen", arrays), numerics.here(self.spec.device)
 
     # queries
 
@@ -164,11 +210,13 @@ class FactorShard:
             }
         return result
 
-    def write_block(self, block: str, ranks: Sequence[Mapping[str, int]]) -> tuple[dict[str, str], Objects]:
+    def write_block(
+        self, block: str, ranks: Sequence[Mapping[str, int]]
+    ) -> tuple[dict[str, str], Objects, numerics.Numerics]:
         """Write the kept block: per query the rank of each layer, dense where −1 or not named.
 
         Returns:
-            layer -> key, and the objects written.
+            layer -> key, the objects written, and what their bits depend on.
         """
         keys: dict[str, str] = {}
         objects: Objects = {}
@@ -184,7 +232,7 @@ class FactorShard:
             keys[name], more = self.folder.write(f"queries/{name}/{block}", arrays)
             objects |= more
         self._block, self._factors = {}, {}
-        return keys, objects
+        return keys, objects, numerics.here(self.spec.device)
 
     def _curvature(
         self, name: str, files: FactorFiles, moments: Mapping[str, str], rows_per_sequence: Mapping[str, float]
@@ -221,6 +269,6 @@ def _matrices(part: Mapping[str, Any]) -> list[tuple[str, np.ndarray]]:
 
 
 def _tidy(name: str) -> str:
-    """A matrix's name as a folder: its layer, then which side."""
-    side, _, layer = name.partition(":")
-    return f"{layer}/{side}"
+    """A matrix's name as a folder: its layer, then which side of it, if one is named."""
+    side, colon, layer = name.partition(":")
+    return f"{layer}/{side}" if colon else f"{name}/lambda"

@@ -5,6 +5,8 @@ A plain class: the same code runs in process and as a Ray actor.
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raylux import models
+from raylux import fingerprints, models
 from raylux.batches import Batch, TokenRow, collate, fit_batches, score_batches
 from raylux.capture import Capture, Captured
 from raylux.curvature import Covariances, add_second_moment
+from raylux.engine import numerics
 from raylux.engine.plan import Plan
 from raylux.engine.records import FactorFiles, QueryFiles, read_basis, read_layer_queries
 from raylux.errors import NumericsError
@@ -40,6 +43,14 @@ class WorkerSpec:
 
 
 @dataclass(frozen=True)
+class LoadedQueries:
+    """Preconditioned queries that a worker is to hold: where they are, and the ids wanted."""
+
+    files: tuple[QueryFiles, ...]
+    ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class QuerySpec:
     """A query as a worker gets it: its parts' tokens and labels, and their weights in the measurement."""
 
@@ -52,31 +63,47 @@ Part = dict[str, Any]
 
 
 class GradientWorker:
-    """Holds a frozen model and answers for units; it keeps nothing that another worker would miss."""
+    """Holds a frozen model and answers for units; it keeps nothing that another worker would miss.
+
+    What a unit needs beside the model (bases, queries) comes with the call and is read from the run folder
+    where it is not yet held, so that any worker, however new, can take any unit.
+    """
 
     def __init__(self, spec: WorkerSpec) -> None:
-        torch.set_num_threads(spec.plan.threads)
         self.spec = spec
         self.device = spec.plan.device
         self.folder = RunFolder(spec.folder)
-        self.model = models.load_model(spec.files, spec.plan.dtype, self.device, spec.trust_remote_code)
-        self.capture = Capture(self.model, spec.layers, spec.groups)
         self.compute = torch.float64 if spec.plan.dtype == "float64" else torch.float32
+        self._capture: Capture | None = None
         self._reader: CorpusReader | None = None
         self._bases: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        self._bases_of: FactorFiles | None = None
         self._queries: dict[str, LayerQueries] = {}
-        self._query_ids: list[str] = []
+        self._queries_of: LoadedQueries | None = None
+
+    def prepare(self) -> dict[str, Any]:
+        """Load the model. Apart from ``__init__``, so that its errors arrive as what they are.
+
+        Returns:
+            Who answers (pid, host), ``weights``: a digest of the model's files as this node has them, and
+            ``numerics``: what, beside the inputs, the bits of its results depend on.
+        """
+        spec = self.spec
+        torch.set_num_threads(spec.plan.threads)
+        model = models.load_model(spec.files, spec.plan.dtype, self.device, spec.trust_remote_code)
+        self._capture = Capture(model, spec.layers, spec.groups)
+        return {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "weights": fingerprints.of_weights(spec.files.folder),
+            "numerics": numerics.here(self.device),
+        }
 
     @property
     def reader(self) -> CorpusReader:
         if self._reader is None:
             self._reader = CorpusReader(self.folder)
         return self._reader
-
-    def facts(self) -> dict[str, Any]:
-        """The numerics tag: what, beside the inputs, the bits of this worker's results depend on."""
-        where = torch.cuda.get_device_name() if self.device == "cuda" else torch.backends.cpu.get_cpu_capability()
-        return {"torch": torch.__version__, "device": where, "threads": torch.get_num_threads()}
 
     # fit
 
@@ -108,17 +135,13 @@ class GradientWorker:
         ]
         return (np.concatenate(labels), *parts)
 
-    def load_bases(self, files: FactorFiles) -> None:
-        """Read Q_A and Q_S of every layer; ``files`` empty: the standard basis."""
-        self._bases = {
-            layer.name: read_basis(
-                self.folder, files, layer.name, self.spec.groups[layer.name], self.compute, self.device
-            )
-            for layer in self.spec.layers
-        }
-
     def moment_unit(
-        self, rows: np.ndarray, labels: np.ndarray | None, shards: Sequence[Sequence[str]], sampled: bool
+        self,
+        rows: np.ndarray,
+        labels: np.ndarray | None,
+        shards: Sequence[Sequence[str]],
+        sampled: bool,
+        files: FactorFiles,
     ) -> tuple[Any, ...]:
         """Sums of squared per-sequence gradients in the eigenbasis of a fit unit.
 
@@ -127,7 +150,9 @@ class GradientWorker:
             labels: flat labels drawn in the covariance pass, or None to draw (or read) them now.
             shards: layer names of each shard.
             sampled: draw labels, where none are given.
+            files: the eigenbases; empty: the standard basis.
         """
+        self._hold_bases(files)
         sequences = self.reader.rows(rows)
         if labels is not None:
             ends = np.cumsum([len(row.tokens) for row in sequences])
@@ -191,22 +216,10 @@ class GradientWorker:
 
     # scores
 
-    def load_queries(self, files: Sequence[QueryFiles], ids: Sequence[str]) -> None:
-        """Read the s_test of ``ids`` in every layer; they stay until others are loaded."""
-        self._query_ids = list(ids)
-        self._queries = {
-            layer.name: LayerQueries.build(
-                layer.shape,
-                read_layer_queries(self.folder, files, layer, ids, self.compute, self.device),
-                self.spec.plan.typical_tokens,
-            )
-            for layer in self.spec.layers
-        }
-
     def score_unit(
-        self, name: str, rows: np.ndarray, ids: Sequence[str], layers: bool, norms: bool
+        self, name: str, rows: np.ndarray, ids: Sequence[str], layers: bool, norms: bool, loaded: LoadedQueries
     ) -> tuple[str, dict[str, tuple[int, str]]]:
-        """Score corpus rows against loaded queries and write the block.
+        """Score corpus rows against queries and write the block.
 
         Args:
             name: the unit's, for the object's key.
@@ -214,18 +227,20 @@ class GradientWorker:
             ids: the queries to keep, all of them loaded.
             layers: keep per-layer scores too.
             norms: keep the sequences' gradient norms (for cosine).
+            loaded: the queries to run against; the same for many units.
 
         Returns:
             The key and the objects of what was written, as ``RunFolder.write``.
         """
-        columns = [self._query_ids.index(query) for query in ids]
+        self._hold_queries(loaded)
+        columns = [loaded.ids.index(query) for query in ids]
         dtype = _array(torch.zeros(0, dtype=self.compute)).dtype
         total = np.full((len(ids), len(rows)), np.nan, dtype)
         by_layer = np.full((len(ids), len(self.spec.layers), len(rows)), np.nan, dtype) if layers else None
         norm = np.full(len(rows), np.nan, dtype)
         for batch, inputs, grads in self._batches(rows):
             places, count = list(batch.rows), len(batch.rows)
-            whole = torch.zeros(len(batch.mask), len(self._query_ids), dtype=torch.float64, device=self.device)
+            whole = torch.zeros(len(batch.mask), len(loaded.ids), dtype=torch.float64, device=self.device)
             for index, layer in enumerate(self.spec.layers):
                 part = self._queries[layer.name].scores(inputs[self.spec.groups[layer.name]], grads[layer.name])
                 whole += part
@@ -244,9 +259,12 @@ class GradientWorker:
             arrays["norms"] = norm
         return self.folder.write(f"scores/{name}", arrays)
 
-    def token_unit(self, name: str, rows: np.ndarray, query: str) -> tuple[str, dict[str, tuple[int, str]]]:
-        """Per-token scores of corpus rows for one loaded query, written flat with offsets."""
-        place = self._query_ids.index(query)
+    def token_unit(
+        self, name: str, rows: np.ndarray, query: str, loaded: LoadedQueries
+    ) -> tuple[str, dict[str, tuple[int, str]]]:
+        """Per-token scores of corpus rows for one query, written flat with offsets."""
+        self._hold_queries(loaded)
+        place = loaded.ids.index(query)
         sequences = self.reader.rows(rows)
         shares: list[np.ndarray] = [np.zeros(0)] * len(rows)
         for batch, inputs, grads in self._batches(rows):
@@ -273,10 +291,39 @@ class GradientWorker:
 
     # common
 
+    def _hold_bases(self, files: FactorFiles) -> None:
+        """Q_A and Q_S of every layer, read unless they are held."""
+        if self._bases_of == files:
+            return
+        spec = self.spec
+        self._bases = {
+            layer.name: read_basis(
+                self.folder, files, layer.name, spec.groups[layer.name], self.compute, self.device
+            )
+            for layer in spec.layers
+        }  # fmt: skip
+        self._bases_of = files
+
+    def _hold_queries(self, loaded: LoadedQueries) -> None:
+        """The s_test of every layer, read unless they are held."""
+        if self._queries_of == loaded:
+            return
+        self._queries, self._queries_of, self._bases, self._bases_of = {}, None, {}, None
+        self._queries = {
+            layer.name: LayerQueries.build(
+                layer.shape,
+                read_layer_queries(self.folder, loaded.files, layer, loaded.ids, self.compute, self.device),
+                self.spec.plan.typical_tokens,
+            )
+            for layer in self.spec.layers
+        }
+        self._queries_of = loaded
+
     def _run(self, batch: Batch, sampled: bool) -> Captured:
+        assert self._capture is not None, "prepare() comes first"
         seed = self.spec.seed
         labeller = (lambda logits, keys, places: sample_labels(logits, keys, places, seed)) if sampled else None
-        return self.capture.run(batch.to(self.device), labeller)
+        return self._capture.run(batch.to(self.device), labeller)
 
     def _widened(self, captured: Captured) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """a and g in the precision of the sums."""

@@ -61,6 +61,11 @@ class Files:
             with contextlib.suppress(OSError):
                 os.unlink(part)
 
+    def delete(self, key: str) -> None:
+        """Remove an object; one that is not there is none to remove."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(key))
+
     def get(self, key: str) -> bytes:
         """The object's bytes. Raises FileNotFoundError."""
         data = self._fs.cat_file(self._path(key))

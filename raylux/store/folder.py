@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,9 +83,11 @@ class RunFolder:
 
     # the ledger
 
-    def commit(self, stage: str, unit: str, keys: Mapping[str, tuple[int, str]] | None = None, **meta: Any) -> Manifest:
-        """Write the manifest that makes ``keys`` (as ``write`` returned them) part of the run."""
-        manifest = Manifest(stage, unit, dict(keys or {}), meta)
+    def commit(
+        self, stage: str, unit: str, objects: Mapping[str, tuple[int, str]] | None = None, /, **meta: Any
+    ) -> Manifest:
+        """Write the manifest that makes ``objects`` (as ``write`` returned them) part of the run."""
+        manifest = Manifest(stage, unit, dict(objects or {}), meta)
         data = {"objects": {key: list(value) for key, value in manifest.objects.items()}, "meta": meta}
         self.files.put(_ledger_key(stage, unit), json.dumps(data, ensure_ascii=False).encode())
         return manifest
@@ -111,6 +113,15 @@ class RunFolder:
             raise DamagedError(f"{self.path}: {key} is missing") from None
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DamagedError(f"{self.path}: {key} is damaged") from None
+
+    def forget(self, stage: str, unit: str) -> None:
+        """Take a unit out of the ledger."""
+        self.files.delete(_ledger_key(stage, unit))
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove objects that no manifest names any more."""
+        for key in keys:
+            self.files.delete(key)
 
     # arrays
 

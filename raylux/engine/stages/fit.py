@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from raylux.batches import IGNORED
 from raylux.engine.context import Context
-from raylux.engine.plan import choose_fit_rows, fit_units
-from raylux.engine.records import COVARIANCE, EIGEN, MOMENTS, factor_files, input_matrix, output_matrix
+from raylux.engine.pace import Pace
+from raylux.engine.plan import choose_fit_rows, covariance_bytes, fit_units, layer_bytes
+from raylux.engine.quarantine import given_up
+from raylux.engine.records import COVARIANCE, EIGEN, LABELS, MOMENTS, factor_files, input_matrix, output_matrix
+from raylux.engine.sums import Finished, SumPass, Units, forget_snapshot
+from raylux.engine.work import ids_at
+from raylux.errors import RayluxError
 from raylux.store import Manifest
-
-LABELS = "fit.labels"
 
 
 def run(ctx: Context) -> None:
     """Do what the kind of curvature needs and the folder lacks."""
-    units = _Units(ctx)
+    units = _FitUnits(ctx)
     if ctx.kind.basis:
         _covariances(ctx, units)
         _eigenbases(ctx)
@@ -36,45 +41,77 @@ def missing(ctx: Context) -> list[str]:
     if ctx.kind.basis:
         names = set(matrices(ctx))
         found += [stage for stage in (COVARIANCE, EIGEN) if names - ctx.folder.committed(stage)]
-    if ctx.kind.moments and {layer.name for layer in ctx.coverage.tracked} - ctx.folder.committed(MOMENTS):
+    if ctx.kind.moments and _layers(ctx) - ctx.folder.committed(MOMENTS):
         found.append(MOMENTS)
     return found
 
 
-class _Units:
+def _layers(ctx: Context) -> set[str]:
+    return {layer.name for layer in ctx.coverage.tracked}
+
+
+class _FitUnits:
     """The sequences of the fit, cut into units: a function of ids and lengths alone."""
 
     def __init__(self, ctx: Context) -> None:
         self.rows = choose_fit_rows(ctx.ids, ctx.config.fit.sequences, ctx.config.fit.seed)
         lengths = ctx.reader.lengths[self.rows]
         self.slices = fit_units(lengths, ctx.plan.fit_unit_tokens)
+        self.names = [f"f{index:06d}" for index in range(len(self.slices))]
         self.ends = np.concatenate([[0], np.cumsum(lengths)])
 
-    def __len__(self) -> int:
-        return len(self.slices)
-
-    def labels(self, drawn: np.ndarray, index: int) -> np.ndarray:
-        """The part of all drawn labels, flat in the order of the fit, that belongs to a unit."""
+    def tokens(self, index: int) -> slice:
+        """Where a unit's tokens lie among those of the fit, flat."""
         part = self.slices[index]
-        return drawn[self.ends[part.start] : self.ends[part.stop]]
+        return slice(int(self.ends[part.start]), int(self.ends[part.stop]))
+
+    def joined(self, heads: Mapping[int, np.ndarray]) -> np.ndarray:
+        """The labels of all units, flat in the order of the fit; of a unit that was left out, none counts."""
+        labels = np.full(int(self.ends[-1]), IGNORED, np.int32)
+        for index, head in heads.items():
+            labels[self.tokens(index)] = head
+        return labels
 
 
-def _covariances(ctx: Context, units: _Units) -> None:
-    names = set(matrices(ctx))
-    if not names - ctx.folder.committed(COVARIANCE):
+def _pass(
+    ctx: Context,
+    units: _FitUnits,
+    stage: str,
+    names: tuple[str, str, str],
+    args: Any,
+    size: int,
+    leave_out: Sequence[str],
+) -> Finished:
+    """Run a pass of sums; ``names``: what people call it, the worker's method, the shard's that writes."""
+    what, method, write = names
+    work = Units(
+        stage, method, write, units.names, args, lambda index: ids_at(ctx.ids, units.rows[units.slices[index]]),
+        frozenset(leave_out),
+    )  # fmt: skip
+    with ctx.reporter.task(what, len(units.names), "units") as task:
+        done = SumPass(ctx.backend, ctx.folder, work, Pace(ctx.config.fit.snapshot, size), ctx.reporter).run(task)
+    if not done.written or any(not counts["sequences"] for _, _, counts in done.written.values()):
+        raise RayluxError(
+            f"{ctx.folder.path}: every unit of the fit is quarantined, nothing is left to fit on; "
+            "`raylux inspect` lists the reasons"
+        )
+    return done
+
+
+def _covariances(ctx: Context, units: _FitUnits) -> None:
+    if not set(matrices(ctx)) - ctx.folder.committed(COVARIANCE):
+        forget_snapshot(ctx.folder, COVARIANCE)
         return
-    backend, sampled = ctx.backend, ctx.config.fit.labels == "sampled"
-    backend.shard_calls("begin", [()] * backend.shards)
-    jobs = ((index, (units.rows[part], ctx.assignment, sampled)) for index, part in enumerate(units.slices))
-    drawn = []
-    with ctx.reporter.task("covariance", len(units), "units") as task:
-        for index, labels, parts in backend.map("covariance_unit", jobs, parts=True, ordered=True):
-            backend.shard_calls("add", [(index, part) for part in parts])
-            drawn.append(labels)
-            task.advance()
-        key, objects = ctx.folder.write("factors/labels", {"labels": np.concatenate(drawn)})
-        ctx.folder.commit(LABELS, "labels", objects, key=key)
-        _commit(ctx, COVARIANCE, "write_covariances")
+    sampled, assignment = ctx.config.fit.labels == "sampled", ctx.assignment
+
+    def args(index: int) -> tuple[Any, ...]:
+        return units.rows[units.slices[index]], assignment, sampled
+
+    size = covariance_bytes(ctx.coverage.tracked, ctx.groups, 8)
+    done = _pass(ctx, units, COVARIANCE, ("covariance", "covariance_unit", "write_covariances"), args, size, ())
+    key, objects = ctx.folder.write("factors/labels", {"labels": units.joined(done.heads)})
+    ctx.folder.commit(LABELS, "labels", objects, key=key)
+    _commit(ctx, COVARIANCE, done)
 
 
 def _eigenbases(ctx: Context) -> None:
@@ -82,41 +119,41 @@ def _eigenbases(ctx: Context) -> None:
     if not todo:
         return
     keys = {name: manifest.meta["key"] for name, manifest in ctx.folder.units(COVARIANCE).items()}
-    jobs: dict[int, list[tuple[str, str]]] = {}
-    for name in matrices(ctx):
-        if name in todo:
-            jobs.setdefault(ctx.shard_of(name.partition(":")[2]), []).append((name, keys[name]))
+    # The largest first: what is begun last is done soon.
+    sizes = {input_matrix(layer.name): layer.inputs for layer in ctx.coverage.tracked}
+    sizes |= {output_matrix(layer.name): layer.outputs for layer in ctx.coverage.tracked}
+    jobs = [(name, keys[name]) for name in sorted(todo, key=lambda name: (-sizes[name], name))]
     with ctx.reporter.task("eigenbases", len(todo), "matrices") as task:
-        for _, (name, _), (key, objects) in ctx.backend.shard_stream("decompose", jobs):
-            ctx.folder.commit(EIGEN, name, objects, key=key)
+        for (name, _), (key, objects, numerics) in ctx.backend.shard_stream("decompose", jobs):
+            ctx.folder.commit(EIGEN, name, objects, key=key, numerics=[numerics])
             task.advance()
 
 
-def _moments(ctx: Context, units: _Units) -> None:
-    if not {layer.name for layer in ctx.coverage.tracked} - ctx.folder.committed(MOMENTS):
+def _moments(ctx: Context, units: _FitUnits) -> None:
+    if not _layers(ctx) - ctx.folder.committed(MOMENTS):
+        forget_snapshot(ctx.folder, MOMENTS)
         return
-    backend, sampled = ctx.backend, ctx.config.fit.labels == "sampled"
     drawn = None
     if ctx.kind.basis:
         drawn = ctx.folder.group(ctx.folder.manifest(LABELS, "labels").meta["key"]).read("labels")
-    backend.everyone("load_bases", factor_files(ctx.folder))
-    backend.shard_calls("begin", [()] * backend.shards)
-    jobs = (
-        (index, (units.rows[part], None if drawn is None else units.labels(drawn, index), ctx.assignment, sampled))
-        for index, part in enumerate(units.slices)
-    )
-    with ctx.reporter.task("lambda", len(units), "units") as task:
-        for index, _, parts in backend.map("moment_unit", jobs, parts=True, ordered=True):
-            backend.shard_calls("add", [(index, part) for part in parts])
-            task.advance()
-        _commit(ctx, MOMENTS, "write_moments")
+    sampled, assignment = ctx.config.fit.labels == "sampled", ctx.assignment
+    files = ctx.backend.share(factor_files(ctx.folder))
+
+    def args(index: int) -> tuple[Any, ...]:
+        labels = None if drawn is None else drawn[units.tokens(index)]
+        return units.rows[units.slices[index]], labels, assignment, sampled, files
+
+    # A unit that killed its workers in the first pass is not tried again in the second.
+    leave_out = tuple(given_up(ctx.folder, COVARIANCE))
+    size = layer_bytes(ctx.coverage.tracked, 8)
+    done = _pass(ctx, units, MOMENTS, ("lambda", "moment_unit", "write_moments"), args, size, leave_out)
+    _commit(ctx, MOMENTS, done)
 
 
-def _commit(ctx: Context, stage: str, method: str) -> None:
-    tag = ctx.backend.everyone("facts")[0]
-    for written in ctx.backend.shard_calls(method, [()] * ctx.backend.shards):
-        for name, (key, objects, counts) in written.items():
-            ctx.folder.commit(stage, name, objects, key=key, numerics=tag, **counts)
+def _commit(ctx: Context, stage: str, done: Finished) -> None:
+    for name, (key, objects, counts) in done.written.items():
+        ctx.folder.commit(stage, name, objects, key=key, numerics=done.numerics, **counts)
+    forget_snapshot(ctx.folder, stage)
 
 
 def rows_per_sequence(units: Mapping[str, Manifest]) -> dict[str, float]:

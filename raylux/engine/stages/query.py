@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from raylux.batches import TokenRow
 from raylux.engine.context import Context
+from raylux.engine.numerics import Numerics, distinct
 from raylux.engine.plan import choose_fit_rows, probe_count, query_block
+from raylux.engine.quarantine import give_up, given_up
 from raylux.engine.records import COVARIANCE, MOMENTS, QUERY, factor_files
 from raylux.engine.shard import Measured
 from raylux.engine.stages import prefilter
 from raylux.engine.stages.fit import rows_per_sequence
+from raylux.engine.work import Job, ShardLostError, every_shard, results
 from raylux.engine.worker import QuerySpec
+from raylux.errors import RayluxError
 from raylux.influence.lowrank import choose_ranks
 from raylux.queries import Query
+
+# Times that a block is begun again because a factor shard died in it.
+_ATTEMPTS = 20
 
 
 def run(ctx: Context) -> None:
     """Solve for every query that has no s_test yet, a block at a time."""
-    solved = solved_queries(ctx)
-    todo = [query for query in ctx.queries if query.id not in solved]
+    out = solved_queries(ctx) | set(given_up(ctx.folder, QUERY))
+    todo = [query for query in ctx.queries if query.id not in out]
     if not todo:
         return
     size = query_block(ctx.coverage.tracked, ctx.itemsize)
@@ -29,7 +38,7 @@ def run(ctx: Context) -> None:
     with ctx.reporter.task("query", len(todo), "queries") as task:
         for start in range(0, len(todo), size):
             block = todo[start : start + size]
-            _block(ctx, f"b{number:05d}", block)
+            _solve(ctx, f"b{number:05d}", block)
             number += 1
             task.advance(len(block))
 
@@ -39,40 +48,85 @@ def solved_queries(ctx: Context) -> set[str]:
     return {query for manifest in ctx.folder.units(QUERY).values() for query in manifest.meta["queries"]}
 
 
+def answerable(ctx: Context) -> list[Query]:
+    """The queries asked for, but for those that were given up."""
+    out = given_up(ctx.folder, QUERY)
+    return [query for query in ctx.queries if query.id not in out]
+
+
+def _solve(ctx: Context, name: str, queries: Sequence[Query]) -> None:
+    """A block, from its start again where a shard died: what a shard holds of a block lives in it alone."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            _block(ctx, name, queries)
+            return
+        except ShardLostError as lost:
+            if attempt == _ATTEMPTS:
+                raise RayluxError(
+                    f"query block {name}: {lost}, for the {attempt}th time; give the shards more memory "
+                    "(more engine.shards), and run the same command again"
+                ) from None
+            ctx.reporter.say(f"query: {lost}; its block of {len(queries)} queries begins again")
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """What the workers say of a block: its queries, a head and handles of parts each, and numerics."""
+
+    queries: list[Query]
+    heads: list[Mapping[str, Any]]
+    parts: list[Sequence[Any]]
+    numerics: list[Numerics]
+
+
+def _gradients(ctx: Context, queries: Sequence[Query]) -> _Gradients:
+    jobs = (Job(query.id, (_spec(query), ctx.assignment), query) for query in queries)
+    found = _Gradients([], [], [], [])
+    for result in results(ctx.backend, "query_gradient", jobs, parts=True, ordered=True):
+        query: Query = result.job.item
+        if result.failure is not None:
+            give_up(ctx.folder, QUERY, query.id, [query.id], result.failure)
+            ctx.reporter.say(f"query: '{query.id}' is quarantined ({result.failure.reason})")
+            continue
+        found.queries.append(query)
+        found.heads.append(result.value)
+        found.parts.append(result.parts)
+        found.numerics.append(dict(result.numerics))
+    return found
+
+
 def _block(ctx: Context, name: str, queries: Sequence[Query]) -> None:
     backend = ctx.backend
-    jobs = ((query.id, (_spec(query), ctx.assignment)) for query in queries)
-    heads, parts = [], []
-    for _, head, handles in backend.map("query_gradient", jobs, parts=True, ordered=True):
-        heads.append(head)
-        parts.append(handles)
+    gradients = _gradients(ctx, queries)
+    if not gradients.queries:
+        return
     limits = _rank_limits(ctx)
     files = factor_files(ctx.folder)
     moments = {unit: manifest.meta["key"] for unit, manifest in ctx.folder.units(MOMENTS).items()}
     tokens = rows_per_sequence(ctx.folder.units(COVARIANCE))
     damping: dict[str, float] = {}
-    for part in backend.shard_calls(
-        "solve",
-        [(files, moments, tokens, limits, *(handles[shard] for handles in parts)) for shard in range(backend.shards)],
-    ):
+    handles = [[parts[shard] for parts in gradients.parts] for shard in range(backend.shards)]
+    for part in every_shard(backend, "solve", [(files, moments, tokens, limits, *own) for own in handles]):
         damping |= part
-    ranks, errors = _choose(ctx, queries, limits)
+    ranks, errors = _choose(ctx, gradients.queries, limits)
     keys: dict[str, str] = {}
     objects: dict[str, tuple[int, str]] = {}
-    for layer_keys, written in backend.shard_calls("write_block", [(name, ranks)] * backend.shards):
+    numerics = gradients.numerics
+    for layer_keys, written, tag in every_shard(backend, "write_block", [(name, ranks)] * backend.shards):
         keys |= layer_keys
         objects |= written
+        numerics.append(tag)
     ctx.folder.commit(
         QUERY,
         name,
         objects,
-        queries=[query.id for query in queries],
+        queries=[query.id for query in gradients.queries],
         layers=keys,
         damping=damping,
-        heads=heads,
+        heads=gradients.heads,
         ranks=ranks,
         errors=errors,
-        numerics=backend.everyone("facts")[0],
+        numerics=distinct(numerics),
     )
 
 
@@ -125,12 +179,17 @@ def _choose(ctx: Context, queries: Sequence[Query], limits: dict[str, int]) -> t
 
 def _measure(ctx: Context, asked: Sequence[tuple[int, Sequence[int]]]) -> list[dict[str, Measured]]:
     """Scores of the shards' block on each probe (corpus row, places of the queries): layer -> place -> scores."""
-    jobs = ((row, (row, ctx.assignment)) for row, _ in asked)
+    jobs = (Job(f"probe {row}", (row, ctx.assignment), places) for row, places in asked)
     measured = []
-    probes = ctx.backend.map("probe", jobs, parts=True, ordered=True)
-    for (_, places), (_, _, parts) in zip(asked, probes, strict=True):
+    for result in results(ctx.backend, "probe", jobs, parts=True, ordered=True):
+        if result.failure is not None:
+            raise RayluxError(
+                f"query: {result.job.name} ended its worker {result.failure.deaths} times ({result.failure.reason}); "
+                "set query.max_error=0 to do without probes, or give workers more memory"
+            )
         layers: dict[str, Measured] = {}
-        for answer in ctx.backend.shard_calls("measure", [(part, list(places)) for part in parts]):
+        calls = [(part, list(result.job.item)) for part in result.parts]
+        for answer in every_shard(ctx.backend, "measure", calls):
             layers |= answer
         measured.append(layers)
     return measured

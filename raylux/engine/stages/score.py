@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from raylux.engine.context import Context
+from raylux.engine.quarantine import give_up, given_up
 from raylux.engine.records import SCORE, TOKENS, query_files
 from raylux.engine.stages import prefilter
+from raylux.engine.stages.query import answerable
+from raylux.engine.work import Job, Result, ids_at, results
+from raylux.engine.worker import LoadedQueries
 from raylux.store import RunFolder, ScoreBlock, score_blocks
 
 
@@ -26,31 +31,45 @@ class ScoreJob:
 def run(ctx: Context) -> None:
     """Compute and commit the scores that are missing, then the per-token scores of the best."""
     jobs = missing(ctx)
-    loaded: list[str] = []
     if jobs:
-        loaded = [query.id for query in ctx.queries if any(query.id in job.queries for job in jobs)]
-        ctx.backend.everyone("load_queries", query_files(ctx.folder), loaded)
         _score(ctx, jobs)
-    _tokens(ctx, loaded)
+    _tokens(ctx)
 
 
 def _score(ctx: Context, jobs: Sequence[ScoreJob]) -> None:
     layers, norms = ctx.config.score.layers, ctx.kind.normalised
-    tag = ctx.backend.everyone("facts")[0]
-    calls = ((job, (job.name, job.rows, job.queries, layers, norms)) for job in jobs)
+    loaded = _loaded(ctx, {query for job in jobs for query in job.queries})
+    calls = (Job(job.name, (job.name, job.rows, job.queries, layers, norms, loaded), job) for job in jobs)
     with ctx.reporter.task("score", sum(len(job.rows) for job in jobs), "sequences") as task:
-        for job, (key, objects), _ in ctx.backend.map("score_unit", calls):
-            ctx.folder.commit(
-                SCORE,
-                job.name,
-                objects,
-                key=key,
-                queries=list(job.queries),
-                rows=job.rows.tolist(),
-                layers=layers,
-                numerics=tag,
-            )
+        for result in results(ctx.backend, "score_unit", calls):
+            job: ScoreJob = result.job.item
+            if result.failure is not None:
+                _quarantine(ctx, SCORE, result, job.rows)
+            else:
+                key, objects = result.value
+                ctx.folder.commit(
+                    SCORE,
+                    job.name,
+                    objects,
+                    key=key,
+                    queries=list(job.queries),
+                    rows=job.rows.tolist(),
+                    layers=layers,
+                    numerics=[dict(result.numerics)],
+                )
             task.advance(len(job.rows))
+
+
+def _loaded(ctx: Context, wanted: set[str]) -> Any:
+    """A handle of the queries that workers are to hold, in the order in which they were asked."""
+    ids = tuple(query.id for query in ctx.queries if query.id in wanted)
+    return ctx.backend.share(LoadedQueries(tuple(query_files(ctx.folder)), ids))
+
+
+def _quarantine(ctx: Context, stage: str, result: Result, rows: np.ndarray) -> None:
+    assert result.failure is not None
+    give_up(ctx.folder, stage, result.job.name, ids_at(ctx.ids, rows), result.failure)
+    ctx.reporter.say(f"{stage}: unit {result.job.name} is quarantined ({result.failure.reason})")
 
 
 def missing(ctx: Context) -> list[ScoreJob]:
@@ -58,7 +77,7 @@ def missing(ctx: Context) -> list[ScoreJob]:
 
     Within a unit the rows are parted by the set of queries that miss them, so each row runs once.
     """
-    wanted = [query.id for query in ctx.queries]
+    wanted = [query.id for query in answerable(ctx)]
     size = ctx.plan.score_unit_size
     rows = prefilter.union(ctx)
     blocks = [block for block in score_blocks(ctx.folder) if block.layers or not ctx.config.score.layers]
@@ -66,7 +85,8 @@ def missing(ctx: Context) -> list[ScoreJob]:
     for block in blocks:
         places = [wanted.index(query) for query in block.queries if query in wanted]
         absent[np.ix_(np.array(places, np.int64), np.flatnonzero(np.isin(rows, block.rows)))] = False
-    return list(_jobs(wanted, rows, absent, size))
+    out = given_up(ctx.folder, SCORE)
+    return [job for job in _jobs(wanted, rows, absent, size) if job.name not in out]
 
 
 def _jobs(wanted: Sequence[str], rows: np.ndarray, absent: np.ndarray, size: int) -> Iterator[ScoreJob]:
@@ -82,27 +102,34 @@ def _jobs(wanted: Sequence[str], rows: np.ndarray, absent: np.ndarray, size: int
                 yield ScoreJob(f"u{unit:06d}-{tail}", chosen, queries)
 
 
-def _tokens(ctx: Context, loaded: Sequence[str]) -> None:
+def _tokens(ctx: Context) -> None:
     """Per-token scores of each query's ``score.token_top`` best sequences."""
     if not ctx.config.score.token_top:
         return
-    wanted = [query.id for query in ctx.queries]
-    best = _best(ctx.folder, wanted, ctx.config.score.token_top)
+    best = _best(ctx.folder, [query.id for query in answerable(ctx)], ctx.config.score.token_top)
+    out = given_up(ctx.folder, TOKENS)
     jobs = []
     for query, rows in best.items():
         have = token_rows(ctx.folder, query)
         rows = np.array([row for row in rows if row not in have], np.int64)
-        if len(rows):
-            text = f"{query} {rows.tolist()}"
-            jobs.append((query, hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), rows))
+        name = hashlib.blake2b(f"{query} {rows.tolist()}".encode(), digest_size=8).hexdigest()
+        if len(rows) and name not in out:
+            jobs.append((query, name, rows))
     if not jobs:
         return
-    if set(loaded) != {query for query, _, _ in jobs}:
-        ctx.backend.everyone("load_queries", query_files(ctx.folder), [query for query, _, _ in jobs])
-    calls = (((query, name, rows), (name, rows, query)) for query, name, rows in jobs)
+    loaded = _loaded(ctx, {query for query, _, _ in jobs})
+    calls = (Job(name, (name, rows, query, loaded), (query, rows)) for query, name, rows in jobs)
     with ctx.reporter.task("tokens", len(jobs), "queries") as task:
-        for (query, name, rows), (key, objects), _ in ctx.backend.map("token_unit", calls):
-            ctx.folder.commit(TOKENS, name, objects, key=key, query=query, rows=rows.tolist())
+        for result in results(ctx.backend, "token_unit", calls):
+            query, rows = result.job.item
+            if result.failure is not None:
+                _quarantine(ctx, TOKENS, result, rows)
+            else:
+                key, objects = result.value
+                numerics = [dict(result.numerics)]
+                ctx.folder.commit(
+                    TOKENS, result.job.name, objects, key=key, query=query, rows=rows.tolist(), numerics=numerics
+                )
             task.advance()
 
 

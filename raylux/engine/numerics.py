@@ -1,0 +1,34 @@
+"""What, beside the inputs, the bits of a result depend on."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+Numerics = dict[str, Any]
+"""torch (version), device (hardware, as far as libraries choose their kernels by it), threads."""
+
+
+def here(device: str) -> Numerics:
+    """Those of this process."""
+    hardware = torch.cuda.get_device_name() if device == "cuda" else _cpu()
+    return {"torch": torch.__version__, "device": hardware, "threads": torch.get_num_threads()}
+
+
+def distinct(tags: Iterable[Mapping[str, Any]]) -> list[Numerics]:
+    """The different ones, in a fixed order."""
+    found = {tuple(sorted(tag.items())): dict(tag) for tag in tags}
+    return [found[key] for key in sorted(found, key=str)]
+
+
+def _cpu() -> str:
+    """Vector instructions and the processor's name as the system gives it."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        named = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        name = named[0] if named else name
+    return f"{torch.backends.cpu.get_cpu_capability()} {name}"

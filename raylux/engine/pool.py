@@ -1,0 +1,284 @@
+"""A pool of gradient workers, every one of which may die at any moment.
+
+A worker's calls run one after the other, so when it dies the oldest unfinished call was the one that ran:
+it alone is a suspect, and only if its process died (not its node), and it runs again alone in a fresh worker.
+What dies there three times is given up and comes back as a failure.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from raylux.engine.transport import Transport, WorkerDied
+from raylux.engine.work import Failure, Job, Result
+from raylux.errors import RayluxError
+
+# Calls queued at a worker: one runs, one waits.
+WINDOW = 2
+# Deaths of a suspect, alone in a fresh worker, after which it is given up.
+DEATHS = 3
+# Workers that die one after the other before any has loaded the model.
+STARTS = 8
+# A wait that is woken this often can look after the pool.
+_POLL = 2.0
+_TEND_EVERY = 5.0
+
+Notify = Callable[..., None]
+
+
+@dataclass
+class _Flight:
+    """A call on its way."""
+
+    head: Any
+    parts: list[Any]
+    job: Job
+
+
+@dataclass
+class _Slot:
+    """A worker's place in the pool; the process in it changes."""
+
+    number: int
+    handle: Any
+    ready: Any
+    since: float
+    facts: dict[str, Any] | None = None
+    flights: deque[_Flight] = field(default_factory=deque)
+    fresh: bool = True
+    alone: bool = False
+
+
+class Pool:
+    """Workers that are replaced when they die, added where they fit, and waited for with a limit.
+
+    Args:
+        transport: the cluster.
+        workers: how many to start with.
+        timeout: seconds in which a worker has to finish a job, and the first worker to start.
+        notify: told ``(event, **facts)`` of what happens to workers.
+        welcome: looks at a new worker's facts and raises where it may not take part.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        workers: int,
+        timeout: float,
+        notify: Notify = lambda *_, **__: None,
+        welcome: Callable[[dict[str, Any]], None] = lambda facts: None,
+    ) -> None:
+        self._transport, self._timeout, self._notify, self._welcome = transport, timeout, notify, welcome
+        self._queue: deque[Job] = deque()
+        self._suspects: deque[Job] = deque()
+        self._deaths: dict[Job, int] = {}
+        self._results: deque[Result] = deque()
+        self._method, self._returns = "", 1
+        self._failed_starts, self._finished = 0, 0
+        self._moved = self._tended = transport.now()
+        self._slots = [self._slot(number) for number in range(workers)]
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def close(self) -> None:
+        for slot in self._slots:
+            self._transport.kill(slot.handle)
+        self._slots = []
+
+    @contextmanager
+    def open(self, method: str, returns: int) -> Iterator[Pool]:
+        """Work through jobs of one method; what is unfinished at the end is forgotten."""
+        self._method, self._returns, self._finished = method, returns, 0
+        self._moved = self._transport.now()
+        for slot in self._slots:
+            slot.since = self._moved
+        try:
+            yield self
+        finally:
+            for slot in self._slots:
+                slot.flights.clear()
+                slot.alone = False
+            for held in (self._queue, self._suspects, self._results):
+                held.clear()
+            self._deaths.clear()
+
+    # as Work
+
+    @property
+    def room(self) -> bool:
+        return len(self._queue) < max(
+            1, sum(slot.facts is not None and len(slot.flights) < WINDOW for slot in self._slots)
+        )
+
+    @property
+    def pending(self) -> int:
+        flying = sum(len(slot.flights) for slot in self._slots)
+        return flying + len(self._queue) + len(self._suspects) + len(self._results)
+
+    def submit(self, job: Job) -> None:
+        self._queue.append(job)
+
+    def next(self) -> Result:
+        """The next finished job.
+
+        Raises:
+            RayluxError: no worker could be started, or none finished anything within the timeout; and what a
+                job raised.
+        """
+        assert self.pending, "nothing was submitted"
+        while not self._results:
+            self._tend()
+            self._fill()
+            waited = [slot.ready for slot in self._slots if slot.facts is None]
+            waited += [flight.head for slot in self._slots for flight in slot.flights]
+            ready = set(self._transport.wait(waited, _POLL))
+            for slot in list(self._slots):
+                self._look(slot, ready)
+        return self._results.popleft()
+
+    # workers
+
+    def _slot(self, number: int) -> _Slot:
+        handle = self._transport.start()
+        (ready,) = self._transport.call(handle, "prepare", (), 1)
+        return _Slot(number, handle, ready, self._transport.now())
+
+    def _replace(self, slot: _Slot) -> None:
+        new = self._slot(slot.number)
+        slot.handle, slot.ready, slot.since = new.handle, new.ready, new.since
+        slot.facts, slot.fresh, slot.alone = None, True, False
+        slot.flights.clear()
+
+    def _look(self, slot: _Slot, ready: set[Any]) -> None:
+        """Take what a worker has finished, or notice that it died."""
+        try:
+            if slot.facts is None:
+                if slot.ready in ready:
+                    self._started(slot, self._transport.get(slot.ready))
+                return
+            while slot.flights and slot.flights[0].head in ready:
+                value = self._transport.get(slot.flights[0].head)
+                self._done(slot, value)
+        except WorkerDied as death:
+            self._died(slot, death)
+
+    def _started(self, slot: _Slot, facts: dict[str, Any]) -> None:
+        self._welcome(facts)
+        slot.facts, slot.since = facts, self._transport.now()
+        self._moved, self._failed_starts = slot.since, 0
+        self._notify("worker", slot=slot.number, state="started", **facts)
+
+    def _done(self, slot: _Slot, value: Any) -> None:
+        flight = slot.flights.popleft()
+        now = self._transport.now()
+        self._notify("unit", method=self._method, unit=flight.job.name, slot=slot.number, seconds=now - slot.since)
+        slot.since = self._moved = now
+        slot.alone = False
+        self._finished += 1
+        self._deaths.pop(flight.job, None)
+        assert slot.facts is not None
+        self._results.append(Result(flight.job, value, flight.parts, slot.facts["numerics"]))
+
+    def _died(self, slot: _Slot, death: WorkerDied) -> None:
+        running = slot.flights[0].job if slot.facts is not None and slot.flights else None
+        self._notify(
+            "worker", slot=slot.number, state="died", cause=death.cause, reason=death.reason,
+            unit=running.name if running else None, method=self._method,
+        )  # fmt: skip
+        if slot.facts is None and death.cause != "node":
+            self._failed_starts += 1
+            if self._failed_starts >= STARTS:
+                raise RayluxError(
+                    f"{STARTS} gradient workers in a row died before their model was loaded (last: {death.reason}); "
+                    "give each more memory (fewer engine.workers), or look at the log of Ray's workers"
+                )
+        waiting = [flight.job for flight in list(slot.flights)[1:]]
+        self._queue.extendleft(reversed(waiting))
+        if running is not None:
+            if death.cause == "node":
+                (self._suspects if slot.alone else self._queue).appendleft(running)
+            else:
+                self._suspect(running, slot.alone, death)
+        self._transport.kill(slot.handle)
+        self._replace(slot)
+
+    def _suspect(self, job: Job, alone: bool, death: WorkerDied) -> None:
+        deaths = self._deaths.get(job, 0) + alone
+        self._deaths[job] = deaths
+        if deaths < DEATHS:
+            self._suspects.append(job)
+            return
+        if death.cause == "timeout" and not self._finished:
+            raise RayluxError(
+                f"{self._method} of unit {job.name} took longer than {self._timeout:.0f} s in {DEATHS + 1} workers, "
+                "and no unit has been quicker: raise engine.timeout"
+            )
+        del self._deaths[job]
+        self._results.append(Result(job, failure=Failure(deaths + 1, death.reason)))
+
+    # jobs
+
+    def _fill(self) -> None:
+        """Hand out jobs: suspects alone to fresh workers, the rest evenly, one running and one waiting each."""
+        if self._suspects and not any(slot.fresh for slot in self._slots):
+            idle = next((slot for slot in self._slots if not slot.flights), None)
+            if idle is not None:
+                self._transport.kill(idle.handle)
+                self._replace(idle)
+        ready = [slot for slot in self._slots if slot.facts is not None and not slot.alone]
+        for slot in ready:
+            if self._suspects and slot.fresh and not slot.flights:
+                slot.alone = True
+                self._call(slot, self._suspects.popleft())
+        for held in range(WINDOW):
+            for slot in ready:
+                if self._queue and not slot.alone and len(slot.flights) == held:
+                    self._call(slot, self._queue.popleft())
+
+    def _call(self, slot: _Slot, job: Job) -> None:
+        if not slot.flights:
+            slot.since = self._transport.now()
+        slot.fresh = False
+        head, *parts = self._transport.call(slot.handle, self._method, job.args, self._returns)
+        slot.flights.append(_Flight(head, parts, job))
+
+    def _tend(self) -> None:
+        """Every few seconds: look for what hangs, and for what came or went."""
+        now = self._transport.now()
+        if now - self._tended >= _TEND_EVERY:
+            self._tended = now
+            self._check_time(now)
+            self._resize()
+
+    def _resize(self) -> None:
+        """Follow the cluster: new workers where they fit, none kept waiting for a place that is gone."""
+        capacity = self._transport.capacity()
+        if capacity is None:
+            return
+        while len(self._slots) > max(1, capacity) and any(slot.facts is None for slot in self._slots):
+            waiting = next(slot for slot in reversed(self._slots) if slot.facts is None)
+            self._transport.kill(waiting.handle)
+            self._slots.remove(waiting)
+            self._notify("worker", slot=waiting.number, state="released")
+        if len(self._slots) < capacity:
+            first = 1 + max(slot.number for slot in self._slots)
+            self._slots += [self._slot(first + more) for more in range(capacity - len(self._slots))]
+
+    def _check_time(self, now: float) -> None:
+        """Replace a worker that hangs; give up where nothing at all moves."""
+        for slot in self._slots:
+            if slot.facts is not None and slot.flights and now - slot.since > self._timeout:
+                name = slot.flights[0].job.name
+                self._moved = now
+                self._died(slot, WorkerDied("timeout", f"unit {name} did not finish in {self._timeout:.0f} s"))
+        if now - self._moved > self._timeout and all(slot.facts is None for slot in self._slots):
+            raise RayluxError(
+                f"no gradient worker was ready after {self._timeout:.0f} s while {self.pending} jobs of {self._method} "
+                f"wait ({self._transport.supply()}); add nodes or free some, and run the same command again "
+                "(engine.timeout sets the limit)"
+            )

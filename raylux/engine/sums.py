@@ -1,0 +1,299 @@
+"""A pass over fit units whose sums the factor shards hold: every unit counts once, whatever dies on the way.
+
+Workers compute units in any order, shards add them in one. From time to time all shards write their sums, and one
+commit makes these the snapshot from which a shard that died, or the next driver, goes on: only the units since
+then are computed again, and a shard that holds them already is not given them twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from raylux.engine import quarantine
+from raylux.engine.numerics import Numerics, distinct
+from raylux.engine.pace import Pace
+from raylux.engine.progress import Reporter, Task
+from raylux.engine.records import SNAPSHOT
+from raylux.engine.work import Backend, Job, Lost, Result, Work
+from raylux.errors import RayluxError
+from raylux.store import RunFolder
+
+# Units in flight or waiting for their turn, per worker.
+_WINDOW = 4
+# Deaths of one shard between two of its steps forward.
+_DEATHS = 20
+
+
+@dataclass(frozen=True)
+class Units:
+    """What a pass runs over.
+
+    Attributes:
+        stage: the pass's name in the ledger.
+        method: of the worker; returns a head (an array, or None) and a part per shard.
+        write: of the shard; writes the finished matrices.
+        names: of the units, in the order in which they are added.
+        args: unit -> arguments of the method.
+        sequences: unit -> ids of its sequences.
+        leave_out: names of units that another pass gave up.
+    """
+
+    stage: str
+    method: str
+    write: str
+    names: Sequence[str]
+    args: Callable[[int], tuple[Any, ...]]
+    sequences: Callable[[int], list[str]]
+    leave_out: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where a pass stood: ``cursor`` units are in the sums.
+
+    Attributes:
+        cursor: the unit that is due next.
+        keys: matrix -> key of its sum.
+        counts: layer -> token rows summed, "" -> sequences summed.
+        heads: key of what each stretch of units had to tell, and its first unit.
+        numerics: under which the units were computed.
+    """
+
+    cursor: int = 0
+    keys: Mapping[str, str] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+    heads: tuple[str, ...] = ()
+    numerics: tuple[Numerics, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A pass's outcome: what the shards wrote (matrix -> key, objects, counts), heads by unit, numerics, repeats."""
+
+    written: dict[str, tuple[str, dict[str, tuple[int, str]], dict[str, Any]]]
+    heads: dict[int, np.ndarray]
+    numerics: list[Numerics]
+    repeated: int
+
+
+class SumPass:
+    """One pass.
+
+    Args:
+        backend: workers and shards.
+        folder: the run.
+        units: what to run over.
+        pace: when snapshots are due.
+        reporter: told of what is repeated.
+    """
+
+    def __init__(self, backend: Backend, folder: RunFolder, units: Units, pace: Pace, reporter: Reporter) -> None:
+        self._backend, self._folder, self._units, self._pace, self._reporter = backend, folder, units, pace, reporter
+        self._snapshot = load_snapshot(folder, units.stage)
+        self._heads = _read_heads(folder, self._snapshot)
+        self._numerics: list[Numerics] = list(self._snapshot.numerics)
+        self._cursors: dict[int, int] = {}
+        self._deaths: dict[int, int] = {}
+        self._held: dict[int, Result] = {}
+        self._flying: set[int] = set()
+        self._furthest = self._snapshot.cursor
+        self._repeated = 0
+        self._gone = frozenset(quarantine.given_up(folder, units.stage)) | units.leave_out
+
+    @property
+    def low(self) -> int:
+        """The unit that is due next at the shard that is furthest behind."""
+        return min(self._cursors.values())
+
+    def run(self, task: Task) -> Finished:
+        """Add every unit, then have the shards write what they hold.
+
+        Raises:
+            RayluxError: a shard dies again and again.
+        """
+        for shard in range(self._backend.shards):
+            self._cursors[shard] = -1
+        self._restore(list(self._cursors))
+        if self._snapshot.cursor:
+            self._reporter.say(f"{task.stage}: goes on after {self._snapshot.cursor} of {len(self._units.names)} units")
+        task.go_on(self.low)
+        while True:
+            self._add_all(task)
+            written = self._write()
+            if written is not None:
+                return Finished(written, self._heads, distinct(self._numerics), self._repeated)
+
+    # shards
+
+    def _restore(self, shards: Sequence[int]) -> None:
+        """Give shards the sums of the last snapshot."""
+        todo = list(shards)
+        while todo:
+            snapshot = self._snapshot
+            call = (snapshot.cursor, dict(snapshot.keys), dict(snapshot.counts))
+            answers = self._backend.ask("begin", dict.fromkeys(todo, call))
+            for shard in todo:
+                self._cursors[shard] = snapshot.cursor
+            todo = [shard for shard, answer in answers.items() if isinstance(answer, Lost)]
+            for shard in todo:
+                self._count_death(shard, answers[shard].reason)
+
+    def _lost(self, answers: Mapping[int, Any]) -> list[int]:
+        """Bring the shards that died back to the last snapshot; returns them."""
+        dead = [shard for shard, answer in answers.items() if isinstance(answer, Lost) and answer.shard]
+        for shard in dead:
+            self._count_death(shard, answers[shard].reason)
+            behind = self._cursors[shard] - self._snapshot.cursor
+            self._reporter.say(
+                f"{self._units.stage}: factor shard {shard} died ({answers[shard].reason}); "
+                f"{behind} units since the last snapshot are computed again"
+            )
+        if dead:
+            self._restore(dead)
+        return dead
+
+    def _count_death(self, shard: int, reason: str) -> None:
+        self._deaths[shard] = self._deaths.get(shard, 0) + 1
+        if self._deaths[shard] >= _DEATHS:
+            raise RayluxError(
+                f"{self._units.stage}: factor shard {shard} died {_DEATHS} times at unit "
+                f"{self._units.names[min(self._cursors[shard], len(self._units.names) - 1)]} (last: {reason}); "
+                "give the shards more memory (more engine.shards), and run the same command again"
+            )
+
+    # units
+
+    def _add_all(self, task: Task) -> None:
+        total = len(self._units.names)
+        with self._backend.open(self._units.method, parts=True) as work:
+            self._flying.clear()
+            while self.low < total:
+                self._submit(work)
+                if self.low not in self._held and self._units.names[self.low] not in self._gone:
+                    self._take(work.next())
+                while self.low < total and (self.low in self._held or self._units.names[self.low] in self._gone):
+                    self._add(task)
+
+    def _submit(self, work: Work) -> None:
+        """Hand out units in order, a bounded window ahead of the one that is due."""
+        for unit in range(self.low, min(self.low + _WINDOW * self._backend.workers, len(self._units.names))):
+            if not work.room:
+                return
+            if unit in self._held or unit in self._flying or self._units.names[unit] in self._gone:
+                continue
+            self._flying.add(unit)
+            if unit < self._furthest:
+                self._repeated += 1
+            self._furthest = max(self._furthest, unit + 1)
+            work.submit(Job(self._units.names[unit], self._units.args(unit), unit))
+
+    def _take(self, result: Result) -> None:
+        unit: int = result.job.item
+        self._flying.discard(unit)
+        if result.failure is not None:
+            name = self._units.names[unit]
+            quarantine.give_up(self._folder, self._units.stage, name, self._units.sequences(unit), result.failure)
+            self._gone |= {name}
+            self._reporter.say(f"{self._units.stage}: unit {name} is quarantined ({result.failure.reason})")
+            return
+        self._held[unit] = result
+        if result.value is not None:
+            self._heads.setdefault(unit, result.value)
+        self._numerics = distinct([*self._numerics, result.numerics])
+
+    def _add(self, task: Task) -> None:
+        """Give the unit that is due to the shards that lack it."""
+        unit = self.low
+        result = self._held.pop(unit, None)
+        behind = [shard for shard, cursor in self._cursors.items() if cursor == unit]
+        parts = {shard: (unit, None if result is None else result.parts[shard]) for shard in behind}
+        answers = self._backend.ask("add", parts)
+        for shard in behind:
+            if not isinstance(answers[shard], Lost):
+                self._cursors[shard], self._deaths[shard] = unit + 1, 0
+        self._lost(answers)
+        task.reach(self.low)
+        if len(set(self._cursors.values())) == 1 and self._snapshot.cursor < self.low and self._pace.due:
+            self._take_snapshot()
+
+    # snapshots
+
+    def _take_snapshot(self) -> None:
+        with self._pace.measured():
+            prefix = f"snapshots/{self._units.stage}"
+            answers = self._backend.ask("snapshot", dict.fromkeys(self._cursors, (prefix,)))
+            if any(isinstance(answer, Lost) for answer in answers.values()):
+                self._lost(answers)
+                return
+            keys: dict[str, str] = {}
+            counts: dict[str, int] = {}
+            objects: dict[str, tuple[int, str]] = {}
+            for more_keys, more_counts, more_objects in answers.values():
+                keys |= more_keys
+                counts |= more_counts
+                objects |= more_objects
+            self._commit(replace(self._snapshot, cursor=self.low, keys=keys, counts=counts), objects)
+
+    def _commit(self, snapshot: Snapshot, objects: dict[str, tuple[int, str]]) -> None:
+        """Make it the snapshot, with what the units since the last one had to tell, and let go of the old sums."""
+        new = {unit: head for unit, head in self._heads.items() if self._snapshot.cursor <= unit < snapshot.cursor}
+        heads = snapshot.heads
+        if new:
+            arrays = {f"u{unit}": head for unit, head in sorted(new.items())}
+            key, more = self._folder.write(f"snapshots/{self._units.stage}/heads", arrays, {"units": sorted(new)})
+            heads, objects = (*heads, key), objects | more
+        known = self._folder.committed(SNAPSHOT)
+        before = self._folder.manifest(SNAPSHOT, self._units.stage).objects if self._units.stage in known else {}
+        kept = {key: facts for key, facts in before.items() if _under(key, snapshot.heads)}
+        self._snapshot = replace(snapshot, heads=heads, numerics=tuple(self._numerics))
+        self._folder.commit(
+            SNAPSHOT,
+            self._units.stage,
+            objects | kept,
+            cursor=snapshot.cursor,
+            keys=dict(snapshot.keys),
+            counts=dict(snapshot.counts),
+            heads=list(heads),
+            numerics=self._numerics,
+        )
+        self._folder.delete([key for key in before if key not in kept])
+
+    def _write(self) -> dict[str, Any] | None:
+        """What the shards wrote; None where one died meanwhile."""
+        answers = self._backend.ask(self._units.write, dict.fromkeys(self._cursors, ()))
+        if any(isinstance(answer, Lost) for answer in answers.values()):
+            self._lost(answers)
+            return None
+        return {name: value for answer in answers.values() for name, value in answer.items()}
+
+
+def load_snapshot(folder: RunFolder, stage: str) -> Snapshot:
+    """The last one committed, or that of a pass which has not begun."""
+    if stage not in folder.committed(SNAPSHOT):
+        return Snapshot()
+    meta = folder.manifest(SNAPSHOT, stage).meta
+    return Snapshot(meta["cursor"], meta["keys"], meta["counts"], tuple(meta["heads"]), tuple(meta["numerics"]))
+
+
+def forget_snapshot(folder: RunFolder, stage: str) -> None:
+    """Remove a snapshot that is not needed any more: the stage is committed."""
+    if stage in folder.committed(SNAPSHOT):
+        objects = folder.manifest(SNAPSHOT, stage).objects
+        folder.forget(SNAPSHOT, stage)
+        folder.delete(list(objects))
+
+
+def _read_heads(folder: RunFolder, snapshot: Snapshot) -> dict[int, np.ndarray]:
+    heads: dict[int, np.ndarray] = {}
+    for key in snapshot.heads:
+        group = folder.group(key)
+        heads |= {int(unit): group.read(f"u{unit}") for unit in group.attrs["units"]}
+    return heads
+
+
+def _under(key: str, groups: Sequence[str]) -> bool:
+    return any(key.startswith(f"{group}/") for group in groups)
