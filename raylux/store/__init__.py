@@ -5,12 +5,17 @@ checksum. Readers trust only what a manifest names, and keys are never used twic
 """
 
 from raylux.store.corpus import CorpusReader, read_table, write_corpus
+from raylux.store.damage import DamagedError
 from raylux.store.folder import FORMAT_VERSION, Manifest, RunFolder
+from raylux.store.lease import Lease, LeaseLostError
 from raylux.store.scores import ScoreBlock, lazy_scores, score_blocks
 
 __all__ = [
     "FORMAT_VERSION",
     "CorpusReader",
+    "DamagedError",
+    "Lease",
+    "LeaseLostError",
     "Manifest",
     "RunFolder",
     "ScoreBlock",

@@ -46,9 +46,9 @@ def write_corpus(
 
 
 def read_table(folder: RunFolder) -> pd.DataFrame:
-    """The table of sequences, in corpus order."""
+    """The table of sequences, in corpus order. Raises DamagedError where it is not what was written."""
     manifest = folder.manifest("corpus", "corpus")
-    return pd.read_parquet(io.BytesIO(folder.files.get(manifest.meta["table"])))
+    return pd.read_parquet(io.BytesIO(folder.read(manifest, manifest.meta["table"])))
 
 
 class CorpusReader:

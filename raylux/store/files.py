@@ -1,109 +1,169 @@
-"""Whole objects by key under one root, on a local disk or any fsspec file system."""
+"""Whole objects by key under one root, on a local disk or any fsspec file system: the one way to the storage."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-
-import fsspec
+from typing import Any
 
 from raylux.errors import UserError
+from raylux.store.bucket import Bucket
+from raylux.store.disk import PART, Disk
+from raylux.store.faults import told
 
-_BLOCK = 1 << 20
-_PART = ".part"
+Objects = dict[str, tuple[int, str]]
+"""Key -> (bytes, CRC-32 in hexadecimal)."""
+LEASE = "lease"
 
 
 class Files:
-    """Objects under ``root``. A ``put`` is seen whole or not at all."""
+    """Objects under ``root``.
+
+    Every write is whole or not at all, and durable when the call returns. What the storage refuses in the end is
+    a UserError of one line; FileNotFoundError is for the caller.
+    """
 
     def __init__(self, root: str) -> None:
         self.root = root.rstrip("/")
         self.remote = "://" in root and not root.startswith("file://")
+        self._store: Disk | Bucket
         if self.remote:
-            self._fs, self._base = fsspec.core.url_to_fs(self.root)
+            self._store = Bucket(self.root)
         else:
-            self._base = str(Path(self.root.removeprefix("file://")).expanduser().absolute())
-            self._fs = fsspec.filesystem("file")
+            self._store = Disk(str(Path(self.root.removeprefix("file://")).expanduser().absolute()))
 
     @property
     def place(self) -> str:
         """The root as any process may open it: a URL, or an absolute local path."""
-        return self.root if self.remote else self._base
+        return self.root if self.remote else self._store.base
 
     def where(self, key: str) -> str:
         """What to open to get at ``key``: a URL, or a local path."""
         return f"{self.place}/{key}"
 
-    def _path(self, key: str) -> str:
-        return f"{self._base}/{key}"
+    # writing
 
     def put(self, key: str, data: bytes) -> None:
-        path = self._path(key)
-        if self.remote:
-            self._fs.pipe_file(path, data)
-            return
-        part = f"{path}.{uuid.uuid4().hex[:8]}{_PART}"
+        """Write or replace an object."""
+        with self._telling(key, "written"):
+            self._store.put(_inside(key), data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write an object that must not exist yet; False if it does. Of several callers one gets True.
+
+        Locally by a hard link; on an object store by its conditional write, if it has one (``Bucket.create``).
+        """
+        with self._telling(key, "written"):
+            return self._store.create(_inside(key), data)
+
+    @contextmanager
+    def batch(self) -> Iterator[Batch]:
+        """Write several objects under fresh keys: all of them last when the block ends, none stays if it fails."""
+        batch = Batch(self)
         try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            with open(part, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-        finally:
-            # Full disk, Ctrl-C: what is not whole does not stay.
-            with contextlib.suppress(OSError):
-                os.unlink(part)
+            yield batch
+            with self._telling(next(iter(batch.objects), ""), "written"):
+                self._store.settle(batch.objects)
+        except BaseException:
+            self._store.clear(batch.begun)
+            raise
 
     def delete(self, key: str) -> None:
-        """Remove an object; one that is not there is none to remove."""
-        with contextlib.suppress(FileNotFoundError):
-            self._fs.rm_file(self._path(key))
+        """Remove an object for good; fine if it is not there."""
+        with self._telling(key, "deleted"):
+            self._store.delete(_inside(key))
+
+    def clear(self, keys: Iterable[str]) -> None:
+        """Remove objects that no manifest names any more; a power loss may bring some back."""
+        found = [_inside(key) for key in keys]
+        with self._telling(found[0] if found else "", "deleted"):
+            self._store.clear(found)
+
+    # reading
 
     def get(self, key: str) -> bytes:
         """The object's bytes. Raises FileNotFoundError."""
-        data = self._fs.cat_file(self._path(key))
-        return bytes(data)
+        with self._telling(key, "read", FileNotFoundError):
+            return self._store.get(_inside(key))
+
+    def size(self, key: str) -> int | None:
+        """Bytes of the object; None if there is none."""
+        with self._telling(key, "read"):
+            return self._store.size(_inside(key))
 
     def exists(self, key: str) -> bool:
-        return bool(self._fs.exists(self._path(key)))
+        with self._telling(key, "read"):
+            return self._store.exists(_inside(key))
 
     def names(self, prefix: str, suffix: str = "") -> list[str]:
         """Names of the objects right under ``prefix``, sorted."""
-        try:
-            found = self._fs.ls(self._path(prefix), detail=False)
-        except FileNotFoundError:
-            return []
-        names = (str(path).rstrip("/").rsplit("/", 1)[-1] for path in found)
-        return sorted(name for name in names if name.endswith(suffix))
+        with self._telling(prefix, "listed"):
+            return sorted(name for name in self._store.names(_inside(prefix)) if name.endswith(suffix))
 
     def walk(self, prefix: str) -> Iterator[tuple[str, int]]:
         """(key, size) of each object under ``prefix``, sorted by key."""
-        base = self._path(prefix)
-        found = self._fs.find(base, detail=True)
-        for path, info in sorted(found.items()):
-            tail = str(path)[len(base.lstrip("/") if self.remote and not str(path).startswith(base) else base) :]
-            yield f"{prefix}{tail}", int(info["size"])
+        with self._telling(prefix, "listed"):
+            yield from sorted(self._store.walk(_inside(prefix)))
 
     def checksum(self, key: str) -> str:
-        """CRC-32 of the object, in hexadecimal."""
+        """CRC-32 of the object, in hexadecimal. Raises FileNotFoundError."""
         value = 0
-        with self._fs.open(self._path(key), "rb") as file:
-            while block := file.read(_BLOCK):
+        with self._telling(key, "read", FileNotFoundError):
+            for block in self._store.blocks(_inside(key)):
                 value = zlib.crc32(block, value)
         return f"{value:08x}"
 
     def empty(self) -> bool:
-        """True if there is nothing at the root but what a killed process had not finished, or no root."""
-        return all(name.endswith(_PART) for name in self.names(""))
+        """True if there is nothing at the root but a lease and what a killed process had not finished, or no root."""
+        return all(name.endswith(PART) or (name == LEASE and self._leases()) for name in self.names(""))
+
+    def _leases(self) -> bool:
+        return all(name.split(".")[0].isdigit() for name in self.names(LEASE))
+
+    @contextmanager
+    def _telling(self, key: str, verb: str, *passed: type[Exception]) -> Iterator[None]:
+        try:
+            yield
+        except (UserError, *passed):
+            raise
+        except Exception as error:
+            if not isinstance(error, self._store.faults):
+                raise
+            raise told(self.where(key), verb, error) from None
+
+
+class Batch:
+    """Objects written together; ``objects`` has their sizes and checksums, taken on the way."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self.remote = files.remote
+        self.begun: list[str] = []
+        self.objects: Objects = {}
+
+    def put(self, key: str, data: Any) -> None:
+        """Write bytes, or anything with a flat buffer of bytes, under a key that was never used."""
+        with self._files._telling(key, "written"):
+            self.begun.append(key)
+            self._files._store.put_fresh(_inside(key), data)
+        self.objects[key] = len(data), crc(data)
+
+
+def crc(data: Any, start: int = 0) -> str:
+    """CRC-32 in hexadecimal."""
+    return f"{zlib.crc32(data, start):08x}"
 
 
 def fresh(prefix: str) -> str:
     """A key that was never used: ``prefix`` and a random tail."""
     return f"{prefix}.{uuid.uuid4().hex[:12]}"
+
+
+def _inside(key: str) -> str:
+    """The key, unless it leads out of the root: a manifest may come from anywhere."""
+    if key.startswith("/") or ".." in key.split("/"):
+        raise UserError(f"'{key}': leads out of the run folder; the manifest that names it is not to be trusted")
+    return key

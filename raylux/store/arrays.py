@@ -1,0 +1,213 @@
+"""Groups of arrays as Zarr 3, each object of which is checked against one index as it is read.
+
+A group is a folder: ``NAME/zarr.json`` and ``NAME/c.*`` of each array, and, written last, ``zarr.json``, whose
+attribute ``raylux`` holds the index (every other object's size and CRC-32) under a checksum of its own. Any
+Zarr library reads it; only this one notices a lost or a damaged object for certain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
+from zarr.codecs import Crc32cCodec
+from zarr.core.buffer import Buffer, BufferPrototype
+
+from raylux.errors import RayluxError
+from raylux.store.damage import UNSEALED, broken_seal, damaged, read_whole, seal
+from raylux.store.files import Batch, Files, Objects
+
+_CHUNK_BYTES = 1 << 26
+_META = "zarr.json"
+# Below this, handing a file to another thread costs more than writing it.
+_SMALL = 1 << 20
+
+
+def write_group(files: Files, key: str, arrays: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> Objects:
+    """Write arrays as the group ``key``, which was never used; returns its objects.
+
+    Raises:
+        UserError: the storage refuses; nothing stays.
+    """
+    with files.batch() as batch:
+        store = _Writing(batch, key)
+        for name, array in arrays.items():
+            _write_array(store, name, np.ascontiguousarray(array))
+        store.meta.pop(_META, None)  # Zarr's own word about the group: ours has the index
+        for name, data in store.meta.items():
+            batch.put(f"{key}/{name}", data)
+        index = {name.removeprefix(f"{key}/"): list(facts) for name, facts in sorted(batch.objects.items())}
+        head = {
+            "attributes": {"raylux": {"checksum": UNSEALED, "objects": index}, **attrs},
+            "zarr_format": 3,
+            "node_type": "group",
+        }
+        batch.put(f"{key}/{_META}", seal(f"{key}/{_META}", json.dumps(head, ensure_ascii=False)))
+    return batch.objects
+
+
+def _write_array(store: Store, name: str, array: np.ndarray) -> None:
+    rows = max(1, _CHUNK_BYTES // max(1, array[:1].nbytes)) if array.ndim else 1
+    chunks = (max(1, min(rows, array.shape[0])), *(max(1, size) for size in array.shape[1:])) if array.ndim else ()
+    created = zarr.create_array(
+        store,
+        name=name,
+        shape=array.shape,
+        dtype=array.dtype,
+        chunks=chunks or "auto",
+        compressors=[Crc32cCodec()],
+        # One folder per array instead of one per dimension: each costs an fsync.
+        chunk_key_encoding={"name": "default", "separator": "."},
+        # Zarr reads a lost chunk as its fill value: one that no array holds gives the loss away.
+        fill_value=np.nan if array.dtype.kind == "f" else -1 if array.dtype.kind == "i" else None,
+        config={"write_empty_chunks": True},
+    )
+    if array.size:
+        created[...] = array
+
+
+class Group:
+    """A written group of arrays; each object is compared with the group's index as it is read."""
+
+    def __init__(self, files: Files, key: str) -> None:
+        self._files, self._key = files, key
+        name = f"{key}/{_META}"
+        try:
+            data = files.get(name)
+        except FileNotFoundError:
+            raise damaged(files, name, "missing") from None
+        problem = broken_seal(name, data)
+        if problem:
+            raise damaged(files, name, problem)
+        self._attrs: dict[str, Any] = json.loads(data)["attributes"]
+        objects = {name: (int(size), str(crc)) for name, (size, crc) in self._attrs.pop("raylux")["objects"].items()}
+        self._store = _Reading(files, key, objects)
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        return dict(self._attrs)
+
+    def __contains__(self, name: str) -> bool:
+        return f"{name}/{_META}" in self._store.objects
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._array(name).shape)
+
+    def read(self, name: str, where: Any = ...) -> np.ndarray:
+        """An array or a part of it.
+
+        Raises:
+            DamagedError: an object of it is missing or is not what was written.
+        """
+        array = self._array(name)
+        try:
+            return np.asarray(array[where])
+        except (RayluxError, MemoryError):
+            raise
+        except Exception as error:
+            raise damaged(self._files, f"{self._key}/{name}", f"cannot be read ({error})") from None
+
+    def _array(self, name: str) -> zarr.Array:
+        if name not in self:
+            raise damaged(self._files, f"{self._key}/{name}", "missing")
+        return zarr.open_array(self._store, path=name, mode="r", zarr_format=3)
+
+
+class _Objects(Store):
+    """What the two stores below share: no listing, no partial values, no deletes."""
+
+    supports_writes = True
+    supports_deletes = False
+    supports_listing = False
+
+    def __eq__(self, value: object) -> bool:
+        return self is value
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
+        return [await self.get(key, prototype, wanted) for key, wanted in key_ranges]
+
+    async def exists(self, key: str) -> bool:
+        raise NotImplementedError
+
+    async def set(self, key: str, value: Buffer) -> None:
+        raise NotImplementedError
+
+    async def delete(self, key: str) -> None:
+        raise NotImplementedError
+
+    def list(self) -> AsyncIterator[str]:
+        raise NotImplementedError
+
+    def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        raise NotImplementedError
+
+    def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        raise NotImplementedError
+
+
+class _Writing(_Objects):
+    """Chunks go out at once; the small metadata waits in ``meta``, where Zarr reads and rewrites it."""
+
+    def __init__(self, batch: Batch, key: str) -> None:
+        super().__init__()
+        self._batch, self._key = batch, key
+        self.meta: dict[str, bytes] = {}
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        # The key is fresh and each chunk is written once: there is nothing else to find.
+        return prototype.buffer.from_bytes(self.meta[key]) if key in self.meta else None
+
+    async def exists(self, key: str) -> bool:
+        return key in self.meta
+
+    async def set(self, key: str, value: Buffer) -> None:
+        if key.endswith(_META):
+            self.meta[key] = value.to_bytes()
+            return
+        data = np.ascontiguousarray(value.as_numpy_array()).data
+        if len(data) < _SMALL and not self._batch.remote:
+            self._batch.put(f"{self._key}/{key}", data)
+        else:
+            await asyncio.to_thread(self._batch.put, f"{self._key}/{key}", data)
+
+
+class _Reading(_Objects):
+    """Objects of a written group, each compared with the index."""
+
+    def __init__(self, files: Files, key: str, objects: Objects) -> None:
+        super().__init__(read_only=True)
+        self._files, self._key, self.objects = files, key, objects
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        name = f"{self._key}/{key}"
+        if key not in self.objects:
+            if key.endswith(_META):
+                return None
+            # Zarr would read it as its fill value.
+            raise damaged(self._files, name, "missing from the group's index")
+        size, checksum = self.objects[key]
+        if size < _SMALL and not self._files.remote:
+            data = read_whole(self._files, name, size, checksum)
+        else:
+            data = await asyncio.to_thread(read_whole, self._files, name, size, checksum)
+        return prototype.buffer.from_bytes(_part(data, byte_range))
+
+    async def exists(self, key: str) -> bool:
+        return key in self.objects
+
+
+def _part(data: bytes, wanted: ByteRequest | None) -> bytes:
+    if isinstance(wanted, RangeByteRequest):
+        return data[wanted.start : wanted.end]
+    if isinstance(wanted, OffsetByteRequest):
+        return data[wanted.offset :]
+    if isinstance(wanted, SuffixByteRequest):
+        return data[-wanted.suffix :]
+    return data

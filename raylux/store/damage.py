@@ -1,0 +1,108 @@
+"""What is no longer as it was written: how it is told, and what computes it again."""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from typing import Any
+
+from raylux.errors import UserError
+from raylux.store.files import Files, crc
+
+UNSEALED = "00000000"
+_SEAL = re.compile(rb"""checksum["']?: ["']([0-9a-f]{8})["']""")
+# First folder of an object's key, or ledger stage -> the stage of the command line.
+_STAGES = {
+    "corpus": "corpus",
+    "factors": "fit",
+    "candidates": "prefilter",
+    "prefilter": "prefilter",
+    "queries": "query",
+    "query": "query",
+    "scores": "score",
+    "score": "score",
+    "tokens": "score",
+    # Units of any stage may have been given up: the first that can be.
+    "quarantine": "fit",
+}
+
+
+class DamagedError(UserError):
+    """An object that a manifest names is missing or is not what was written."""
+
+
+def damaged(files: Files, key: str, what: str) -> DamagedError:
+    """The error of one object: where, what is wrong, what to do."""
+    return DamagedError(f"{files.where(key)}: {what}; {remedy(key)}")
+
+
+def remedy(key: str) -> str:
+    """What to do about a damaged object."""
+    stage = stage_of(key)
+    if stage is None:
+        return "choose a new run.folder"
+    return f"run the same command with --restart {stage} to compute it again"
+
+
+def stage_of(key: str) -> str | None:
+    """The stage of the command line that makes an object; None for one of no stage."""
+    first, _, rest = key.partition("/")
+    name = rest.partition("/")[0] if first in ("ledger", "snapshots") else first
+    return "fit" if name.startswith("fit.") else _STAGES.get(name)
+
+
+def read_whole(files: Files, key: str, size: int, checksum: str) -> bytes:
+    """An object's bytes, as they were written.
+
+    Raises:
+        DamagedError: it is missing, or has another size or checksum.
+    """
+    data, problem = _compare(files, key, size, checksum)
+    if problem and files.remote:  # an answer cut on its way is not damage
+        data, problem = _compare(files, key, size, checksum)
+    if problem:
+        raise damaged(files, key, problem)
+    return data
+
+
+def _compare(files: Files, key: str, size: int, checksum: str) -> tuple[bytes, str]:
+    try:
+        data = files.get(key)
+    except FileNotFoundError:
+        return b"", "missing"
+    if len(data) != size:
+        return b"", f"{len(data)} bytes instead of {size}"
+    return data, "" if crc(data) == checksum else "checksum differs"
+
+
+def seal(key: str, text: str) -> bytes:
+    """Put the checksum of a text and its key in the place of the first ``checksum: "00000000"`` of the text.
+
+    The key is part of it: an object that stands under another's name is found, too.
+    """
+    data = text.encode()
+    place = _SEAL.search(data)
+    assert place is not None and place[1].decode() == UNSEALED
+    return _with_seal(data, place, _sum(key, data))
+
+
+def broken_seal(key: str, data: bytes) -> str:
+    """What is wrong with a sealed object; empty if nothing."""
+    place = _SEAL.search(data)
+    if place is None:
+        return "damaged, its checksum is not there"
+    return "" if _sum(key, _with_seal(data, place, UNSEALED)) == place[1].decode() else "checksum differs"
+
+
+def seal_json(key: str, data: dict[str, Any]) -> bytes:
+    """A sealed JSON object."""
+    return seal(key, json.dumps({"checksum": UNSEALED, **data}, ensure_ascii=False))
+
+
+def _with_seal(data: bytes, place: re.Match[bytes], checksum: str) -> bytes:
+    return data[: place.start(1)] + checksum.encode() + data[place.end(1) :]
+
+
+def _sum(key: str, data: bytes) -> str:
+    return crc(data, zlib.crc32(key.encode() + b"\0"))
