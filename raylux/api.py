@@ -3,58 +3,23 @@
 from __future__ import annotations
 
 import json
-import platform
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raylux import fingerprints, models
-from raylux.capture import input_groups
+from raylux import models, prepare
 from raylux.config import Config
-from raylux.corpus import Sequences, load_corpus
 from raylux.engine.context import Context
-from raylux.engine.plan import Plan, make_plan
 from raylux.engine.progress import Reporter
-from raylux.engine.records import CANDIDATES, COVARIANCE, EIGEN, MOMENTS, QUERY, SCORE, TOKENS
-from raylux.engine.stages import corpus as corpus_stage
-from raylux.engine.stages import fit, prefilter, queries, query, score
-from raylux.errors import MissingStageError, UserError
-from raylux.layers import Coverage
-from raylux.queries import load_queries
+from raylux.engine.stages import fit, prefilter, query, score
+from raylux.errors import MissingStageError
 from raylux.results import Run, StageStatus
-from raylux.store import CorpusReader, RunFolder
+from raylux.store import Lease, RunFolder
 
 __all__ = ["STAGES", "Run", "StageStatus", "attribute", "open_run", "run", "run_stages"]
 
 STAGES = ("corpus", "fit", "prefilter", "query", "score", "report")
-
-# Keys that may differ from one command to the next on the same run folder: the rest is frozen.
-FREE_KEYS = frozenset(
-    {
-        "run.folder",
-        "model.device",
-        "queries.path",
-        "fit.snapshot",
-        "prefilter.kind",
-        "prefilter.top",
-        "score.unit",
-        "score.train_size",
-        "score.layers",
-        "score.token_top",
-        "engine.backend",
-        "engine.workers",
-        "engine.shards",
-        "engine.timeout",
-    }
-)
-
-# A run that holds no more than its corpus keeps these and the section corpus; the rest may still change, so that
-# too many threads, too large a model or broken weights can be put right in the same folder.
-CORPUS_KEYS = frozenset({"model.path", "model.tokenizer"})
-COMPUTED = (COVARIANCE, EIGEN, MOMENTS, CANDIDATES, QUERY, SCORE, TOKENS)
 
 
 def run(config: Config) -> Run:
@@ -77,6 +42,7 @@ def run_stages(
     stages: Sequence[str] | None = None,
     config_path: str | None = None,
     quiet: bool = False,
+    restart: str | None = None,
 ) -> Run:
     """Run some stages of a config; each does only what the run folder lacks.
 
@@ -85,19 +51,27 @@ def run_stages(
         stages: of ``STAGES``; default: all.
         config_path: what error messages and ``inspect`` call the config.
         quiet: no progress on the terminal.
+        restart: forget what this stage made, and what rests on it, and compute it again.
 
     Raises:
         MissingStageError: an earlier stage is not done; the message holds the command to run.
+        UserError: another command works on the run folder; an input changed, or what is stored is damaged, and
+            ``restart`` does not allow for it.
     """
     wanted = STAGES if stages is None else tuple(stages)
-    ctx = _prepare(config, config_path, quiet)
-    try:
-        for stage in STAGES:
-            if stage in wanted:
-                _check_before(ctx, stage, config_path)
-                _RUN[stage](ctx)
-    finally:
-        ctx.close()
+    folder = RunFolder(config.run.folder)
+    inputs = prepare.read(config, folder, restart)
+    reporter = Reporter(folder, quiet)
+    with Lease.take(folder.files, say=reporter.say) as lease:
+        folder.guard = lease.check
+        ctx = prepare.begin(inputs, folder, reporter, config_path, restart)
+        try:
+            for stage in STAGES:
+                if stage in wanted:
+                    _check_before(ctx, stage, config_path)
+                    _RUN[stage](ctx)
+        finally:
+            ctx.close()
     return Run(config.run.folder)
 
 
@@ -123,7 +97,8 @@ def _check_before(ctx: Context, stage: str, config_path: str | None) -> None:
     if stage == "query":
         needs.append(("fit", fit.missing(ctx), "the factors are not fitted"))
     if stage == "score":
-        unsolved = [item.id for item in ctx.queries if item.id not in query.solved_queries(ctx)]
+        solved = query.solved_queries(ctx)
+        unsolved = [item.id for item in query.answerable(ctx) if item.id not in solved]
         needs.append(("prefilter", prefilter.missing(ctx), "queries without candidates"))
         needs.append(("query", unsolved, "queries that are not preconditioned"))
     if stage == "report":
@@ -134,133 +109,6 @@ def _check_before(ctx: Context, stage: str, config_path: str | None) -> None:
             raise MissingStageError(
                 f"{ctx.folder.path}: {what}; run `raylux {name} {config_path or 'CONFIG'}` before {stage}"
             )
-
-
-@dataclass(frozen=True)
-class _Model:
-    """A model as it is before its weights are loaded."""
-
-    files: models.ModelFiles
-    coverage: Coverage
-    groups: dict[str, str]
-    vocabulary: int
-    context: int | None
-    tokenizer: Any
-    prints: fingerprints.ModelPrint
-
-    @classmethod
-    def find(cls, config: Config) -> _Model:
-        trusted = config.model.trust_remote_code
-        files = models.find_model(config.model)
-        structure = models.load_structure(files, trusted)
-        coverage = models.coverage(structure, config.model.layers)
-        return cls(
-            files,
-            coverage,
-            input_groups(structure, coverage.tracked),
-            models.vocabulary_size(structure.config),
-            models.context_length(structure.config),
-            models.load_tokenizer(files, trusted),
-            fingerprints.of_model(files),
-        )
-
-    def record(self) -> dict[str, Any]:
-        """What run.yaml keeps of it."""
-        return {
-            "folder": self.files.folder,
-            "tokenizer_folder": self.files.tokenizer,
-            **self.prints.dump(),
-            "parameters": self.coverage.parameters,
-            "share": self.coverage.share,
-            "layers": [layer.name for layer in self.coverage.tracked],
-            "groups": self.groups,
-        }
-
-
-def _prepare(config: Config, config_path: str | None, quiet: bool) -> Context:
-    """Check everything that can be checked before work begins, then open or make the run folder."""
-    folder = RunFolder(config.run.folder)
-    known = folder.settings() if folder.exists else {}
-    computed = any(folder.committed(stage) for stage in COMPUTED)
-    if known:
-        _check_same(config, known, folder.path, FREE_KEYS if computed else None)
-    elif not folder.files.empty():
-        raise UserError(f"{folder.path}: the folder is not empty and holds no run; choose another run.folder")
-    model = _Model.find(config)
-    asked = load_queries(config.queries.path, model.tokenizer, model.vocabulary, model.context)
-    queries.check(folder, asked)
-    source = fingerprints.of_source(config.corpus.path)
-    device = models.resolve_device(config.model.device)
-
-    def load() -> Sequences:
-        return load_corpus(config.corpus, model.tokenizer, model.vocabulary, model.context)
-
-    if computed:
-        plan = Plan(**known["plan"])
-        model = replace(model, groups=known["model"]["groups"])
-        _check_model(model.prints, known["model"], folder.path)
-        _check_device(plan.device, device, folder.path)
-    else:
-        if folder.committed("corpus"):
-            lengths = CorpusReader(folder).lengths
-        else:
-            # Read whole before anything is written: a bad row leaves no run folder behind.
-            sequences = load()
-            load, lengths = lambda: sequences, sequences.lengths()
-        covered = model.coverage
-        plan = make_plan(config, device, covered.tracked, model.groups, covered.parameters, lengths, model.context)
-    folder.write_settings(
-        {
-            "config": config.dump(),
-            "config_path": config_path or known.get("config_path"),
-            "plan": plan.dump(),
-            "model": model.record(),
-            "versions": known.get("versions") or _versions(),
-        }
-    )
-    corpus_stage.run(folder, load, source)
-    queries.register(folder, asked)
-    reporter = Reporter(folder, quiet)
-    return Context(config, folder, model.files, model.coverage, model.groups, model.vocabulary, plan, reporter, asked)
-
-
-def _check_device(before: str, now: str, path: str) -> None:
-    if before != now:
-        raise UserError(
-            f"{path}: made on {before}, model.device is now {now}; set model.device={before} or use another run.folder"
-        )
-
-
-def _check_same(config: Config, known: Mapping[str, Any], path: str, free: Collection[str] | None) -> None:
-    """Raise where a key differs from the run folder's that is not ``free`` (None: one that the corpus rests on)."""
-    before = known["config"]
-    for section, keys in config.dump().items():
-        for key, value in keys.items():
-            name = f"{section}.{key}"
-            frozen = name in CORPUS_KEYS or section == "corpus" if free is None else name not in free
-            if frozen and before.get(section, {}).get(key) != value:
-                raise UserError(
-                    f"{path} holds a run of another config: {name} is {before.get(section, {}).get(key)!r} there and "
-                    f"{value!r} here; choose another run.folder, or set it back"
-                )
-
-
-def _check_model(now: fingerprints.ModelPrint, known: Mapping[str, Any], path: str) -> None:
-    before = fingerprints.ModelPrint.load(known)
-    changes = (before.weights_changed, before.config_changed, before.code_changed, before.tokenizer_changed)
-    for changed in (change(now) for change in changes):
-        if changed:
-            raise UserError(f"{path}: {changed}; choose another run.folder")
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("raylux", "torch", "ray", "transformers", "zarr"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def attribute(

@@ -98,9 +98,9 @@ class Inputs:
         """In process, without a prefilter, cut small, unless overridden."""
         return Config.parse(self.sections(run), [*CUT, *overrides])
 
-    def run(self, folder: Path | str, *overrides: str) -> raylux.Run:
+    def run(self, folder: Path | str, *overrides: str, restart: str | None = None) -> raylux.Run:
         """Every stage but the report, which has tests of its own."""
-        return run_stages(self.config(folder, *overrides), STAGES[:-1], quiet=True)
+        return run_stages(self.config(folder, *overrides), STAGES[:-1], quiet=True, restart=restart)
 
 
 def make_inputs(base: Path, architecture: str = "llama", **sizes: Any) -> Inputs:
@@ -118,11 +118,13 @@ def make_inputs(base: Path, architecture: str = "llama", **sizes: Any) -> Inputs
 
 
 def objects(folder: Path) -> dict[str, int]:
-    """Every file of a run but its log and page: path -> time of its last change."""
+    """Every file of a run but its log, its lease and its page: path -> time of its last change."""
     return {
         str(path.relative_to(folder)): path.stat().st_mtime_ns
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("run.yaml", "progress.jsonl", "index.html")
+        if path.is_file()
+        and path.parent.name != "lease"
+        and path.name not in ("run.yaml", "progress.jsonl", "index.html")
     }
 
 

@@ -196,7 +196,7 @@ def test_weights_that_are_not_finite(inputs: Inputs, tmp_path: Path, value: floa
         inputs.run(tmp_path / "run")
     _line(str(error.value), "NaN or infinity", "transformer.h.0.mlp.c_fc.weight")
     kept = {path.relative_to(tmp_path / "run").parts[0] for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert kept <= {"run.yaml", "corpus", "ledger", "progress.jsonl"}
+    assert kept <= {"run.yaml", "corpus", "ledger", "lease", "progress.jsonl"}
     assert not raylux.open_run(tmp_path / "run").status()[1].done
     (inputs.model / "model.safetensors").unlink()
     (inputs.model / "model.safetensors").symlink_to(good)
@@ -253,7 +253,7 @@ def test_a_folder_of_another_config_is_left_alone(inputs: Inputs, done: Path, ov
     same = _untouched(done)
     with pytest.raises(UserError) as error:
         inputs.run(done, override)
-    _line(str(error.value), str(done), "another config", *says)
+    _line(str(error.value), str(done), "holds another run", "run.folder", "--restart", *says)
     assert same()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from raylux.errors import UserError
 from raylux.fingerprints import of_query
 from raylux.queries import Query
 from raylux.store import RunFolder
@@ -18,14 +17,10 @@ def records(folder: RunFolder) -> list[dict[str, Any]]:
     return [entry for manifest in folder.units(STAGE).values() for entry in manifest.meta["queries"]]
 
 
-def check(folder: RunFolder, queries: Sequence[Query]) -> None:
-    """Raises UserError where a query's id stands for another question in the run folder."""
+def changed(folder: RunFolder, queries: Sequence[Query]) -> str | None:
+    """The first id that stands for another question in the run folder."""
     known = {entry["id"]: entry["fingerprint"] for entry in records(folder)}
-    for query in queries:
-        if known.get(query.id, of_query(query)) != of_query(query):
-            raise UserError(
-                f"query '{query.id}' is not the one that {folder.path} knows by this id; give the new one another id"
-            )
+    return next((query.id for query in queries if known.get(query.id, of_query(query)) != of_query(query)), None)
 
 
 def register(folder: RunFolder, queries: Sequence[Query]) -> None:

@@ -1,0 +1,199 @@
+"""Before any work: everything that can be checked is checked, then the run folder is opened or made."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+from raylux import fingerprints, models
+from raylux.capture import input_groups
+from raylux.config import Config
+from raylux.corpus import Sequences, load_corpus
+from raylux.engine.context import Context
+from raylux.engine.plan import Plan, make_plan
+from raylux.engine.progress import Reporter
+from raylux.engine.stages import corpus as corpus_stage
+from raylux.engine.stages import queries
+from raylux.errors import UserError
+from raylux.frozen import Frozen, check_stage_name, drop, falls, holds
+from raylux.layers import Coverage
+from raylux.queries import Query, load_queries
+from raylux.store import CorpusReader, RunFolder
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model as it is before its weights are loaded."""
+
+    files: models.ModelFiles
+    coverage: Coverage
+    groups: dict[str, str]
+    vocabulary: int
+    context: int | None
+    tokenizer: Any
+    prints: fingerprints.ModelPrint
+
+    @classmethod
+    def find(cls, config: Config) -> _Model:
+        trusted = config.model.trust_remote_code
+        files = models.find_model(config.model)
+        structure = models.load_structure(files, trusted)
+        coverage = models.coverage(structure, config.model.layers)
+        return cls(
+            files,
+            coverage,
+            input_groups(structure, coverage.tracked),
+            models.vocabulary_size(structure.config),
+            models.context_length(structure.config),
+            models.load_tokenizer(files, trusted),
+            fingerprints.of_model(files),
+        )
+
+    def record(self) -> dict[str, Any]:
+        """What run.yaml keeps of it."""
+        return {
+            "folder": self.files.folder,
+            "tokenizer_folder": self.files.tokenizer,
+            **self.prints.dump(),
+            "parameters": self.coverage.parameters,
+            "share": self.coverage.share,
+            "layers": [layer.name for layer in self.coverage.tracked],
+            "groups": self.groups,
+        }
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a config names, read and found to be well: nothing was written yet.
+
+    Attributes:
+        config: the run's.
+        model: without its weights.
+        queries: asked for.
+        source: what tells one state of the corpus's files from another.
+        sequences: the corpus; None where the run folder has it.
+    """
+
+    config: Config
+    model: _Model
+    queries: list[Query]
+    source: dict[str, Any]
+    sequences: Sequences | None
+
+    def lengths(self, folder: RunFolder) -> np.ndarray:
+        """[n] tokens of each sequence of the corpus."""
+        return CorpusReader(folder).lengths if self.sequences is None else self.sequences.lengths()
+
+
+def read(config: Config, folder: RunFolder, restart: str | None) -> Inputs:
+    """Check everything that a config names, and that the run folder allows it.
+
+    Raises:
+        UserError: an input cannot be served, or it changed and the folder does not allow it.
+    """
+    check_stage_name(restart)
+    known = _known(folder)
+    if known:
+        Frozen(folder, known, restart).check_config(config)
+    model = _Model.find(config)
+    asked = load_queries(config.queries.path, model.tokenizer, model.vocabulary, model.context)
+    source = fingerprints.of_source(config.corpus.path)
+    sequences = None
+    if not _stored(folder, restart):
+        sequences = load_corpus(config.corpus, model.tokenizer, model.vocabulary, model.context)
+    inputs = Inputs(config, model, asked, source, sequences)
+    _check(inputs, folder, known, restart)
+    return inputs
+
+
+def begin(
+    inputs: Inputs, folder: RunFolder, reporter: Reporter, config_path: str | None, restart: str | None
+) -> Context:
+    """Drop what is to be computed again and store what is new; the caller holds the run folder's lease.
+
+    Raises:
+        UserError: the folder was changed by somebody else since ``read``, and does not allow the inputs now.
+    """
+    known = _known(folder)
+    _check(inputs, folder, known, restart)
+    if inputs.sequences is None and not _stored(folder, restart):
+        raise UserError(f"{folder.path}: its corpus was removed meanwhile; run the same command again")
+    model, plan = _plan(inputs, folder, known, restart)
+    if restart and known:
+        drop(folder, restart)
+    config = inputs.config
+    folder.write_settings(_settings(config, config_path, known, plan, model))
+    corpus_stage.run(folder, inputs.sequences, inputs.source)
+    queries.register(folder, inputs.queries)
+    return Context(
+        config, folder, model.files, model.coverage, model.groups, model.vocabulary, plan, reporter, inputs.queries
+    )
+
+
+def _known(folder: RunFolder) -> dict[str, Any]:
+    if folder.exists:
+        return folder.settings()
+    if not folder.files.empty():
+        raise UserError(f"{folder.path}: the folder is not empty and holds no run; choose another run.folder")
+    return {}
+
+
+def _stored(folder: RunFolder, restart: str | None) -> bool:
+    return bool(folder.committed("corpus")) and "corpus" not in falls(restart)
+
+
+def _check(inputs: Inputs, folder: RunFolder, known: Mapping[str, Any], restart: str | None) -> None:
+    if not known:
+        return
+    frozen = Frozen(folder, known, restart)
+    frozen.check_config(inputs.config)
+    frozen.check_model(inputs.model.prints)
+    frozen.check_queries(queries.changed(folder, inputs.queries))
+    if _stored(folder, restart):
+        frozen.check_source(folder.manifest("corpus", "corpus").meta["source"], inputs.source)
+
+
+def _plan(inputs: Inputs, folder: RunFolder, known: Mapping[str, Any], restart: str | None) -> tuple[_Model, Plan]:
+    """The plan that the folder's numbers were made by, as far as it holds any, otherwise a new one."""
+    model = inputs.model
+    device = models.resolve_device(inputs.config.model.device)
+
+    def new(groups: dict[str, str]) -> Plan:
+        covered = model.coverage
+        lengths = inputs.lengths(folder)
+        return make_plan(inputs.config, device, covered.tracked, groups, covered.parameters, lengths, model.context)
+
+    if not known or "fit" in falls(restart) or not holds(folder, "fit"):
+        return model, new(model.groups)
+    plan, groups = Plan(**known["plan"]), known["model"]["groups"]
+    Frozen(folder, known, restart).check_device(plan.device, device)
+    if "score" in falls(restart):
+        plan = replace(plan, score_unit_size=new(groups).score_unit_size)
+    return replace(model, groups=groups), plan
+
+
+def _settings(
+    config: Config, config_path: str | None, known: Mapping[str, Any], plan: Plan, model: _Model
+) -> dict[str, Any]:
+    return {
+        "config": config.dump(),
+        "config_path": config_path or known.get("config_path"),
+        "plan": plan.dump(),
+        "model": model.record(),
+        "versions": known.get("versions") or _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("raylux", "torch", "ray", "transformers", "zarr"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
