@@ -126,6 +126,12 @@ class Disk:
                 os.rmdir(folder)
                 folder = os.path.dirname(folder)
 
+    def vanish(self) -> None:
+        """Remove the base, if there is nothing in it."""
+        with contextlib.suppress(OSError):
+            os.rmdir(self.base)
+            self._anchored.clear()
+
     # reading
 
     def get(self, key: str) -> bytes:

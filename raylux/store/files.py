@@ -82,6 +82,11 @@ class Files:
         with self._telling(found[0] if found else "", "deleted"):
             self._store.clear(found)
 
+    def vanish(self) -> None:
+        """Remove the root itself where it is an empty local folder; object stores have none."""
+        if isinstance(self._store, Disk):
+            self._store.vanish()
+
     # reading
 
     def get(self, key: str) -> bytes:
@@ -127,10 +132,8 @@ class Files:
     def _telling(self, key: str, verb: str, *passed: type[Exception]) -> Iterator[None]:
         try:
             yield
-        except (UserError, *passed):
-            raise
         except Exception as error:
-            if not isinstance(error, self._store.faults):
+            if isinstance(error, (UserError, *passed)) or not isinstance(error, self._store.faults):
                 raise
             raise told(self.where(key), verb, error) from None
 

@@ -141,9 +141,11 @@ class Lease:
     def check(self) -> None:
         """Raises LeaseLostError if another driver has taken over."""
         newest = max(_numbers(self._files), default=0)
-        if newest == self.number:
+        found = _read(self._files, newest)
+        other = found.holder
+        # The token: somebody may have removed the folder and begun another run in its place.
+        if newest == self.number and (other is None or other.token == self.holder.token):
             return
-        other = _read(self._files, newest).holder
         raise LeaseLostError(
             f"{self._files.place}: taken over by {other or 'another driver'}, as this process "
             f"({self.holder.pid} on {self.holder.host}) gave no sign of life; nothing more is written here"
@@ -156,7 +158,10 @@ class Lease:
         self._files.put(_key(self.number), self._record())
 
     def release(self) -> None:
-        """Give it up. The object stays, marked, so that its number is not used again."""
+        """Give it up. The object stays, marked, so that its number is not used again.
+
+        Where nothing was written beside it, nothing stays.
+        """
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -164,7 +169,11 @@ class Lease:
             self.check()
         except LeaseLostError:
             return
-        self._files.put(_key(self.number), self._record(released=True))
+        if self._files.empty():
+            self._files.clear([_key(number) for number in _numbers(self._files)])
+            self._files.vanish()
+        else:
+            self._files.put(_key(self.number), self._record(released=True))
 
     def __enter__(self) -> Lease:
         return self
@@ -255,9 +264,9 @@ def _numbers(files: Files) -> list[int]:
 
 
 def _read(files: Files, number: int) -> _Seen:
-    """A lease object; without a holder where it is gone or not whole."""
+    """A lease object; without a holder where it is gone or not whole (0: there is none)."""
     try:
-        raw = files.get(_key(number))
+        raw = files.get(_key(number)) if number else b""
     except FileNotFoundError:
         return _Seen(b"")
     if broken_seal(_key(number), raw):
