@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
 from raylux.corpus import IGNORE, check_tokens
 from raylux.errors import UserError
-from raylux.readers import check_surrogates, integers, parse_json
+from raylux.markup import parse_json, parse_yaml
+from raylux.readers import check_surrogates, integers
 from raylux.sources import data_suffix, one_line, read_text, resolve
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def load_queries(path: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int,
     elif suffix == ".json":
         records = parse_json(text, found)
     elif suffix in (".yaml", ".yml"):
-        records = _parse_yaml(text, found)
+        records = parse_yaml(text, found)
     else:
         raise UserError(f"{found}: queries are a .yaml, .json or .jsonl file")
     if isinstance(records, dict):
@@ -123,15 +123,6 @@ def token_split(query: Query, tokenizer: PreTrainedTokenizerBase, part: int = 0)
         (_token_text(tokens, position, tokenizer), bool(labels[position] != IGNORE), position)
         for position in range(len(tokens))
     ]
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}: not valid YAML{line}: {getattr(error, 'problem', None) or 'unreadable'}") from None
 
 
 def _query(record: Any, number: int, encoder: _Encoder, where: str) -> Query:

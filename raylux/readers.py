@@ -14,6 +14,7 @@ from typing import Any
 
 from raylux.config import CorpusSection
 from raylux.errors import UserError
+from raylux.markup import parse_json
 from raylux.sources import SourceFile, data_suffix, decode_utf8, find_files, is_url, one_line, open_bytes, resolve
 
 RESERVED = frozenset({"sequence", "document", "text", "rank", "influence", "prefilter"})
@@ -205,19 +206,6 @@ def _json(file: SourceFile, config: CorpusSection) -> Iterator[_Row]:
         yield from (_Row(row, f"{file.path} key '{key}'", id=key) for key, row in data.items())
     else:
         raise UserError(f"{file.path}: must hold an array of objects (or an object of objects), not {_kind(data)}")
-
-
-def parse_json(text: str, where: str) -> Any:
-    """JSON text as Python values, or a UserError that begins with ``where``."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        lines = error.msg == "Extra data" and error.lineno > 1
-        hint = "; one object per line? then its format is jsonl" if lines else ""
-        raise UserError(f"{where}: not valid JSON at {place}: {error.msg}{hint}") from None
-    except RecursionError:
-        raise UserError(f"{where}: JSON nested too deeply") from None
 
 
 def _parquet(file: SourceFile, config: CorpusSection) -> Iterator[_Row]:
