@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from typing import Any
 
 import yaml
@@ -116,6 +117,12 @@ def parse_json(text: str, where: str) -> Any:
         raise UserError(f"{where}: JSON nested too deeply") from None
     except ValueError as error:  # a number of thousands of digits, a key that comes twice
         raise UserError(f"{where}: not valid JSON: {error}") from None
+
+
+def odd_character(text: str) -> str | None:
+    """The first character that no name may hold, as ``U+000A``: a control character or half a surrogate pair."""
+    odd = next((c for c in text if unicodedata.category(c) in ("Cc", "Cs")), None)
+    return None if odd is None else f"U+{ord(odd):04X}"
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
