@@ -51,7 +51,7 @@ def resolve(path: str) -> str:
     The module is looked up without being imported: a data package may need libraries that are not there.
 
     Raises:
-        UserError: a control character; the module is not installed, FILE is not in it, or FILE leaves the package's folder.
+        UserError: a control character; the module is not installed, FILE is not in it or leaves the package's folder.
     """
     odd = odd_character(path)
     if odd is not None:
