@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from raylux.errors import UserError, shown
-from raylux.markup import parse_yaml
+from raylux.markup import odd_character, parse_yaml
 
 _CONFIG_LIMIT = 1 << 20  # bytes: a config is some kilobytes, anything larger is another file
 
@@ -32,9 +32,9 @@ class Section(BaseModel):
 def _name(text: str) -> str:
     if not text.strip():
         raise ValueError("must not be empty")
-    odd = next((c for c in text if not c.isprintable()), None)
+    odd = odd_character(text)
     if odd is not None:
-        raise ValueError(f"must not hold the character {odd!a}")
+        raise ValueError(f"must not hold the character {odd}")
     return text
 
 
