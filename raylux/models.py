@@ -220,8 +220,12 @@ def _bring(path: str, patterns: tuple[str, ...], key: str) -> Path:
     place = resolve(path)
     if is_url(place):
         place = str(_copied(place, patterns))
-    local = Path(place).expanduser()
-    if local.is_file():
+    try:
+        local = Path(place).expanduser()
+        single = local.is_file()
+    except (OSError, RuntimeError) as error:  # too long a name, no such user's home
+        raise UserError(f"{key} '{path}': cannot be read ({_first_line(error)})") from None
+    if single:
         if local.suffix.lower() != ".gguf":
             raise UserError(f"{key} '{path}' is a file; name the model's folder, or a .gguf file")
         from raylux.gguf import converted

@@ -65,10 +65,14 @@ def resolve(path: str) -> str:
     if not folders:
         raise UserError(f"{path}: the Python package '{module}' is not installed; pip install what provides it")
     for folder in folders:
-        target = (folder / name).resolve()
-        if not target.is_relative_to(folder.resolve()):
+        try:
+            target = (folder / name).resolve()
+            inside, there = target.is_relative_to(folder.resolve()), target.exists()
+        except (OSError, RuntimeError) as error:  # too long a name, a link to itself
+            raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
+        if not inside:
             raise UserError(f"{path}: '{name}' leaves the folder of the package '{module}'")
-        if target.exists():
+        if there:
             return str(target)
     raise UserError(f"{path}: the package '{module}' is installed, but has no file '{name}'")
 
@@ -111,15 +115,17 @@ def open_bytes(path: str) -> Iterator[IO[bytes]]:
 
 
 def _opened(path: str, stack: ExitStack) -> Any:
-    source = fsspec.open(path, "rb", compression="infer")
-    if source.compression is None and path.endswith(_COMPRESSION):
-        raise UserError(f"{path}: this compression needs a package that is not installed; unpack the file, or use .gz")
     try:
-        return stack.enter_context(source)
+        source = fsspec.open(path, "rb", compression="infer")
+        packed = source.compression is None and path.endswith(_COMPRESSION)
+        file = None if packed else stack.enter_context(source)
     except OSError:
         raise
     except Exception as error:  # every remote file system has its own exceptions
         raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
+    if file is None:
+        raise UserError(f"{path}: this compression needs a package that is not installed; unpack the file, or use .gz")
+    return file
 
 
 def _check_kind(path: str) -> None:
