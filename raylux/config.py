@@ -7,135 +7,130 @@ reports every mistake in one line. Relative paths are taken from the working dir
 from __future__ import annotations
 
 import difflib
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from raylux.errors import UserError
+from raylux.errors import UserError, shown
+from raylux.markup import odd_character, parse_yaml
 
-Auto = Literal["auto"]
+_CONFIG_LIMIT = 1 << 20  # bytes: a config is some kilobytes, anything larger is another file
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, and a key it does not know is an error."""
+    """Base of all sections: immutable, a key it does not know is an error, and nothing is taken for something else.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    Strict: ``true`` is no number and text is neither. NaN and infinity are no values.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True, allow_inf_nan=False)
+
+
+def _name(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be empty")
+    odd = odd_character(text)
+    if odd is not None:
+        raise ValueError(f"must not hold the character {odd}")
+    return text
+
+
+def _listed(value: Any) -> Any:
+    """One text or a list of them, as the tuple that a section keeps."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+Auto = Literal["auto"]
+Name = Annotated[str, AfterValidator(_name)]  # of a file, a folder, a field
+Names = Annotated[tuple[Name, ...], BeforeValidator(_listed)]
+Count = Annotated[int, Field(ge=1, le=10**15)]
+Actors = Annotated[int, Field(ge=1, le=100_000)]
+NotNegative = Annotated[float, Field(ge=0)]
 
 
 class RunSection(Section):
-    folder: str = Field(description="run folder: everything a run computes; local path or fsspec URL")
+    folder: Name = Field(description="run folder: everything a run computes; local path or fsspec URL")
 
 
 class ModelSection(Section):
-    path: str = Field(description="local folder, GGUF file, hub name, fsspec URL or package://MODULE/FILE")
-    tokenizer: str | None = Field(None, description="where the tokenizer is, if not with the model")
+    path: Name = Field(description="local folder, GGUF file, hub name, fsspec URL or package://MODULE/FILE")
+    tokenizer: Name | None = Field(None, description="where the tokenizer is, if not with the model")
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    layers: tuple[str, ...] | None = Field(
-        None, description="glob patterns of module names to track; default: every MLP linear"
+    layers: Names | None = Field(
+        None, min_length=1, description="glob patterns of module names to track; default: every MLP linear"
     )
     trust_remote_code: bool = Field(False, description="run code that ships with the model")
 
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _one_pattern(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
 
 class CorpusSection(Section):
-    path: str = Field(description="file, folder, glob, hub name, fsspec URL or package://MODULE/FILE")
+    path: Name = Field(description="file, folder, glob, hub name, fsspec URL or package://MODULE/FILE")
     format: Literal["auto", "jsonl", "json", "parquet", "text", "hub"] = "auto"
-    split: str = Field("train", description="split of a hub data set")
-    text: str = Field("text", description="field that holds the text")
-    id: str | None = Field(None, description="field that holds the document's id; default: its number")
-    keep: tuple[str, ...] = Field((), description="fields to keep beside each sequence")
-    max_length: int = Field(512, ge=2, description="tokens per sequence, at most")
+    split: Name = Field("train", description="split of a hub data set")
+    text: Name = Field("text", description="field that holds the text")
+    id: Name | None = Field(None, description="field that holds the document's id; default: its number")
+    keep: Names = Field((), description="fields to keep beside each sequence")
+    max_length: int = Field(512, ge=2, le=10**9, description="tokens per sequence, at most")
     pack: bool = Field(False, description="join documents into sequences of max_length tokens; the last may be shorter")
-    limit: int | None = Field(None, ge=1, description="read this many documents, then stop")
-
-    @field_validator("keep", mode="before")
-    @classmethod
-    def _one_field(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+    limit: Count | None = Field(None, description="read this many documents, then stop")
 
 
 class QueriesSection(Section):
-    path: str = Field(description="YAML or jsonl file of queries")
+    path: Name = Field(description="YAML or jsonl file of queries")
 
 
 class FitSection(Section):
-    sequences: int = Field(4096, ge=1, description="sequences to fit the curvature on, at most")
+    sequences: Count = Field(4096, description="sequences to fit the curvature on, at most")
     labels: Literal["sampled", "dataset"] = Field(
         "sampled", description="sampled: from the model (true Fisher); dataset: empirical Fisher"
     )
-    seed: int = 0
-    unit_tokens: int | Auto = Field("auto", description="tokens in a fit unit")
-    snapshot: float | Auto = Field(
+    seed: int = Field(0, ge=0, lt=2**63)
+    unit_tokens: Count | Auto = Field("auto", description="tokens in a fit unit")
+    snapshot: NotNegative | Auto = Field(
         "auto", description="seconds between snapshots of the sums; 0: after every unit; auto: by their cost"
     )
-
-    @field_validator("snapshot")
-    @classmethod
-    def _not_negative(cls, value: float | str) -> float | str:
-        if not isinstance(value, str) and not 0.0 <= value < float("inf"):
-            raise ValueError("snapshot is a finite number of seconds ≥ 0, or auto")
-        return value
 
 
 class CurvatureSection(Section):
     kind: Literal["ekfac", "kfac", "diagonal", "identity", "cosine"] = "ekfac"
-    damping: float | Auto = Field("auto", description="λ; auto: 0.1 × mean(Λ) of each layer")
-
-    @field_validator("damping")
-    @classmethod
-    def _positive(cls, value: float | str) -> float | str:
-        if not isinstance(value, str) and not 0.0 <= value < float("inf"):
-            raise ValueError("damping is a finite number ≥ 0, or auto")
-        return value
+    damping: NotNegative | Auto = Field("auto", description="λ; auto: 0.1 × mean(Λ) of each layer")
 
 
 class PrefilterSection(Section):
     kind: Literal["idf", "tfidf", "bm25", "none"] = Field(
         "idf", description="idf: sum of IDF over shared tokens (Grosse et al. 2023); none: all sequences"
     )
-    top: int = Field(10_000, ge=1, description="candidates per query")
+    top: Count = Field(10_000, description="candidates per query")
 
 
 class QuerySection(Section):
     max_error: float = Field(
         0.01, ge=0.0, lt=1.0, description="allowed RMS error of a query's scores by low rank; 0: dense"
     )
-    max_rank: int = Field(256, ge=1, description="above this rank a layer's s_test is kept dense")
-    probes: int | Auto = Field("auto", description="sequences on which the error is measured; auto: 32 to 128")
-
-    @field_validator("probes")
-    @classmethod
-    def _some(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("probes is a whole number of at least 1, or auto")
-        return value
+    max_rank: Count = Field(256, description="above this rank a layer's s_test is kept dense")
+    probes: Count | Auto = Field("auto", description="sequences on which the error is measured; auto: 32 to 128")
 
 
 class ScoreSection(Section):
     unit: Literal["nats", "raw"] = "nats"
-    train_size: int | None = Field(
-        None, ge=1, description="N, the sequences the model was trained on; default: the corpus's size"
+    train_size: Count | None = Field(
+        None, description="N, the sequences the model was trained on; default: the corpus's size"
     )
     layers: bool = Field(False, description="keep the scores of each layer too")
-    token_top: int = Field(10, ge=0, description="per-token scores for this many best sequences of a query")
-    unit_size: int | Auto = Field("auto", description="corpus sequences in a score unit")
+    token_top: int = Field(10, ge=0, le=10**9, description="per-token scores for this many best sequences of a query")
+    unit_size: Count | Auto = Field("auto", description="corpus sequences in a score unit")
 
 
 class EngineSection(Section):
     backend: Literal["ray", "local"] = "ray"
-    workers: int | Auto = Field("auto", description="gradient workers; auto: as many as fit")
-    shards: int | Auto = Field("auto", description="factor shards; auto: as many as workers")
-    threads: int = Field(1, ge=1, description="CPU threads of a worker (changes bits)")
-    batch_tokens: int | Auto = Field("auto", description="tokens in a batch, at most (changes bits)")
-    timeout: float = Field(600.0, gt=0, description="seconds without any unit done before giving up")
+    workers: Actors | Auto = Field("auto", description="gradient workers; auto: as many as fit")
+    shards: Actors | Auto = Field("auto", description="factor shards; auto: as many as workers")
+    threads: int = Field(1, ge=1, le=4096, description="CPU threads of a worker (changes bits)")
+    batch_tokens: Count | Auto = Field("auto", description="tokens in a batch, at most (changes bits)")
+    timeout: float = Field(600.0, gt=0, le=10**9, description="seconds without any unit done before giving up")
 
 
 class Config(Section):
@@ -172,9 +167,14 @@ class Config(Section):
         for text in overrides:
             section, key, value = _split_override(text)
             target = merged.setdefault(section, {})
-            if not isinstance(target, dict):
-                raise UserError(f"{where}: section '{section}' must be a mapping of keys")
-            target[key] = value
+            if isinstance(target, dict):  # else the section is reported below
+                target[key] = value
+        for name, keys in merged.items():
+            if not isinstance(name, str):
+                raise UserError(f"{where}: unknown section {shown(name)}; known: {', '.join(cls.model_fields)}")
+            if name in cls.model_fields and not isinstance(keys, (dict, Section)):
+                what = "is empty; give it keys or remove it" if keys is None else f"is {shown(keys)}"
+                raise UserError(f"{where}: the section '{name}' must be a mapping of keys, but {what}")
         try:
             return cls.model_validate(merged)
         except ValidationError as error:
@@ -187,21 +187,23 @@ class Config(Section):
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):
+            # A pipe or a device may keep a reader waiting for ever.
+            kind = "a folder" if stat.S_ISDIR(facts.st_mode) else "no regular file"
+            raise UserError(f"{path}: is {kind}; a config is a YAML file")
+        if facts.st_size > _CONFIG_LIMIT:
+            raise UserError(f"{path}: {facts.st_size:,} bytes are too many for a config; is it another file?")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(
-            f"{path}: not valid YAML{line}: {getattr(error, 'problem', None) or 'cannot be parsed'}"
-        ) from None
+    except ValueError as error:  # a NUL in the name
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise UserError(f"{path}: a config is a mapping of sections (run, model, corpus, queries, …)")
     return data
@@ -211,31 +213,30 @@ def _split_override(text: str) -> tuple[str, str, Any]:
     name, equals, value = text.partition("=")
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and section and key):
-        raise UserError(f"override '{text}': write section.key=value, as in prefilter.top=500")
-    try:
-        return section, key, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"override '{text}': the value is not valid YAML") from None
+        raise UserError(f"override {shown(text)}: write section.key=value, as in prefilter.top=500")
+    return section, key, parse_yaml(value, f"override {shown(text)}")
 
 
 def _first_problem(error: ValidationError) -> str:
-    """The first problem of a pydantic error as one line, with the nearest known key for an unknown one."""
-    problem = error.errors()[0]
-    # A union's location ends in the name of the branch that was tried: a config's key has two parts.
-    place = [str(part) for part in problem["loc"]][:2]
-    name = ".".join(place)
-    problems = {error_["loc"][:2] for error_ in error.errors()}
+    """The first key that is wrong as one line, with the nearest known key for an unknown one."""
+    problems: dict[tuple[int | str, ...], list[Any]] = {}
+    for problem in error.errors(include_url=False):
+        # A union's location ends in the name of the branch that was tried: a config's key has two parts.
+        problems.setdefault(problem["loc"][:2], []).append(problem)
+    place, found = next(iter(problems.items()))
+    parts = [str(part) for part in place]
+    name = ".".join(parts)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    if problem["type"] == "extra_forbidden":
-        known = _keys_at(place[:-1])
-        near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.5)
+    kind = found[0]["type"]
+    if kind in ("extra_forbidden", "invalid_key"):
+        known = _keys_at(parts[:-1])
+        near = difflib.get_close_matches(parts[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
-        kind = "section" if len(place) == 1 else "key"
-        return f"unknown {kind} '{name}'; {hint}{more}"
-    if problem["type"] == "missing":
+        return f"unknown {'section' if len(parts) == 1 else 'key'} {shown(name)}; {hint}{more}"
+    if kind == "missing":
         return f"'{name}' is required{more}"
-    value = problem.get("input")
-    return f"'{name}' = {value!r}: {problem['msg'].removeprefix('Value error, ')}{more}"
+    said = " or ".join(dict.fromkeys(problem["msg"].removeprefix("Value error, ") for problem in found))
+    return f"'{name}' = {shown(found[0].get('input'))}: {said}{more}"
 
 
 def _keys_at(place: list[str]) -> list[str]:

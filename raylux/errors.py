@@ -6,11 +6,20 @@ the command line prints that line alone and leaves with the error's exit code.
 
 from __future__ import annotations
 
+_LONGEST = 1_000
+
 
 class RayluxError(Exception):
-    """Base of every error raised on purpose; ``exit_code`` is what the command line returns."""
+    """Base of every error raised on purpose; ``exit_code`` is what the command line returns.
+
+    The message is one line whatever was put into it: texts of a user's file and of other libraries' errors may
+    hold line breaks, control characters or a megabyte.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(plain_line(message))
 
 
 class UserError(RayluxError):
@@ -25,3 +34,25 @@ class MissingStageError(UserError):
 
 class NumericsError(RayluxError):
     """A NaN or an infinity where none may be; the message names layer and unit."""
+
+
+def plain_line(text: str) -> str:
+    """``text`` in one line: what cannot be printed is escaped, the middle of what is too long is left out."""
+    if len(text) > _LONGEST:
+        half = _LONGEST // 2
+        text = f"{text[:half]} … {text[-half:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: object, longest: int = 60) -> str:
+    """A foreign value for a message: as Python writes it, but never longer than ``longest`` characters.
+
+    Containers are named by their kind, not spelled out: writing one may take as long as it is large.
+    """
+    if isinstance(value, (dict, list, tuple, set)):
+        return f"a {'mapping' if isinstance(value, dict) else 'list'} of {len(value)}"
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 200:
+        return f"a whole number of {value.bit_length()} bits"
+    if isinstance(value, (str, bytes)) and len(value) > longest:
+        return f"{value[:longest]!r}…"
+    return repr(value)

@@ -10,12 +10,14 @@ import copy
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from raylux.cache import build_once, entry_name
 from raylux.errors import UserError
+from raylux.sources import one_line
 
 FORMAT = 1  # raise it when what a conversion writes changes: older entries are then left alone
 
@@ -44,7 +46,11 @@ def convert(path: Path, folder: Path, label: str) -> None:
             raise UserError(f"{label}: not a GGUF file (its first bytes are not 'GGUF')")
     print(f"converting {path.name} to safetensors in the cache: happens once, takes a minute or more", file=sys.stderr)
     model, tokenizer = read_gguf(path, label)
-    plain_model(model).save_pretrained(folder)
+    try:
+        plain = plain_model(model)
+    except Exception as error:
+        raise UserError(f"{label}: its tensors make no {type(model).__name__} ({one_line(error)})") from None
+    plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -52,15 +58,22 @@ def read_gguf(path: Path, label: str) -> tuple[PreTrainedModel, PreTrainedTokeni
     """Model (float32) and tokenizer as transformers reads them from the file."""
     place = str(path.parent)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            place, gguf_file=path.name, dtype=torch.float32, local_files_only=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place, gguf_file=path.name, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=path.name, local_files_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # a cut or odd file fails in numpy, struct or the tokenizer, each in its own way
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{label}: transformers cannot read this GGUF file ({reason})") from None
+    except BaseException as error:
+        # A cut or odd file fails in numpy, struct or the tokenizer, each in its own way; the last one panics.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{label}: transformers cannot read this GGUF file ({one_line(error)})") from None
+    model, report = loaded
+    missing = sorted(str(name) for name in report["missing_keys"])
+    if missing:  # transformers only warns, and makes up random weights
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{label}: the file has no weights for {missing[0]}{more}")
     return model, tokenizer
 
 

@@ -8,8 +8,8 @@ unpickled, and code that ships with a model runs only if the config says so.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,18 +25,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 from transformers.utils import logging as transformers_logging
 
 from raylux.cache import build_once, entry_name
 from raylux.config import ModelSection
 from raylux.errors import UserError
 from raylux.layers import Coverage, SkippedLayer, TrackedLayer, coverage
-from raylux.weights import check_indexes
+from raylux.modelcheck import check_folder, check_shapes
 
 __all__ = [
     "Coverage",
@@ -55,7 +50,6 @@ __all__ = [
 ]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "*.jinja", "*.tiktoken")
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
 
@@ -79,7 +73,7 @@ def find_model(config: ModelSection) -> ModelFiles:
             needed but not allowed.
     """
     folder = _bring(config.path, MODEL_FILES + TOKENIZER_FILES, "model.path")
-    _check_folder(folder, config.path, config.trust_remote_code)
+    check_folder(folder, config.path, config.trust_remote_code)
     tokenizer = folder
     if config.tokenizer is not None:
         tokenizer = _bring(config.tokenizer, (*TOKENIZER_FILES, "config.json"), "model.tokenizer")
@@ -90,34 +84,67 @@ def load_tokenizer(files: ModelFiles, trust_remote_code: bool = False) -> PreTra
     """The model's tokenizer.
 
     Raises:
-        UserError: there is none in the folder, or it cannot be read.
+        UserError: there is none in the folder, it cannot be read, or it knows no token.
     """
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(
                 files.tokenizer, local_files_only=True, trust_remote_code=trust_remote_code
             )
-    except Exception as error:  # tokenizer backends raise bare Exception for a file they cannot parse
-        raise UserError(
-            f"{files.tokenizer}: no tokenizer could be loaded ({_first_line(error)}); "
-            "set model.tokenizer to a folder or hub name that has one"
-        ) from None
+            known = len(tokenizer) > len(set(tokenizer.all_special_ids))
+    except BaseException as error:
+        # Backends raise bare Exception for a file they cannot parse; the one in Rust panics, past Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise _no_tokenizer(files, f"{type(error).__name__}: {_first_line(error)}") from None
+    if not known:
+        # transformers builds some classes without their files, with an empty vocabulary.
+        raise _no_tokenizer(files, "its vocabulary is empty")
+    return tokenizer
+
+
+def _no_tokenizer(files: ModelFiles, why: str) -> UserError:
+    if "trust_remote_code" in why or "custom code" in why:
+        why = "it ships its own code, which runs with model.trust_remote_code=true only"
+    return UserError(
+        f"{files.tokenizer}: no tokenizer could be loaded ({why}); "
+        "set model.tokenizer to a folder or hub name that has one"
+    )
 
 
 def load_config(files: ModelFiles, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The model's config, as transformers reads it."""
+    """The model's config, as transformers reads it.
+
+    Raises:
+        UserError: it cannot, or the config says nothing usable.
+    """
     try:
-        return AutoConfig.from_pretrained(files.folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError) as error:
+        with quiet():
+            config = AutoConfig.from_pretrained(
+                files.folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        vocabulary_size(config)
+        return config
+    except Exception as error:  # each architecture's config checks itself in its own way, or not at all
         raise UserError(f"{files.folder}/config.json: transformers cannot read it ({_first_line(error)})") from None
 
 
 def load_structure(files: ModelFiles, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model without its weights (meta device): enough for ``coverage``, costs neither time nor memory."""
+    """The model without its weights (meta device): enough for ``coverage``, costs neither time nor memory.
+
+    Raises:
+        UserError: config.json describes no model that can be built, or not the one whose weights are there.
+    """
     config = load_config(files, trust_remote_code)
-    with torch.device("meta"), quiet():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    model.tie_weights()
+    try:
+        with torch.device("meta"), quiet():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model.tie_weights()
+    except Exception as error:  # as in load_config: a bad size fails wherever it is first used
+        raise UserError(
+            f"{files.folder}/config.json: no model can be built from it ({type(error).__name__}: {_first_line(error)})"
+        ) from None
+    check_shapes(Path(files.folder), {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
     return model
 
 
@@ -144,12 +171,10 @@ def load_model(files: ModelFiles, dtype: str, device: str, trust_remote_code: bo
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # SafetensorError derives from Exception alone
         raise UserError(f"{files.folder}: the weights cannot be loaded ({_first_line(error)})") from None
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":  # derives from Exception alone, lives in a binary module
-            raise
-        raise UserError(f"{files.folder}: a safetensors file is broken ({_first_line(error)})") from None
     model, report = loaded
     _check_weights(model, report, files.folder)
     model.config.use_cache = False
@@ -195,8 +220,12 @@ def _bring(path: str, patterns: tuple[str, ...], key: str) -> Path:
     place = resolve(path)
     if is_url(place):
         place = str(_copied(place, patterns))
-    local = Path(place).expanduser()
-    if local.is_file():
+    try:
+        local = Path(place).expanduser()
+        single = local.is_file()
+    except (OSError, RuntimeError) as error:  # too long a name, no such user's home
+        raise UserError(f"{key} '{path}': cannot be read ({_first_line(error)})") from None
+    if single:
         if local.suffix.lower() != ".gguf":
             raise UserError(f"{key} '{path}' is a file; name the model's folder, or a .gguf file")
         from raylux.gguf import converted
@@ -273,60 +302,7 @@ def _stamp(info: dict[str, Any]) -> str:
 # --- checks ----------------------------------------------------------------------------------------------------
 
 
-def _check_folder(folder: Path, label: str, trust_remote_code: bool) -> None:
-    """Refuse, in one line, a folder that could not be served; reads config.json and file names only."""
-    config = _read_config(folder, label)
-    kind = config.get("model_type")
-    own_code = bool(config.get("auto_map")) and kind not in CONFIG_MAPPING_NAMES
-    if own_code and not trust_remote_code:
-        raise UserError(
-            f"{label}: this model ships its own code; set model.trust_remote_code=true to run it, if you trust it"
-        )
-    if not own_code:
-        _check_causal(config, label)
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown method")
-        raise UserError(f"{label}: the weights are quantised ({method}); gradients need the unquantised model")
-    check_indexes(folder)
-    if not list(folder.glob("*.safetensors")):
-        pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
-        raise UserError(_no_safetensors(folder, label, pickled))
-
-
-def _read_config(folder: Path, label: str) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        gguf = sorted(file.name for file in folder.glob("*.gguf"))
-        hint = f"; it holds {gguf[0]}: name that file" if gguf else ""
-        raise UserError(f"{label}: no config.json there, so not a transformers model{hint}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({_first_line(error)})") from None
-    if not isinstance(config, dict) or not config.get("model_type"):
-        raise UserError(f"{path}: names no model_type, so not the config of a transformers model")
-    return config
-
-
-def _check_causal(config: dict[str, Any], label: str) -> None:
-    kind = config["model_type"]
-    if kind not in CONFIG_MAPPING_NAMES:
-        raise UserError(f"{label}: this version of transformers does not know model type '{kind}'")
-    # BERT's kin can be built as causal LMs, but such a checkpoint is one only if it was trained as a decoder.
-    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder", False)
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or encoder or config.get("is_encoder_decoder", False):
-        built = (config.get("architectures") or [kind])[0]
-        raise UserError(f"{label}: '{built}' is not a causal language model, and raylux needs one")
-
-
-def _no_safetensors(folder: Path, label: str, pickled: list[str]) -> str:
-    if not pickled:
-        return f"{label}: no *.safetensors weights there"
-    return (
-        f"{label}: the weights are {pickled[0]}, a format that can run code when read; raylux reads safetensors only. "
-        'If you trust it, convert it: python -c "from transformers import AutoModelForCausalLM as M; '
-        f"M.from_pretrained('{folder}', use_safetensors=False).save_pretrained('{folder}')\""
-    )
+_NUMBER = re.compile(r"\.\d+\.")
 
 
 def _check_weights(model: PreTrainedModel, report: dict[str, Any], folder: str) -> None:
@@ -334,6 +310,10 @@ def _check_weights(model: PreTrainedModel, report: dict[str, Any], folder: str) 
     for key, what in (("missing_keys", "has no weights for"), ("mismatched_keys", "has weights of another shape for")):
         if report.get(key):
             raise UserError(f"{folder}: the checkpoint {what} {_names(sorted(str(name) for name in report[key]))}")
+    own = {_NUMBER.sub(".0.", name) for name in model.state_dict()}
+    beyond = sorted(str(name) for name in report.get("unexpected_keys", ()) if _NUMBER.sub(".0.", str(name)) in own)
+    if beyond:  # a model cut short by its config would run, and answer for another one
+        raise UserError(f"{folder}: config.json has fewer layers than the checkpoint, which has {_names(beyond)}")
     bad = [name for name, parameter in model.named_parameters() if not _is_finite(parameter)]
     if bad:
         raise UserError(f"{folder}: NaN or infinity in the weights of {_names(bad)}")
@@ -353,8 +333,10 @@ def _names(names: list[str]) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].strip().rstrip(".") if text else type(error).__name__
+    """What an error says, without what follows on further lines; a first line that announces brings the next."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    first = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return first.rstrip(".") or type(error).__name__
 
 
 @contextlib.contextmanager

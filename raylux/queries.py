@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
 from raylux.corpus import IGNORE, check_tokens
-from raylux.errors import UserError
-from raylux.readers import check_surrogates, integers, parse_json
+from raylux.errors import UserError, shown
+from raylux.markup import parse_json, parse_yaml
+from raylux.readers import check_name, check_surrogates, integers
 from raylux.sources import data_suffix, one_line, read_text, resolve
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def load_queries(path: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int,
     elif suffix == ".json":
         records = parse_json(text, found)
     elif suffix in (".yaml", ".yml"):
-        records = _parse_yaml(text, found)
+        records = parse_yaml(text, found)
     else:
         raise UserError(f"{found}: queries are a .yaml, .json or .jsonl file")
     if isinstance(records, dict):
@@ -125,15 +125,6 @@ def token_split(query: Query, tokenizer: PreTrainedTokenizerBase, part: int = 0)
     ]
 
 
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}: not valid YAML{line}: {getattr(error, 'problem', None) or 'unreadable'}") from None
-
-
 def _query(record: Any, number: int, encoder: _Encoder, where: str) -> Query:
     if not isinstance(record, Mapping):
         raise UserError(f"{where}: a query is a mapping with the keys {', '.join(KEYS)}")
@@ -141,21 +132,19 @@ def _query(record: Any, number: int, encoder: _Encoder, where: str) -> Query:
         if key not in KEYS:
             near = difflib.get_close_matches(str(key), KEYS, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(KEYS)}"
-            raise UserError(f"{where}: unknown key '{key}'; {hint}")
-    name = record.get("id", number)
-    if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
-        raise UserError(f"{where}: the id must be text or a whole number, not {name!r}")
+            raise UserError(f"{where}: unknown key {shown(key)}; {hint}")
+    name = check_name(record.get("id", number), f"{where}: the id")
     where = f"{where} ('{name}')" if "id" in record else where
     measurement = record.get("measurement", "logprob")
     if measurement not in MEASUREMENTS:
-        raise UserError(f"{where}: unknown measurement {measurement!r}; known: {', '.join(MEASUREMENTS)}")
+        raise UserError(f"{where}: unknown measurement {shown(measurement)}; known: {', '.join(MEASUREMENTS)}")
     if (measurement == "contrast") != ("contrast" in record):
         raise UserError(f"{where}: 'contrast' (the other completion) and 'measurement: contrast' go together")
     build = encoder.from_tokens if "input_ids" in record else encoder.from_text
     parts, search = build(record, measurement, where)
     for part in parts:
         encoder.check(part, where)
-    return Query(str(name), measurement, parts, {**record, "id": str(name)}, search)
+    return Query(name, measurement, parts, {**record, "id": name}, search)
 
 
 class _Encoder:
@@ -202,6 +191,8 @@ class _Encoder:
         if "labels" not in record:
             raise UserError(f"{where}: 'input_ids' need 'labels': the token itself in the completion, -100 elsewhere")
         tokens = integers(record["input_ids"], f"{where}: input_ids")
+        if not tokens:
+            raise UserError(f"{where}: input_ids are empty")
         labels = integers(record["labels"], f"{where}: labels")
         check_tokens(np.array(tokens, dtype=np.int64), np.array(labels, dtype=np.int64), self.vocab_size, where)
         part = _part(tokens, labels, -1.0 if measurement == "loss" else 1.0)
@@ -220,7 +211,7 @@ class _Encoder:
 
     def _prompt(self, prompt: str, chat: Any, where: str) -> list[int]:
         if not isinstance(chat, bool):
-            raise UserError(f"{where}: 'chat' must be true or false, not {chat!r}")
+            raise UserError(f"{where}: 'chat' must be true or false, not {shown(chat)}")
         if chat:
             # A template writes the start token itself where its model wants one.
             ids = self._ids(self._templated(prompt, where))
@@ -267,7 +258,7 @@ def _text(record: Mapping[str, Any], name: str, where: str, default: str | None 
     if value is None:
         raise UserError(f"{where}: no '{name}'; a query needs prompt and completion, or input_ids and labels")
     if not isinstance(value, str):
-        raise UserError(f"{where}: '{name}' must be text, not {value!r}; put it in quotes")
+        raise UserError(f"{where}: '{name}' must be text, not {shown(value)}; put it in quotes")
     if not value and default is None:
         raise UserError(f"{where}: '{name}' is empty")
     check_surrogates(value, f"{where}: '{name}'")

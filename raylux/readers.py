@@ -13,12 +13,24 @@ from itertools import islice
 from typing import Any
 
 from raylux.config import CorpusSection
-from raylux.errors import UserError
-from raylux.sources import SourceFile, data_suffix, decode_utf8, find_files, is_url, one_line, open_bytes, resolve
+from raylux.errors import UserError, shown
+from raylux.markup import odd_character, parse_json
+from raylux.sources import (
+    SourceFile,
+    data_suffix,
+    decode_utf8,
+    find_files,
+    is_url,
+    one_line,
+    open_bytes,
+    read_lines,
+    resolve,
+)
 
 RESERVED = frozenset({"sequence", "document", "text", "rank", "influence", "prefilter"})
 _FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".pq": "parquet"}
 _TEXT = (".txt", ".text", ".md", ".rst")
+_LONGEST_NAME = 4096
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 
 
@@ -87,7 +99,7 @@ def _document(row: _Row, number: int, config: CorpusSection) -> Document:
     if not isinstance(data, Mapping):
         raise UserError(f"{row.where}: a row must be an object with fields, not {_kind(data)}")
     name = _identity(row, number, config)
-    keep = {column: _plain(data.get(column)) for column in config.keep}
+    keep = {column: _plain(data.get(column), f"{row.where}: the field '{column}'") for column in config.keep}
     if data.get("input_ids") is not None:
         tokens, labels = _tokens(data, row.where)
         return Document(name, tokens=tokens, labels=labels, keep=keep, where=row.where)
@@ -96,13 +108,11 @@ def _document(row: _Row, number: int, config: CorpusSection) -> Document:
 
 def _identity(row: _Row, number: int, config: CorpusSection) -> str:
     if config.id is None:
-        return str(number) if row.id is None else row.id
+        return str(number) if row.id is None else check_name(row.id, f"{row.where}: the id")
     value = row.data.get(config.id)
     if value is None:
         raise UserError(f"{row.where}: no field '{config.id}' for the id; fields present: {_fields(row.data)}")
-    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-        raise UserError(f"{row.where}: the id in '{config.id}' must be text or a whole number, not {_kind(value)}")
-    return str(value)
+    return check_name(value, f"{row.where}: the id in '{config.id}'")
 
 
 def _text(data: Mapping[str, Any], where: str, name: str) -> str:
@@ -117,6 +127,24 @@ def _text(data: Mapping[str, Any], where: str, name: str) -> str:
     return text
 
 
+def check_name(value: Any, where: str) -> str:
+    """An id as text: it is printed, typed and written, so it holds no control characters and no half characters.
+
+    Raises:
+        UserError: it is neither text nor a whole number, empty, too long or not printable; begins with ``where``.
+    """
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+        raise UserError(f"{where} must be text or a whole number, not {_kind(value)}")
+    name = str(value)
+    if not name.strip() or len(name) > _LONGEST_NAME:
+        what = f"has {len(name):,} characters, more than {_LONGEST_NAME:,}" if name.strip() else "is blank"
+        raise UserError(f"{where} {what}")
+    odd = odd_character(name)
+    if odd is not None:
+        raise UserError(f"{where} holds the character {odd}; an id must be printable")
+    return name
+
+
 def check_surrogates(text: str, where: str) -> None:
     """Raise a UserError that begins with ``where`` for text that no UTF-8 can hold (JSON's ``\\ud800`` can)."""
     try:
@@ -128,6 +156,8 @@ def check_surrogates(text: str, where: str) -> None:
 def _tokens(data: Mapping[str, Any], where: str) -> tuple[list[int], list[int] | None]:
     """``input_ids`` and ``labels`` of a row, without the padding that an ``attention_mask`` marks."""
     tokens = integers(data["input_ids"], f"{where}: input_ids")
+    if not tokens:
+        raise UserError(f"{where}: input_ids are empty; remove the row")
     labels = None if data.get("labels") is None else integers(data["labels"], f"{where}: labels")
     if labels is not None and len(labels) != len(tokens):
         raise UserError(f"{where}: {len(labels)} labels for {len(tokens)} input_ids; each token needs one (-100: none)")
@@ -137,7 +167,10 @@ def _tokens(data: Mapping[str, Any], where: str) -> tuple[list[int], list[int] |
     if len(mask) != len(tokens):
         raise UserError(f"{where}: attention_mask has {len(mask)} values for {len(tokens)} input_ids")
     kept = [position for position, value in enumerate(mask) if value]
-    return [tokens[p] for p in kept], None if labels is None else [labels[p] for p in kept]
+    if not set(mask) <= {0, 1} or not kept or kept[-1] - kept[0] >= len(kept):
+        raise UserError(f"{where}: attention_mask must be one run of 1 with 0 before or after it, for padding alone")
+    part = slice(kept[0], kept[-1] + 1)
+    return tokens[part], None if labels is None else labels[part]
 
 
 def integers(values: Any, where: str) -> list[int]:
@@ -150,7 +183,7 @@ def integers(values: Any, where: str) -> list[int]:
         if isinstance(value, bool) or not isinstance(value, int):
             raise UserError(f"{where} must be whole numbers; position {position} is {_kind(value)}")
         if not -(2**31) <= value < 2**31:
-            raise UserError(f"{where}: {value} at position {position} is no token id")
+            raise UserError(f"{where}: {shown(value)} at position {position} is no token id")
     return list(values)
 
 
@@ -187,8 +220,8 @@ def _format(path: str, files: list[SourceFile]) -> str:
 
 
 def _jsonl(file: SourceFile, config: CorpusSection) -> Iterator[_Row]:
-    with open_bytes(file.path) as lines:
-        for number, line in enumerate(lines, start=1):
+    with open_bytes(file.path) as stream:
+        for number, line in read_lines(stream, file.path):
             where = f"{file.path} line {number}"
             text = decode_utf8(line, where).strip()
             if text:
@@ -207,40 +240,35 @@ def _json(file: SourceFile, config: CorpusSection) -> Iterator[_Row]:
         raise UserError(f"{file.path}: must hold an array of objects (or an object of objects), not {_kind(data)}")
 
 
-def parse_json(text: str, where: str) -> Any:
-    """JSON text as Python values, or a UserError that begins with ``where``."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        lines = error.msg == "Extra data" and error.lineno > 1
-        hint = "; one object per line? then its format is jsonl" if lines else ""
-        raise UserError(f"{where}: not valid JSON at {place}: {error.msg}{hint}") from None
-    except RecursionError:
-        raise UserError(f"{where}: JSON nested too deeply") from None
-
-
 def _parquet(file: SourceFile, config: CorpusSection) -> Iterator[_Row]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     with open_bytes(file.path) as stream:
         try:
             table = pyarrow.parquet.ParquetFile(stream)
-            names = table.schema_arrow.names
-            wanted = {config.text, config.id, "input_ids", "labels", "attention_mask", *config.keep}
-            columns = [name for name in names if name in wanted]
-            if config.text not in names and "input_ids" not in names:
-                raise UserError(
-                    f"{file.path}: no column '{config.text}'; columns: {', '.join(names)} (set corpus.text)"
-                )
-            number = 0
+            columns = _columns(table.schema_arrow.names, file.path, config)
             for batch in table.iter_batches(batch_size=1024, columns=columns):
                 for data in batch.to_pylist():
                     yield _Row(data, f"{file.path} row {number}")
                     number += 1
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{file.path}: not a readable parquet file ({one_line(error)})") from None
+        # Text that is no UTF-8 and dates beyond the calendar are Python's errors, when a value is first looked at.
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+            after = f" after row {number - 1}" if number else ""
+            raise UserError(f"{file.path}: not a readable parquet file{after} ({one_line(error)})") from None
+
+
+def _columns(names: list[str], where: str, config: CorpusSection) -> list[str]:
+    """The columns to read of those that a table has."""
+    wanted = {config.text, config.id, "input_ids", "labels", "attention_mask", *config.keep}
+    columns = [name for name in names if name in wanted]
+    if config.text not in names and "input_ids" not in names:
+        raise UserError(f"{where}: no column '{config.text}'; columns: {_fields(names)} (set corpus.text)")
+    if len(set(columns)) < len(columns):
+        twice = next(name for name in columns if columns.count(name) > 1)
+        raise UserError(f"{where}: two columns are called '{twice}'")
+    return columns
 
 
 def _text_files(files: list[SourceFile], config: CorpusSection) -> Iterator[_Row]:
@@ -258,7 +286,9 @@ def _hub(path: str, config: CorpusSection) -> Iterator[_Row]:
     try:
         for number, data in enumerate(_load_hub(path, config)):
             yield _Row(data, f"{path} split {config.split} row {number}")
-    except OSError as error:
+    except UserError:
+        raise
+    except Exception as error:  # as in _load_hub
         raise UserError(f"{path}: cannot be read after {number + 1} rows ({one_line(error)})") from None
 
 
@@ -297,19 +327,31 @@ def _local_dataset(path: str, split: str) -> Iterable[Mapping[str, Any]]:
     return datasets.load_dataset(path, split=split)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, where: str) -> Any:
     """A kept value as a table's cell: numbers, text and None as they are, anything else as JSON text."""
-    if value is None or isinstance(value, (str, int, float, bool)):
+    if value is None or isinstance(value, (int, float, bool)):
         return value
-    return json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply to be kept") from None
+    check_surrogates(text, where)
+    return text
 
 
-def _fields(data: Mapping[str, Any]) -> str:
-    return ", ".join(map(str, data)) or "none"
+def _fields(names: Iterable[Any]) -> str:
+    return ", ".join(map(str, names)) or "none"
 
 
 def _kind(value: Any) -> str:
     """A value's type in words of JSON."""
-    names = {"NoneType": "null", "dict": "an object", "list": "a list", "str": "text", "bool": "true or false"}
+    names = {
+        "NoneType": "null",
+        "dict": "an object",
+        "list": "a list",
+        "str": "empty text" if isinstance(value, str) and not value else "text",
+        "bool": "true or false",
+        "int": "an int",
+    }
     name = names.get(type(value).__name__, f"a {type(value).__name__}")
-    return f"{name} ({value!r})" if isinstance(value, (bool, int, float)) else name
+    return f"{name} ({shown(value)})" if isinstance(value, (bool, int, float)) else name

@@ -7,9 +7,12 @@ broken archive ends in the same kind of line.
 from __future__ import annotations
 
 import importlib.util
+import lzma
+import os
+import stat
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -17,9 +20,11 @@ from typing import IO, Any
 import fsspec
 
 from raylux.errors import UserError
+from raylux.markup import odd_character
 
 PACKAGE = "package://"
 _COMPRESSION = (".gz", ".bz2", ".xz", ".lzma", ".zst")
+_LINE_LIMIT = 1 << 28  # bytes
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,11 @@ def resolve(path: str) -> str:
     The module is looked up without being imported: a data package may need libraries that are not there.
 
     Raises:
-        UserError: the module is not installed, FILE is not in it, or FILE leaves the package's folder.
+        UserError: a control character; the module is not installed, FILE is not in it or leaves the package's folder.
     """
+    odd = odd_character(path)
+    if odd is not None:
+        raise UserError(f"{path}: a path must not hold the character {odd}")
     if not path.startswith(PACKAGE):
         return path
     module, _, name = path.removeprefix(PACKAGE).partition("/")
@@ -57,10 +65,14 @@ def resolve(path: str) -> str:
     if not folders:
         raise UserError(f"{path}: the Python package '{module}' is not installed; pip install what provides it")
     for folder in folders:
-        target = (folder / name).resolve()
-        if not target.is_relative_to(folder.resolve()):
+        try:
+            target = (folder / name).resolve()
+            inside, there = target.is_relative_to(folder.resolve()), target.exists()
+        except (OSError, RuntimeError) as error:  # too long a name, a link to itself
+            raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
+        if not inside:
             raise UserError(f"{path}: '{name}' leaves the folder of the package '{module}'")
-        if target.exists():
+        if there:
             return str(target)
     raise UserError(f"{path}: the package '{module}' is installed, but has no file '{name}'")
 
@@ -92,13 +104,51 @@ def open_bytes(path: str) -> Iterator[IO[bytes]]:
         UserError: the file is missing or cannot be read, also later while it is read.
     """
     try:
-        with fsspec.open(path, "rb", compression="infer") as file:
-            yield file
+        _check_kind(path)
+        with ExitStack() as stack:
+            yield _opened(path, stack)
     except (FileNotFoundError, IsADirectoryError) as error:
         what = "no such file" if isinstance(error, FileNotFoundError) else "is a folder, a file is needed"
         raise UserError(f"{path}: {what}") from None
-    except (OSError, EOFError, zlib.error, ImportError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
+
+
+def _opened(path: str, stack: ExitStack) -> Any:
+    try:
+        source = fsspec.open(path, "rb", compression="infer")
+        packed = source.compression is None and path.endswith(_COMPRESSION)
+        file = None if packed else stack.enter_context(source)
+    except OSError:
+        raise
+    except Exception as error:  # every remote file system has its own exceptions
+        raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
+    if file is None:
+        raise UserError(f"{path}: this compression needs a package that is not installed; unpack the file, or use .gz")
+    return file
+
+
+def _check_kind(path: str) -> None:
+    """Refuse a local pipe or device: it may keep a reader waiting for ever, or never end."""
+    if is_url(path):
+        return
+    mode = os.stat(os.path.expanduser(path)).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"{path}: is a pipe or a device, a file is needed")
+
+
+def read_lines(file: IO[bytes], where: str) -> Iterator[tuple[int, bytes]]:
+    """Lines of an open file with their numbers from 1.
+
+    Raises:
+        UserError: a line is longer than 256 MiB (a packed file may hold terabytes of one byte).
+    """
+    number = 1
+    while line := file.readline(_LINE_LIMIT + 1):
+        if len(line) > _LINE_LIMIT:
+            raise UserError(f"{where} line {number}: longer than {_LINE_LIMIT:,} bytes")
+        yield number, line
+        number += 1
 
 
 def read_text(path: str) -> str:
@@ -113,7 +163,10 @@ def read_text(path: str) -> str:
 
 
 def decode_utf8(data: bytes, where: str) -> str:
-    """``data`` as text; the error names ``where`` and the byte that is no UTF-8 (counted from 0)."""
+    """``data`` as text; the error names ``where`` and the byte that is no text (counted from 0)."""
+    nul = data.find(0)
+    if nul >= 0:
+        raise UserError(f"{where}: holds a NUL (byte {nul}), so no text; UTF-16 or a binary file?")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -142,6 +195,8 @@ def find_files(path: str) -> list[SourceFile]:
         raise UserError(f"{path}: cannot be listed ({one_line(error)})") from None
     if is_url(path):
         raise UserError(f"{path}: no such file or folder")
+    if os.path.lexists(os.path.expanduser(path)):
+        raise UserError(f"{path}: is neither a file nor a folder (a pipe, a device, a broken link)")
     return []
 
 

@@ -7,7 +7,6 @@ data_offsets, counted from the header's end), and the tensors' bytes.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from typing import Any
 
 from raylux.errors import UserError
 from raylux.hashing import Hashes, cached
+from raylux.markup import parse_json
+from raylux.sources import read_text
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -27,7 +28,9 @@ _THREADS = 4
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class Tensor:
+    """A tensor of a file: where its bytes begin and end, counted from the file's first."""
+
     name: str
     dtype: str
     shape: tuple[int, ...]
@@ -75,10 +78,11 @@ def tensor_hashes(folder: Path) -> Hashes:
 
 
 def _shards(index: Path) -> list[str]:
-    try:
-        names = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: not an index of safetensors files ({type(error).__name__})") from None
+    data = parse_json(read_text(str(index)), str(index))
+    places = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{index}: not an index of safetensors files (its 'weight_map' names no file for each tensor)")
+    names = sorted(set(places.values()))
     for name in names:
         # A file name and nothing else: an index that comes with a model may not reach for other files here.
         if name != os.path.basename(name) or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
@@ -94,7 +98,7 @@ def _hash_tensors(path: Path) -> Hashes:
         return dict(pool.map(lambda tensor: (tensor.name, _hash(path, tensor)), tensors))
 
 
-def _hash(path: Path, tensor: _Tensor) -> str:
+def _hash(path: Path, tensor: Tensor) -> str:
     digest = hashlib.blake2b(f"{tensor.name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode(), digest_size=8)
     buffer = memoryview(bytearray(min(_BLOCK, max(1, tensor.stop - tensor.start))))
     with path.open("rb", buffering=0) as file:
@@ -109,7 +113,7 @@ def _hash(path: Path, tensor: _Tensor) -> str:
     return digest.hexdigest()
 
 
-def read_header(path: Path) -> list[_Tensor]:
+def read_header(path: Path) -> list[Tensor]:
     """The tensors of a safetensors file: name, dtype, shape, first byte and the byte after the last.
 
     Raises:
@@ -122,7 +126,7 @@ def read_header(path: Path) -> list[_Tensor]:
             raise _broken(path, "its header is longer than the file")
         head = file.read(length)
     try:
-        header: dict[str, Any] = json.loads(head)
+        header = parse_json(head.decode(), f"{path}: a safetensors file is broken: its header")
         tensors = [_tensor(name, facts, 8 + length) for name, facts in header.items() if name != "__metadata__"]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise _broken(path, "its header is not one") from None
@@ -132,9 +136,12 @@ def read_header(path: Path) -> list[_Tensor]:
     return tensors
 
 
-def _tensor(name: str, facts: dict[str, Any], base: int) -> _Tensor:
-    start, stop = (base + int(offset) for offset in facts["data_offsets"])
-    return _Tensor(name, str(facts["dtype"]), tuple(int(extent) for extent in facts["shape"]), start, stop)
+def _tensor(name: str, facts: dict[str, Any], base: int) -> Tensor:
+    start, stop = facts["data_offsets"]
+    shape = tuple(facts["shape"])
+    if any(type(number) is not int or number < 0 for number in (start, stop, *shape)):
+        raise ValueError
+    return Tensor(name, str(facts["dtype"]), shape, base + start, base + stop)
 
 
 def _broken(path: Path, why: str) -> UserError:

@@ -329,7 +329,7 @@ BAD_FILES = {
     "only short": ("a.jsonl", b'{"text": "x"}', {}, r"no sequence .* left of 1 documents \(sequences_short: 1"),
     "no field": ("a.jsonl", GOOD.encode() + b'{"body": "x", "n": 1}', {}, r"line 2: no field 'text'.*: body, n"),
     "no field in json": ("a.json", b'[{"text": "the fox"}, {"n": 1}]', {}, r"a\.json row 1: no field 'text'.*: n"),
-    "text is no text": ("a.jsonl", b'{"text": 3}', {}, r"line 1: the field 'text' must be text, not a int \(3\)"),
+    "text is no text": ("a.jsonl", b'{"text": 3}', {}, r"line 1: the field 'text' must be text, not an int \(3\)"),
     "text is null": ("a.jsonl", b'{"text": null}', {}, r"line 1: the field 'text' must be text, not null"),
     "empty text": ("a.jsonl", GOOD.encode() + b'{"text": " "}', {}, r"line 2: the text in 'text' is empty"),
     "empty text file": ("a.txt", b"", {}, r"a\.txt: the text in 'text' is empty"),

@@ -310,7 +310,7 @@ def test_a_folder_without_config(tmp_path: Path, gguf_file: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.json there"):
         find(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json: cannot be read"):
+    with pytest.raises(UserError, match=r"config\.json: not valid JSON"):
         find(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="names no model_type"):
