@@ -195,7 +195,7 @@ def demo(
     its resources against the run's demand, the free disk against its need, and the place of run.folder is tried by
     writing, renaming, reading and deleting a file.
 
-    Needs no run folder and leaves nothing behind.
+    Needs no run folder; leaves nothing behind but the cache of models and the token that Ray asks for.
 
     \b
     Examples:

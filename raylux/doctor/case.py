@@ -103,9 +103,17 @@ class Case:
             shards_bytes(layers, model.groups, self.itemsize, queries),
         )
 
-    def _once(self, name: str, read: Callable[[], T]) -> T:
+    def lose(self, name: str) -> None:
+        """A check found nothing to build on."""
+        self._broken.add(name)
+
+    def require(self, name: str) -> None:
+        """Raises NotChecked where the check ``name`` found nothing to build on."""
         if name in self._broken:
             raise NotChecked(name)
+
+    def _once(self, name: str, read: Callable[[], T]) -> T:
+        self.require(name)
         try:
             return read()
         except NotChecked:

@@ -10,7 +10,10 @@ from raylux.engine.auth import ADDRESS, MODE, TOKEN, TOKEN_PATH, Auth, look
 from raylux.engine.demand import Demand, check_memory_here
 from raylux.engine.plan import GIB
 from raylux.engine.probe import Answer, ask
+from raylux.shown import plain
 
+# Ray explains itself at length.
+_LINE = 300
 _HOW = f"set {MODE}=token and {TOKEN_PATH}=FILE (or {TOKEN}) alike for the cluster, this process and its jobs"
 
 
@@ -55,8 +58,10 @@ def address(case: Case | None) -> Finding:
         return Finding("ray", OK, f"no {ADDRESS}: a cluster will be started on this machine")
     answer = ask()
     if answer.problem:
+        if case is not None:
+            case.lose("ray")
         advice = f"is the cluster up, and are {ADDRESS}, {MODE} and the token right? Unset {ADDRESS} to run here"
-        return Finding("ray", FAIL, f"{where}: {answer.problem}", advice)
+        return Finding("ray", FAIL, f"{ADDRESS}={where}: {plain(answer.problem, _LINE)}", advice)
     return Finding("ray", OK, f"{where}: {_supply(answer)}")
 
 
@@ -66,10 +71,10 @@ def resources(case: Case) -> Finding:
     if case.config.engine.backend == "local":
         check_memory_here(demand)
         return Finding("resources", OK, f"in process: {_gib(demand.worker_bytes + demand.shards_bytes)} needed, free")
+    case.require("ray")
     answer = ask(demand)
-    if answer.problem:
-        # size() names the way out; a cluster that does not answer has a line of its own.
-        return Finding("resources", FAIL, answer.problem)
+    if answer.problem:  # names the way out itself
+        return Finding("resources", FAIL, plain(answer.problem, _LINE))
     need = answer.workers * demand.worker_bytes + demand.shards_bytes
     detail = (
         f"{answer.workers} workers of {_unit(demand)} and {_gib(demand.worker_bytes)}, {answer.shards} shards of "

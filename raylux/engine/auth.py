@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ class Auth:
         in_environment: the token itself is in RAY_AUTH_TOKEN.
         file: where Ray looks for the token otherwise.
         filled: that file can be read and is not empty.
-        private: nobody but its owner may read or write it.
+        private: nobody but its owner can read or write it, by its own mode or because a folder above keeps others out.
     """
 
     mode: str
@@ -42,7 +41,7 @@ def look() -> Auth:
     file = token_file()
     try:
         filled = bool(file.read_text(encoding="utf-8").strip())
-        private = not stat.S_IMODE(file.stat().st_mode) & 0o077
+        private = not _open_to_others(file)
     except (OSError, UnicodeDecodeError):
         filled, private = False, False
     return Auth(
@@ -59,6 +58,11 @@ def token_file() -> Path:
     """RAY_AUTH_TOKEN_PATH, or Ray's own place in the home folder."""
     named = os.environ.get(TOKEN_PATH)
     return Path(named).expanduser() if named else Path.home() / ".ray" / "auth_token"
+
+
+def _open_to_others(file: Path) -> bool:
+    folders = file.resolve().parents
+    return bool(file.stat().st_mode & 0o077) and all(folder.stat().st_mode & 0o011 for folder in folders)
 
 
 def switch_on() -> None:

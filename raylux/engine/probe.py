@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 
+from raylux.engine import auth
 from raylux.engine.demand import Demand
 
 # Starting a cluster takes 10 to 20 s on an idle machine, joining one a second.
@@ -84,6 +85,7 @@ def main() -> None:
 
 
 def _answer(demand: Demand | None) -> Answer:
+    auth.switch_on()
     import ray
 
     from raylux.engine import session
