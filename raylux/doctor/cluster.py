@@ -31,16 +31,14 @@ def auth() -> Finding:
 
 
 def _token(found: Auth) -> Finding:
-    mode = "token" if found.mode else "token (Ray's default for a cluster started here)"
-    if found.joins and not found.mode:
-        if not found.in_environment and not found.filled:
-            return Finding("auth", WARN, f"{ADDRESS} is set, {MODE} is not, and there is no token: a cluster with auth "
-                           "will turn this process away, one without is open to everybody", _HOW)  # fmt: skip
-        mode = f"token, if the cluster asks for one ({MODE} is not set)"
+    if found.joins and not found.mode:  # Ray itself asks for it only where it starts the cluster
+        detail = f"{ADDRESS} is set and {MODE} is not: a cluster that asks for a token turns this process away"
+        return Finding("auth", WARN, detail, _HOW)
+    mode = "token" if found.mode else "token (the default for a cluster started here)"
     if found.in_environment:
         return Finding("auth", OK, f"mode {mode}, token in {TOKEN}")
     if not found.filled:
-        if found.mode == "token" and (found.joins or os.environ.get(TOKEN_PATH)):
+        if found.mode and (found.joins or os.environ.get(TOKEN_PATH)):
             return Finding("auth", FAIL, f"mode {mode}, but {found.file} holds no token", _HOW)
         return Finding("auth", OK, f"mode {mode}; a token will be made in {found.file}")
     if not found.private:
