@@ -1,10 +1,13 @@
 """The errors that raylux raises on purpose.
 
 Every mistake of a user ends in one line that says what is wrong, where, and what to do;
-the command line prints that line alone and leaves with the error's exit code.
+the command line prints that line alone and leaves with the error's exit code. A message quotes places and foreign
+text: it loses secrets and whatever could steer a terminal as it is made, so that no caller has to think of it.
 """
 
 from __future__ import annotations
+
+from raylux.shown import redacted, visible
 
 _LONGEST = 1_000
 
@@ -19,7 +22,7 @@ class RayluxError(Exception):
     exit_code = 1
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(plain_line(message))
+        super().__init__(_one_line(redacted(message)))
 
 
 class UserError(RayluxError):
@@ -36,14 +39,6 @@ class NumericsError(RayluxError):
     """A NaN or an infinity where none may be; the message names layer and unit."""
 
 
-def plain_line(text: str) -> str:
-    """``text`` in one line: what cannot be printed is escaped, the middle of what is too long is left out."""
-    if len(text) > _LONGEST:
-        half = _LONGEST // 2
-        text = f"{text[:half]} … {text[-half:]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def shown(value: object, longest: int = 60) -> str:
     """A foreign value for a message: as Python writes it, but never longer than ``longest`` characters.
 
@@ -56,3 +51,11 @@ def shown(value: object, longest: int = 60) -> str:
     if isinstance(value, (str, bytes)) and len(value) > longest:
         return f"{value[:longest]!r}…"
     return repr(value)
+
+
+def _one_line(text: str) -> str:
+    """``text`` in one line: what cannot be printed is escaped, the middle of what is too long is left out."""
+    if len(text) > _LONGEST:
+        half = _LONGEST // 2
+        text = f"{text[:half]} … {text[-half:]}"
+    return visible(text)

@@ -10,13 +10,16 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from raylux import health
 from raylux.config import Config
 from raylux.curvature import KINDS
-from raylux.engine.records import COVARIANCE, EIGEN, MOMENTS, QUERY
+from raylux.engine.records import COVARIANCE, EIGEN, MOMENTS, QUERY, SCORE
 from raylux.engine.stages.prefilter import candidates
 from raylux.engine.stages.queries import records
 from raylux.engine.stages.score import token_rows
 from raylux.errors import MissingStageError, UserError
+from raylux.health import Quarantined
+from raylux.shown import redacted
 from raylux.store import RunFolder, ScoreBlock, lazy_scores, read_table, score_blocks
 
 SIGN = "positive: training on the sequence raises the measurement"
@@ -48,7 +51,7 @@ class Run:
         self._keep = keep
 
     def __repr__(self) -> str:
-        return f"Run({self.folder!r}, {len(self.queries)} queries, {len(self.rows)} sequences scored)"
+        return f"Run({redacted(self.folder)!r}, {len(self.queries)} queries, {len(self.rows)} sequences scored)"
 
     # what was asked
 
@@ -248,18 +251,20 @@ class Run:
         scored = self._complete(blocks, found)
         detail = "none: every sequence" if setting.kind == "none" else f"{union:,} candidates of {len(found)} queries"
         page = self._store.files.exists("report/index.html")
+        # What was given up is missing for good: no command makes it, so the stage is done without it.
+        unsolved, unscored = self._given_up(QUERY), self._given_up(SCORE)
         return [
             StageStatus("prefilter", filtered, detail, self._command("prefilter")),
             StageStatus(
                 "query",
-                bool(asked) and asked <= solved,
-                f"{len(solved)} of {len(asked)} queries solved",
+                bool(asked) and asked <= solved | unsolved,
+                f"{len(solved)} of {len(asked)} queries solved{_given_up(len(unsolved))}",
                 self._command("query"),
             ),
             StageStatus(
                 "score",
-                bool(asked) and asked <= scored,
-                f"{len(scored)} of {len(asked)} queries, {len(self.rows):,} sequences",
+                bool(asked) and asked <= scored | unsolved,
+                f"{len(scored)} of {len(asked)} queries, {len(self.rows):,} sequences{_given_up(len(unscored))}",
                 self._command("score"),
             ),
             StageStatus("report", page, "report/index.html" if page else "nothing yet", self._command("report")),
@@ -270,17 +275,41 @@ class Run:
 
         A row is scored for all queries at once, so where all queries are complete the union of candidates is too.
         """
+        lost = self._given_up(SCORE)
+        gone = np.flatnonzero(self.sequences["sequence"].isin(list(lost))) if lost else np.zeros(0, np.int64)
         rows: dict[str, list[np.ndarray]] = {}
         for block in blocks:
             for query in block.queries:
-                rows.setdefault(query, []).append(block.rows)
-        everything = self.config.prefilter.kind == "none"
-        return {
-            query
-            for query, parts in rows.items()
-            if (everything or query in found)
-            and np.isin(np.arange(len(self.sequences)) if everything else found[query][0], np.concatenate(parts)).all()
-        }
+                rows.setdefault(query, [gone]).append(block.rows)
+        if self.config.prefilter.kind == "none":
+            wanted = dict.fromkeys(rows, np.arange(len(self.sequences)))
+        else:
+            wanted = {query: found[query][0] for query in rows if query in found}
+        return {query for query, own in wanted.items() if np.isin(own, np.concatenate(rows[query])).all()}
+
+    @cached_property
+    def quarantined(self) -> list[Quarantined]:
+        """Units that were given up, in the order of their names; empty where everything was computed."""
+        return health.quarantined(self._store)
+
+    def _given_up(self, stage: str) -> set[str]:
+        """Ids of what was quarantined in a stage."""
+        return {name for unit in self.quarantined if unit.stage == stage for name in unit.sequences}
+
+    def mixed_numerics(self) -> dict[str, list[str]]:
+        """What differed between the machines that computed the run's units, as torch -> its versions; empty: nothing.
+
+        Only where it is empty another run of the same config is promised equal bits.
+        """
+        return health.mixed_numerics(self._store)
+
+    def problems(self, checksums: bool = True) -> list[str]:
+        """What is missing or damaged in the run folder, one line each; empty if all is well.
+
+        Args:
+            checksums: read every object and compare its checksum; otherwise existence and size alone.
+        """
+        return health.problems(self._store, checksums)
 
     # common
 
@@ -335,6 +364,10 @@ class Run:
         files = ModelFiles(self.settings["model"]["folder"], self.settings["model"]["tokenizer_folder"])
         tokenizer = load_tokenizer(files)
         return [str(tokenizer.decode([int(token)])) for token in tokens]
+
+
+def _given_up(count: int) -> str:
+    return f"; {count:,} quarantined" if count else ""
 
 
 def _dropped(dropped: dict[str, int]) -> str:

@@ -21,8 +21,10 @@ import yaml
 import raylux
 from raylux.cli import main
 from raylux.errors import MissingStageError, NumericsError, UserError
+from raylux.health import Quarantined
+from raylux.shown import plain
 
-COMMANDS = ("run", "fit", "prefilter", "query", "score", "report", "top", "inspect", "models", "demo")
+COMMANDS = ("run", "fit", "prefilter", "query", "score", "report", "top", "inspect", "models", "demo", "doctor")
 STAGES = ("corpus", "fit", "prefilter", "query", "score", "report")
 ROOT = Path(__file__).parent.parent
 ESCAPES = "red \x1b[31m title \x1b]0;owned\x07 and \x9b2J"
@@ -36,6 +38,16 @@ class StubRun:
     unit: str = "nats"
     queries: list[str] = field(default_factory=lambda: ["boat", "piano"])
     missing: tuple[str, ...] = ()
+    quarantined: list[Quarantined] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+    mixed: dict[str, list[str]] = field(default_factory=dict)
+
+    def problems(self, checksums: bool) -> list[str]:
+        assert checksums
+        return self.damaged
+
+    def mixed_numerics(self) -> dict[str, list[str]]:
+        return self.mixed
 
     def top(self, query: str, k: int = 10, by: str = "sequence") -> pd.DataFrame:
         frame = pd.DataFrame(
@@ -67,8 +79,10 @@ class StubApi:
     error: BaseException | None = None
     calls: list[Any] = field(default_factory=list)
 
-    def run_stages(self, config: Any, stages: Any = None, config_path: str | None = None) -> Any:
-        self.calls.append((config, stages, config_path))
+    def run_stages(
+        self, config: Any, stages: Any = None, config_path: str | None = None, restart: str | None = None
+    ) -> Any:
+        self.calls.append((config, stages, config_path, restart))
         if self.error is not None:
             raise self.error
         return self.run
@@ -262,10 +276,29 @@ def test_ctrl_c_at_any_stage_says_how_to_continue(
     assert _one_line(capsys.readouterr().err) == expected
 
 
+GIVEN_UP = Quarantined("score", "u000003", tuple(f"s{place}{ESCAPES}" for place in range(7)), 3, f"killed {ESCAPES}")
+
+
 def test_quarantined_units_end_in_3(config: str, api: StubApi, capsys: pytest.CaptureFixture[str]) -> None:
-    api.run.quarantined = 2
-    assert main(["score", config]) == 3
-    assert "2 units are quarantined" in _one_line(capsys.readouterr().err)
+    for units, said in (([GIVEN_UP], "1 unit is quarantined"), ([GIVEN_UP] * 2, "2 units are quarantined")):
+        api.run.quarantined = units
+        assert main(["score", config]) == 3
+        line = _one_line(capsys.readouterr().err)
+        assert said in line
+        assert "raylux inspect runs/stub" in line
+
+
+def test_damaged_objects_end_in_2(api: StubApi, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "RUN", "--verify"]) == 0
+    assert "every object is as it was written" in capsys.readouterr().out
+    api.run.damaged = ["factors/a/c/0: missing", f"scores/b{ESCAPES}: checksum differs"]
+    assert main(["inspect", "RUN", "--verify"]) == 2
+    text = capsys.readouterr().out
+    assert [line for line in text.splitlines() if line.startswith("damaged: ")] == [
+        "damaged: factors/a/c/0: missing",
+        f"damaged: {plain(api.run.damaged[1])}",
+    ]
+    assert "--restart" in text
 
 
 # -------------------------------------------------------------------------------------------- stages
@@ -286,8 +319,9 @@ def test_a_command_runs_its_stages_with_the_overridden_config(
     command: str, stages: tuple[str, ...] | None, config: str, api: StubApi, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([command, config, "prefilter.top=7", "curvature.kind=kfac"]) == 0
-    ((loaded, asked, path),) = api.calls
+    ((loaded, asked, path, restart),) = api.calls
     assert asked == stages
+    assert restart is None
     assert path == config
     assert (loaded.prefilter.top, loaded.curvature.kind) == (7, "kfac")
     assert "raylux top runs/stub --query boat" in capsys.readouterr().out
@@ -299,6 +333,33 @@ def test_inspect_names_the_command_that_makes_what_is_missing(api: StubApi, caps
     text = capsys.readouterr().out
     assert all(name in text for name in STAGES)
     assert "next: raylux query stub.yaml" in text
+    assert "quarantined" not in text and "not promised" not in text and "verified" not in text
+
+
+def test_inspect_lists_what_was_given_up_and_unlike_machines(api: StubApi, capsys: pytest.CaptureFixture[str]) -> None:
+    api.run.quarantined = [GIVEN_UP]
+    api.run.mixed = {"threads": ["1", "2"]}
+    assert main(["inspect", "RUN"]) == 0
+    (lost, mixed) = capsys.readouterr().out.splitlines()[-2:]
+    assert lost.startswith("quarantined: score u000003, 7 sequences (s0")
+    assert "…): 3 workers died of it; killed red" in lost
+    assert lost.isprintable()
+    assert "threads: 1, 2" in mixed and "equal bits are not promised" in mixed
+
+
+@pytest.mark.parametrize("command", ["run", "fit", "prefilter", "query", "score", "report"])
+def test_a_stage_is_named_to_be_computed_anew(command: str, config: str, api: StubApi) -> None:
+    for stage in ("corpus", "fit", "prefilter", "query", "score"):
+        assert main([command, config, "--restart", stage]) == 0
+    assert [call[3] for call in api.calls] == ["corpus", "fit", "prefilter", "query", "score"]
+
+
+def test_a_stage_that_cannot_be_computed_anew_is_refused(
+    config: str, api: StubApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", config, "--restart", "scores"]) == 2
+    assert "'score'" in _one_line(capsys.readouterr().err)
+    assert not api.calls
 
 
 # ---------------------------------------------------------------------------------------------- demo

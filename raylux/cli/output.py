@@ -1,7 +1,7 @@
 """What the commands print: rich tables for people, json and csv for programs, one line for a mishap.
 
 Texts of a corpus are foreign: nothing of them may steer a terminal. Tables and csv escape control
-characters with ``raylux.report.tables.plain``; json escapes everything beyond ASCII and stays lossless.
+characters with ``raylux.shown.plain``; json escapes everything beyond ASCII and stays lossless.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ import math
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from raylux.errors import UserError
+from raylux.shown import plain, redacted
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
     from raylux.api import Run
+    from raylux.doctor import Finding
+    from raylux.health import Quarantined
     from raylux.models import Coverage, SkippedLayer
 
 SIGN = "positive: training on the sequence raises the measurement"
@@ -30,7 +33,10 @@ _PIPE_WIDTH = 120
 
 
 def console() -> Console:
-    """A rich console on stdout that leaves a closed pipe to ``main``."""
+    """A rich console on stdout that leaves a closed pipe to ``main``.
+
+    What it prints is what it is given: neither ``[red]`` nor ``:boom:`` in a text means anything to it.
+    """
     from rich.console import Console
 
     class PipeConsole(Console):
@@ -38,14 +44,13 @@ def console() -> Console:
             raise BrokenPipeError  # rich itself would exit with 1
 
     knows_width = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return PipeConsole(width=None if knows_width else _PIPE_WIDTH, highlight=False)
+    return PipeConsole(width=None if knows_width else _PIPE_WIDTH, highlight=False, markup=False, emoji=False)
 
 
 def say(line: str) -> None:
-    """Print one line on stderr; what is not printable is escaped."""
-    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    """Print one line on stderr; what is not printable is escaped, secrets are left out."""
     with contextlib.suppress(BrokenPipeError):
-        print(f"raylux: {escaped}", file=sys.stderr, flush=True)
+        print(f"raylux: {plain(redacted(line))}", file=sys.stderr, flush=True)
 
 
 def print_status(run: Run) -> None:
@@ -57,7 +62,67 @@ def print_status(run: Run) -> None:
     out.print(tables.status_table(status))
     missing = next((stage for stage in status if not stage.done), None)
     hint = f"next: {missing.command}" if missing else f"look: raylux top {run.folder} --query {run.queries[0]} -k 10"
-    out.print(tables.plain(hint), markup=False, soft_wrap=True)
+    _line(out, hint)
+
+
+def print_problems(problems: Sequence[str]) -> None:
+    """One line per missing or damaged object, and what to do."""
+    out = console()
+    for problem in problems:
+        _line(out, f"damaged: {problem}")
+    if problems:
+        _line(
+            out,
+            f"{len(problems):,} in all; `raylux run CONFIG --restart STAGE` computes what is damaged anew",
+        )
+    else:
+        _line(out, "verified: every object is as it was written")
+
+
+def print_quarantine(units: Sequence[Quarantined]) -> None:
+    """One line per unit that was given up: which sequences are missing, and why."""
+    out = console()
+    for unit in units:
+        some = ", ".join(unit.sequences[:5]) + (", …" if len(unit.sequences) > 5 else "")
+        count = len(unit.sequences)
+        _line(
+            out,
+            f"quarantined: {unit.stage} {unit.unit}, {count:,} sequence{'s' * (count != 1)} ({some}): "
+            f"{unit.deaths} workers died of it; {unit.reason}",
+        )
+
+
+def quarantine_summary(run: Run) -> str:
+    """How many units of a run were given up, and how to see them."""
+    count = len(run.quarantined)
+    what = "1 unit is" if count == 1 else f"{count} units are"
+    return f"{what} quarantined and missing in the results; raylux inspect {run.folder} lists them"
+
+
+def print_numerics(mixed: Mapping[str, Sequence[str]]) -> None:
+    """One line if units of a run were computed on unlike machines."""
+    if mixed:
+        said = "; ".join(f"{name}: {', '.join(values)}" for name, values in mixed.items())
+        _line(console(), f"computed on unlike machines ({said}): equal bits are not promised")
+
+
+def print_finding(out: Console, finding: Finding) -> None:
+    """One line of ``raylux doctor``; where it is no ok, what to do stands behind it."""
+    from rich.table import Table
+    from rich.text import Text
+
+    detail = plain(redacted(finding.detail))
+    advice = f" → {plain(redacted(finding.advice))}" if finding.advice else ""
+    if not out.is_terminal:  # for grep: one line, however long
+        out.print(f"{finding.state:<4}  {plain(finding.name):<9}  {detail}{advice}", soft_wrap=True)
+        return
+    row = Table.grid(padding=(0, 2))
+    row.add_column(width=4)
+    row.add_column(width=9)
+    row.add_column(ratio=1, overflow="fold")
+    style = {"ok": "green", "warn": "yellow"}.get(finding.state, "bold red")
+    row.add_row(Text(finding.state, style=style), Text(plain(finding.name)), Text(detail).append(advice, style="bold"))
+    out.print(row)
 
 
 def print_skipped(out: Console, covered: Coverage) -> None:
@@ -68,8 +133,12 @@ def print_skipped(out: Console, covered: Coverage) -> None:
     for reason, layers in by_reason.items():
         parameters = sum(layer.parameters for layer in layers)
         names = ", ".join(layer.name for layer in layers[:3]) + (", …" if len(layers) > 3 else "")
-        line = f"skipped: {len(layers)} layers, {parameters:,} parameters: {reason} ({names})"
-        out.print(line, markup=False, soft_wrap=True)
+        _line(out, f"skipped: {len(layers)} layers, {parameters:,} parameters: {reason} ({names})")
+
+
+def _line(out: Console, text: str) -> None:
+    """One line, never wrapped by us, that steers nothing and tells no secret."""
+    out.print(plain(redacted(text)), soft_wrap=True)
 
 
 def known(name: str, names: Sequence[str], where: str) -> str:
@@ -102,8 +171,6 @@ def as_json(frames: Sequence[pd.DataFrame]) -> str:
 def as_csv(frames: Sequence[pd.DataFrame]) -> str:
     """All rows under one header; control characters of texts and names escaped, numbers in full precision."""
     import pandas as pd
-
-    from raylux.report.tables import plain
 
     def cell(value: Any) -> Any:
         return plain(value) if isinstance(value, str) else value

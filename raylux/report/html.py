@@ -11,6 +11,7 @@ import fsspec
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from raylux.report.tables import number
+from raylux.shown import redacted
 
 if TYPE_CHECKING:
     from raylux.api import Run
@@ -52,6 +53,7 @@ def render(run: Run, k: int = 20, negative: int = 3) -> str:
         lstrip_blocks=True,
     )
     environment.filters["visible"] = visible
+    environment.filters["place"] = lambda text: visible(redacted(text))
     template = environment.get_template("page.html.j2")
     records = run.query_records
     return template.render(

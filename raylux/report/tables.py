@@ -7,14 +7,14 @@ cells as text, never as rich markup.
 from __future__ import annotations
 
 import math
-import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
+
+from raylux.shown import plain, visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,22 +26,6 @@ _KEPT_WIDTH = 40
 # Kept columns of fewer characters stand on the text's first line.
 _SHORT = 20
 _FIXED = ("rank", "influence", "prefilter", "sequence", "document", "text")
-# Cc: control, Cf: format (bidirectional marks and the like), Cs: lone surrogates, Co and Cn: no meaning of their own.
-_STEERING = {"Cc", "Cf", "Cs", "Co", "Cn"}
-
-
-def plain(text: str, width: int | None = None) -> str:
-    """The text on one line, safe for a terminal.
-
-    White space is collapsed; characters that could steer a terminal or reorder a line (escape sequences,
-    control and format characters, lone surrogates) are written as ``\\x1b`` or ``\\u202e``; what is longer
-    than ``width`` characters is cut and ends in ``…``.
-    """
-    line = re.sub(r"\s+", " ", str(text)).strip()
-    shown = "".join(_escape(c) if unicodedata.category(c) in _STEERING else c for c in line)
-    if width is not None and len(shown) > width:
-        shown = shown[: max(0, width - 1)].rstrip() + "…"
-    return shown
 
 
 def number(value: float, signed: bool = True) -> str:
@@ -78,10 +62,9 @@ def top_table(frame: pd.DataFrame, title: str, unit: str | None = None) -> Table
         if name in ("sequence", "document"):
             table.add_column(name, max_width=16, overflow="fold")
         else:
-            table.add_column(plain(heading), justify="right", max_width=11)
-    table.add_column(
-        plain(" · ".join([*kept, "text"])) if "text" in frame.columns else "", min_width=36, overflow="fold"
-    )
+            table.add_column(Text(plain(heading)), justify="right", max_width=11)
+    heading = " · ".join([*kept, "text"]) if "text" in frame.columns else ""
+    table.add_column(Text(plain(heading)), min_width=36, overflow="fold")
     for record in frame.to_dict("records"):
         row = {str(name): value for name, value in record.items()}
         cells = [_fixed_cell(name, row[name]) for name in columns]
@@ -124,7 +107,7 @@ def status_table(stages: Iterable[Any]) -> Table:
     for stage in stages:
         state = Text("done", style="green") if stage.done else Text("missing", style="yellow")
         command = "" if stage.done else plain(stage.command)
-        table.add_row(plain(stage.name), state, Text(plain(stage.detail)), Text(command))
+        table.add_row(Text(plain(stage.name)), state, Text(plain(stage.detail)), Text(command))
     return table
 
 
@@ -136,7 +119,7 @@ def split_table(rows: Iterable[tuple[str, bool, int]]) -> Table:
     table.add_column("part")
     for text, measured, position in rows:
         # Quotes show leading blanks, which decide how a token is read.
-        shown = Text("'" + _visible(text) + "'", style="bold" if measured else "")
+        shown = Text("'" + visible(text) + "'", style="bold" if measured else "")
         table.add_row(str(position), shown, "completion, measured" if measured else "prompt")
     return table
 
@@ -148,7 +131,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """
     table = _table(title)
     for name in rows[0] if rows else ():
-        table.add_column(plain(name), justify="left" if name == "method" else "right", overflow="fold")
+        table.add_column(Text(plain(name)), justify="left" if name == "method" else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(_comparison_cell(value)) for value in row.values()))
     return table
@@ -178,15 +161,3 @@ def _comparison_cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     return f"{value:.2f}" if isinstance(value, float) else plain(str(value))
-
-
-def _visible(text: str) -> str:
-    return "".join(c if c.isprintable() else _escape(c) for c in text)
-
-
-def _escape(character: str) -> str:
-    code = ord(character)
-    named = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-    if character in named:
-        return named[character]
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
