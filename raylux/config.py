@@ -7,6 +7,7 @@ reports every mistake in one line. Relative paths are taken from the working dir
 from __future__ import annotations
 
 import difflib
+import re
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from raylux.errors import UserError, shown
 from raylux.markup import odd_character, parse_yaml
 
+_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 _CONFIG_LIMIT = 1 << 20  # bytes: a config is some kilobytes, anything larger is another file
 
 
@@ -38,6 +40,11 @@ def _name(text: str) -> str:
     return text
 
 
+def _exponent(value: Any) -> Any:
+    """``1e-3`` is a number to everybody but YAML 1.1."""
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+
+
 def _listed(value: Any) -> Any:
     """One text or a list of them, as the tuple that a section keeps."""
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
@@ -48,7 +55,8 @@ Name = Annotated[str, AfterValidator(_name)]  # of a file, a folder, a field
 Names = Annotated[tuple[Name, ...], BeforeValidator(_listed)]
 Count = Annotated[int, Field(ge=1, le=10**15)]
 Actors = Annotated[int, Field(ge=1, le=100_000)]
-NotNegative = Annotated[float, Field(ge=0)]
+Real = Annotated[float, BeforeValidator(_exponent)]
+NotNegative = Annotated[Real, Field(ge=0)]
 
 
 class RunSection(Section):
@@ -107,7 +115,7 @@ class PrefilterSection(Section):
 
 
 class QuerySection(Section):
-    max_error: float = Field(
+    max_error: Real = Field(
         0.01, ge=0.0, lt=1.0, description="allowed RMS error of a query's scores by low rank; 0: dense"
     )
     max_rank: Count = Field(256, description="above this rank a layer's s_test is kept dense")
@@ -130,7 +138,7 @@ class EngineSection(Section):
     shards: Actors | Auto = Field("auto", description="factor shards; auto: as many as workers")
     threads: int = Field(1, ge=1, le=4096, description="CPU threads of a worker (changes bits)")
     batch_tokens: Count | Auto = Field("auto", description="tokens in a batch, at most (changes bits)")
-    timeout: float = Field(600.0, gt=0, le=10**9, description="seconds without any unit done before giving up")
+    timeout: Real = Field(600.0, gt=0, le=10**9, description="seconds without any unit done before giving up")
 
 
 class Config(Section):

@@ -183,21 +183,28 @@ def find_files(path: str) -> list[SourceFile]:
     """
     try:
         system, root = fsspec.core.url_to_fs(path)
-        if system.isfile(root):
-            return [_source(system, root, root.rsplit("/", 1)[0])]
-        if system.isdir(root):
-            return _folder(system, root, path)
-        if any(mark in path for mark in "*?["):
-            return _glob(system, root, path)
+        files = _listed(system, root, path)
+        for file in files if not _remote(system) else ():
+            _check_kind(file.path)
     except UserError:
         raise
     except Exception as error:  # every remote file system has its own exceptions
         raise UserError(f"{path}: cannot be listed ({one_line(error)})") from None
+    if files:
+        return files
     if is_url(path):
         raise UserError(f"{path}: no such file or folder")
     if os.path.lexists(os.path.expanduser(path)):
         raise UserError(f"{path}: is neither a file nor a folder (a pipe, a device, a broken link)")
     return []
+
+
+def _listed(system: Any, root: str, path: str) -> list[SourceFile]:
+    if system.isfile(root):
+        return [_source(system, root, root.rsplit("/", 1)[0])]
+    if system.isdir(root):
+        return _folder(system, root, path)
+    return _glob(system, root, path) if any(mark in path for mark in "*?[") else []
 
 
 def _folder(system: Any, root: str, path: str) -> list[SourceFile]:

@@ -248,7 +248,7 @@ def test_places_that_are_no_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "link.jsonl": "neither a file nor a folder",
         "loop": "neither a file nor a folder",
         "pipes": "b.jsonl: is a pipe or a device",
-        "links": "b.jsonl: no such file",
+        "links": "links: cannot be listed",
         "~nobody_of_this_name/a.jsonl": "no such file or folder",
         "x" * 5000 + ".jsonl": "no such file or folder",
         "http://[bad/a.jsonl": "cannot be listed",

@@ -189,7 +189,7 @@ COMMANDS = (
     case("queries.jsonl: half an id", b'{"id": "\\ud800"}', "query 0", "U+D800"),
     case("queries.jsonl: a line break", b'{"id": "a\\nb"}', "query 0", "U+000A"),
     case("queries.jsonl: a huge number", b'{"id": ' + b"9" * 5000 + b"}", "line 1", "digits"),
-    case("override: a float", b"fit.sequences=1e3", "'fit.sequences' = 1000.0", "valid integer"),
+    case("override: a float", b"fit.sequences=1e3", "'fit.sequences' = '1e3'", "valid integer"),
     case("override: true", b"corpus.max_length=true", "'corpus.max_length' = True"),
     case("override: octal", b"fit.seed=010", "'fit.seed' = '010'"),
     case("override: infinity", b"engine.timeout=.inf", "finite"),
