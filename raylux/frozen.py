@@ -25,6 +25,7 @@ from raylux.engine.records import (
 from raylux.engine.stages import queries
 from raylux.errors import UserError
 from raylux.fingerprints import ModelPrint
+from raylux.shown import redacted_values
 from raylux.store import RunFolder
 
 RESTARTABLE = ("corpus", "fit", "prefilter", "query", "score")
@@ -122,7 +123,7 @@ class Frozen:
     def check_config(self, config: Config) -> None:
         """Raises UserError where a key differs that may not."""
         before = self._known["config"]
-        for section, keys in config.dump().items():
+        for section, keys in redacted_values(config.dump()).items():
             for key, value in keys.items():
                 stage, was = stage_of(f"{section}.{key}"), before.get(section, {}).get(key)
                 if stage is not None and was != value:

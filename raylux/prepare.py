@@ -23,6 +23,7 @@ from raylux.errors import UserError
 from raylux.frozen import Frozen, check_stage_name, drop, falls, holds
 from raylux.layers import Coverage
 from raylux.queries import Query, load_queries
+from raylux.shown import redacted_values
 from raylux.store import CorpusReader, RunFolder
 
 
@@ -102,7 +103,7 @@ def read(config: Config, folder: RunFolder, restart: str | None) -> Inputs:
         Frozen(folder, known, restart).check_config(config)
     model = _Model.find(config)
     asked = load_queries(config.queries.path, model.tokenizer, model.vocabulary, model.context)
-    source = fingerprints.of_source(config.corpus.path)
+    source = redacted_values(fingerprints.of_source(config.corpus.path))
     sequences = None
     if not _stored(folder, restart):
         sequences = load_corpus(config.corpus, model.tokenizer, model.vocabulary, model.context)
@@ -181,7 +182,7 @@ def _settings(
     config: Config, config_path: str | None, known: Mapping[str, Any], plan: Plan, model: _Model
 ) -> dict[str, Any]:
     return {
-        "config": config.dump(),
+        "config": redacted_values(config.dump()),
         "config_path": config_path or known.get("config_path"),
         "plan": plan.dump(),
         "model": model.record(),

@@ -46,7 +46,7 @@ class Run:
         self.folder = folder
         self._store = RunFolder(folder)
         self.settings = self._store.settings()
-        self.config = Config.model_validate(self.settings["config"])
+        self.config = Config.parse(self.settings["config"], where=f"{redacted(folder)}/run.yaml")
         # A temporary folder lives as long as the run that lies in it.
         self._keep = keep
 

@@ -203,12 +203,15 @@ class _Page(html.parser.HTMLParser):
 
 
 def _run(text: str) -> Any:
-    sections = {"run": {"folder": text}, "model": {"path": text}, "corpus": {"path": text}, "queries": {"path": text}}
+    keys = {"run": "folder", "model": "path", "corpus": "path", "queries": "path"}
+    config = Config.parse({section: {key: "harmless"} for section, key in keys.items()})
+    # A config refuses control characters itself; the page is not to rely on it.
+    hostile = {section: getattr(config, section).model_copy(update={key: text}) for section, key in keys.items()}
     record = {"id": text, "prompt": text, "completion": text, text + "key": text, "chat": [text, {text: text}]}
     return SimpleNamespace(
         queries=[text],
         query_records={text: record},
-        config=Config.parse(sections),
+        config=config.model_copy(update=hostile),
         unit="nats",
         train_size=7,
         top=lambda query, k=10, by="sequence": _frame(text, kept=f"{text} kept"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from raylux.shown import plain, redacted, redacted_values
 from raylux.store import RunFolder
 
 _LINE_EVERY = 10.0
@@ -104,13 +105,13 @@ class Reporter:
                 self.say(f"{task.stage}: {task.done} of {task.total} {task.what}, about {task.left:.0f} s left")
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(plain(redacted(text)), highlight=False, markup=False, soft_wrap=True)
 
     def event(self, kind: str, **facts: object) -> None:
         """A line of progress.jsonl: what happened, when."""
         if self._file is None:
             return
-        record = {"time": round(time.time(), 3), "event": kind, **facts}
+        record = redacted_values({"time": round(time.time(), 3), "event": kind, **facts})
         # One write to a file opened for appending: lines of two processes do not mix.
         with contextlib.suppress(OSError), self._file.open("ab", buffering=0) as file:
             file.write(json.dumps(record, default=str).encode() + b"\n")

@@ -6,6 +6,7 @@ import logging
 import os
 from typing import Any
 
+from raylux.engine import auth
 from raylux.engine.demand import Demand
 from raylux.engine.plan import GIB
 from raylux.errors import UserError
@@ -13,11 +14,13 @@ from raylux.errors import UserError
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray announces a change of this default at every start of an actor without a GPU.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Read when ray is imported.
+auth.switch_on()
 
-import ray
-from ray.exceptions import RayError
+import ray  # noqa: E402
+from ray.exceptions import RayError  # noqa: E402
 
-from raylux.engine.remote import first_line
+from raylux.engine.remote import first_line  # noqa: E402
 
 
 def connect() -> bool:
