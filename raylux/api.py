@@ -13,7 +13,7 @@ from raylux.config import Config
 from raylux.engine.context import Context
 from raylux.engine.progress import Reporter
 from raylux.engine.stages import fit, prefilter, query, score
-from raylux.errors import MissingStageError
+from raylux.errors import MissingStageError, UserError
 from raylux.results import Run, StageStatus
 from raylux.store import Lease, RunFolder
 
@@ -169,4 +169,10 @@ def attribute(
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    lines = []
+    for place, row in enumerate(rows):
+        try:
+            lines.append(json.dumps(row) + "\n")
+        except (TypeError, ValueError) as error:
+            raise UserError(f"attribute: record {place} of {path.stem} is not plain data ({error})") from None
+    path.write_text("".join(lines), encoding="utf-8")

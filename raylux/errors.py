@@ -22,7 +22,8 @@ class RayluxError(Exception):
     exit_code = 1
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(_one_line(redacted(message)))
+        # Cut before, for secrets are looked for slowly, and after, so that none is cut in two where it shows.
+        super().__init__(visible(_cut(redacted(_cut(message, 4 * _LONGEST)), _LONGEST)))
 
 
 class UserError(RayluxError):
@@ -53,9 +54,6 @@ def shown(value: object, longest: int = 60) -> str:
     return repr(value)
 
 
-def _one_line(text: str) -> str:
-    """``text`` in one line: what cannot be printed is escaped, the middle of what is too long is left out."""
-    if len(text) > _LONGEST:
-        half = _LONGEST // 2
-        text = f"{text[:half]} … {text[-half:]}"
-    return visible(text)
+def _cut(text: str, longest: int) -> str:
+    """``text`` without the middle of what is too long."""
+    return text if len(text) <= longest else f"{text[: longest // 2]} … {text[-longest // 2 :]}"
