@@ -155,8 +155,9 @@ def test_suspects_do_not_wait_for_a_worker_that_finds_no_place() -> None:
         scene.cluster.crash(worker)
         scene.cluster.lose(worker.node)
 
-    scene.cluster.at(100, crash)
+    scene.cluster.at(170, crash)
     assert values(scene.run(9)) == list(range(9))
+    assert len(scene.log.workers("died")) == 1
 
 
 def test_what_is_left_over_from_an_earlier_stretch_blames_nobody() -> None:
@@ -192,7 +193,7 @@ def test_a_unit_that_always_hangs_is_given_up() -> None:
 
 
 def test_where_nothing_ever_finished_the_limit_is_too_short() -> None:
-    scene = Scene((2,), timeout=50)
+    scene = Scene((2,), timeout=50, startup=20)
     with pytest.raises(RayluxError, match=r"took longer than 50 s in 4 workers.*raise engine\.timeout"):
         scene.run(10)
 
