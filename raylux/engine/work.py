@@ -150,8 +150,9 @@ def results(
                 if job is None:
                     more = False
                     break
-                places[job] = count
-                count += 1
+                if ordered:
+                    places[job] = count
+                    count += 1
                 work.submit(job)
             if not work.pending:
                 return
