@@ -48,6 +48,9 @@ class LocalBackend:
     def share(self, value: Any) -> Any:
         return value
 
+    def gone(self, handles: Sequence[Any]) -> list[bool]:
+        return [False] * len(handles)
+
     def ask(self, method: str, args: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
         return {shard: getattr(self._shard, method)(*call) for shard, call in args.items()}
 

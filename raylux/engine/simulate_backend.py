@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -88,6 +88,9 @@ class SimulatedBackend:
 
     def share(self, value: Any) -> Any:
         return value
+
+    def gone(self, handles: Sequence[Any]) -> list[bool]:
+        return [handle.lost for handle in handles]
 
     def crash_shard(self, number: int) -> None:
         """A shard's process ends by itself, and what it held is gone."""

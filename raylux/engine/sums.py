@@ -238,6 +238,7 @@ class SumPass:
             self._next = min(self._next, unit)
             self._lost("add", answers)
             self._count_loss(unit, answers)
+            self._drop_lost()
         task.reach(self.low)
         if len(set(self._cursors.values())) == 1 and self._snapshot.cursor < self.low and self._pace.due:
             self._take_snapshot()
@@ -247,6 +248,14 @@ class SumPass:
         if cursor > self._reached.get(shard, 0):
             self._reached[shard] = cursor
             self._deaths.pop((shard, "add"), None)
+
+    def _drop_lost(self) -> None:
+        """Have all that was lost with a node computed again at once, not each when it is due: the rest would wait."""
+        units = [unit for unit, result in self._held.items() for _ in result.parts]
+        gone = self._backend.gone([part for result in self._held.values() for part in result.parts])
+        for unit in {unit for unit, lost in zip(units, gone, strict=True) if lost}:
+            del self._held[unit]
+            self._next = min(self._next, unit)
 
     def _count_loss(self, unit: int, answers: Mapping[int, Any]) -> None:
         """Give up where a unit's sums get lost each time, on their way from worker to shard."""

@@ -110,6 +110,10 @@ class Backend(Protocol):
         """A handle for an argument that many calls carry."""
         ...
 
+    def gone(self, handles: Sequence[Any]) -> list[bool]:
+        """Which parts of results went away with the nodes on which they rest, as far as is known; takes no time."""
+        ...
+
     def ask(self, method: str, args: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
         """Call a method of some shards at once, shard -> arguments (handles allowed); shard -> answer or ``Lost``."""
         ...
