@@ -69,6 +69,8 @@ class LocalBackend:
 class _Inline:
     """Jobs run when their result is asked for."""
 
+    losses = 0
+
     def __init__(self, backend: LocalBackend, method: str, parts: bool) -> None:
         self._backend, self._method, self._parts = backend, method, parts
         self._queue: deque[Job] = deque()

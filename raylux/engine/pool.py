@@ -79,6 +79,7 @@ class Pool:
         self._deaths: dict[Job, int] = {}
         self._results: deque[Result] = deque()
         self._method, self._returns = "", 1
+        self.losses = 0
         self._failed_starts, self._finished = 0, 0
         # Jobs that are not yet returned, and calls that are on their way.
         self._pending, self._flying = 0, 0
@@ -213,6 +214,7 @@ class Pool:
             "worker", slot=slot.number, state="died", cause=death.cause, reason=death.reason,
             unit=running.name if running else None, method=self._method,
         )  # fmt: skip
+        self.losses += death.cause == "node"
         if slot.facts is None and death.cause != "node":
             self._failed_starts += 1
             if self._failed_starts >= STARTS:

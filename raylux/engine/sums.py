@@ -181,7 +181,11 @@ class SumPass:
         with self._backend.open(self._units.method, parts=True) as work:
             self._flying.clear()
             self._next = self.low
+            losses = work.losses
             while self.low < total:
+                if work.losses != losses:
+                    losses = work.losses
+                    self._drop_lost()
                 self._submit(work)
                 if self.low not in self._held and self._units.names[self.low] not in self._gone:
                     self._take(work.next())

@@ -84,6 +84,11 @@ class Work(Protocol):
         """Jobs submitted and not yet returned."""
         ...
 
+    @property
+    def losses(self) -> int:
+        """How often a worker was seen to go with its node, so with what it had made."""
+        ...
+
     def submit(self, job: Job) -> None: ...
 
     def next(self) -> Result:
