@@ -33,7 +33,7 @@ def test_half_of_the_workers_preempted_an_hour_cost_at_most_a_twentieth(
     assert (found.bits, found.sequences) == (calm.bits, SHORT.units)
     assert found.preempted >= 14
     units, starts, total = extra(calm, found)
-    assert 0 < units and 0 < starts and total <= 0.05
+    assert units > 0 and starts > 0 and total <= 0.05
     # One that ran, and those that waited for their turn: two of a node's own on the average.
     assert found.begun - SHORT.units <= 3 * found.preempted
     assert found.hours <= 1.25 * calm.hours
