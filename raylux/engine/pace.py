@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ class Pace:
     """Spaces snapshots in time.
 
     Args:
-        setting: seconds between two; 0: after every unit; "auto": so that writing them takes ``SHARE`` of the time.
+        setting: seconds between two; 0: after every unit; "auto": so that writing them takes ``SHARE`` of the time,
+            or more where holders of sums die: then so that writing and doing again together take least.
         size: bytes of one, by which the first is spaced under "auto".
         now: a clock that only goes forward, in seconds.
     """
@@ -25,12 +27,25 @@ class Pace:
         self._now = now
         self._every = None if isinstance(setting, str) else float(setting)
         self._cost = _CALL + size / _RATE
-        self._last = now()
+        self._begun = self._last = now()
+        self._deaths = 0
 
     @property
     def due(self) -> bool:
-        every = self._cost / SHARE if self._every is None else self._every
-        return self._now() - self._last >= every
+        return self._now() - self._last >= (self._auto if self._every is None else self._every)
+
+    @property
+    def _auto(self) -> float:
+        """Seconds between two: by cost alone, or Young's √(2 · cost · mean time between deaths) where that is less."""
+        every = self._cost / SHARE
+        if not self._deaths:
+            return every
+        between = (self._now() - self._begun) / self._deaths
+        return min(every, math.sqrt(2 * self._cost * between))
+
+    def died(self) -> None:
+        """What came since the last snapshot has to be done again."""
+        self._deaths += 1
 
     @contextmanager
     def measured(self) -> Iterator[None]:

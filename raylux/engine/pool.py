@@ -8,7 +8,7 @@ What dies there three times is given up and comes back as a failure.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,11 +32,12 @@ Notify = Callable[..., None]
 
 @dataclass
 class _Flight:
-    """A call on its way."""
+    """A call on its way; ``forgotten`` once nobody wants its result any more."""
 
     head: Any
     parts: list[Any]
     job: Job
+    forgotten: bool = False
 
 
 @dataclass
@@ -78,7 +79,11 @@ class Pool:
         self._deaths: dict[Job, int] = {}
         self._results: deque[Result] = deque()
         self._method, self._returns = "", 1
+        self.losses = 0
         self._failed_starts, self._finished = 0, 0
+        # Jobs that are not yet returned, and calls that are on their way.
+        self._pending, self._flying = 0, 0
+        self._watched: dict[Any, _Slot] = {}
         self._moved = self._tended = transport.now()
         self._slots = [self._slot(number) for number in range(workers)]
 
@@ -88,7 +93,7 @@ class Pool:
     def close(self) -> None:
         for slot in self._slots:
             self._transport.kill(slot.handle)
-        self._slots = []
+        self._slots, self._watched = [], {}
 
     @contextmanager
     def open(self, method: str, returns: int) -> Iterator[Pool]:
@@ -101,26 +106,28 @@ class Pool:
             yield self
         finally:
             for slot in self._slots:
-                slot.flights.clear()
+                # The worker goes on with them: until it is through, they and not later jobs are what it dies of.
+                for flight in slot.flights:
+                    flight.forgotten = True
                 slot.alone = False
             for held in (self._queue, self._suspects, self._results):
                 held.clear()
             self._deaths.clear()
+            self._pending = 0
 
     # as Work
 
     @property
     def room(self) -> bool:
-        return len(self._queue) < max(
-            1, sum(slot.facts is not None and len(slot.flights) < WINDOW for slot in self._slots)
-        )
+        # Workers that only start count too: when they are ready there is a job for each.
+        return len(self._queue) < max(1, WINDOW * len(self._slots) - self._flying)
 
     @property
     def pending(self) -> int:
-        flying = sum(len(slot.flights) for slot in self._slots)
-        return flying + len(self._queue) + len(self._suspects) + len(self._results)
+        return self._pending
 
     def submit(self, job: Job) -> None:
+        self._pending += 1
         self._queue.append(job)
 
     def next(self) -> Result:
@@ -134,11 +141,12 @@ class Pool:
         while not self._results:
             self._tend()
             self._fill()
-            waited = [slot.ready for slot in self._slots if slot.facts is None]
-            waited += [flight.head for slot in self._slots for flight in slot.flights]
-            ready = set(self._transport.wait(waited, _POLL))
-            for slot in list(self._slots):
-                self._look(slot, ready)
+            ready = dict.fromkeys(self._transport.wait(list(self._watched), _POLL))
+            for ref in ready:
+                slot = self._watched.get(ref)
+                if slot is not None:
+                    self._look(slot, ready)
+        self._pending -= 1
         return self._results.popleft()
 
     # workers
@@ -146,15 +154,26 @@ class Pool:
     def _slot(self, number: int) -> _Slot:
         handle = self._transport.start()
         (ready,) = self._transport.call(handle, "prepare", (), 1)
-        return _Slot(number, handle, ready, self._transport.now())
+        slot = _Slot(number, handle, ready, self._transport.now())
+        self._watched[ready] = slot
+        return slot
+
+    def _end(self, slot: _Slot) -> None:
+        """End a slot's process, and wait for nothing of it any more."""
+        self._transport.kill(slot.handle)
+        for ref in (slot.ready, *(flight.head for flight in slot.flights)):
+            self._watched.pop(ref, None)
+        self._flying -= len(slot.flights)
+        slot.flights.clear()
 
     def _replace(self, slot: _Slot) -> None:
+        self._end(slot)
         new = self._slot(slot.number)
         slot.handle, slot.ready, slot.since = new.handle, new.ready, new.since
         slot.facts, slot.fresh, slot.alone = None, True, False
-        slot.flights.clear()
+        self._watched[slot.ready] = slot
 
-    def _look(self, slot: _Slot, ready: set[Any]) -> None:
+    def _look(self, slot: _Slot, ready: Container[Any]) -> None:
         """Take what a worker has finished, or notice that it died."""
         try:
             if slot.facts is None:
@@ -169,15 +188,20 @@ class Pool:
 
     def _started(self, slot: _Slot, facts: dict[str, Any]) -> None:
         self._welcome(facts)
+        self._watched.pop(slot.ready, None)
         slot.facts, slot.since = facts, self._transport.now()
         self._moved, self._failed_starts = slot.since, 0
         self._notify("worker", slot=slot.number, state="started", **facts)
 
     def _done(self, slot: _Slot, value: Any) -> None:
         flight = slot.flights.popleft()
+        del self._watched[flight.head]
+        self._flying -= 1
         now = self._transport.now()
-        self._notify("unit", method=self._method, unit=flight.job.name, slot=slot.number, seconds=now - slot.since)
-        slot.since = self._moved = now
+        seconds, slot.since, self._moved = now - slot.since, now, now
+        if flight.forgotten:
+            return
+        self._notify("unit", method=self._method, unit=flight.job.name, slot=slot.number, seconds=seconds)
         slot.alone = False
         self._finished += 1
         self._deaths.pop(flight.job, None)
@@ -185,11 +209,12 @@ class Pool:
         self._results.append(Result(flight.job, value, flight.parts, slot.facts["numerics"]))
 
     def _died(self, slot: _Slot, death: WorkerDied) -> None:
-        running = slot.flights[0].job if slot.facts is not None and slot.flights else None
+        running, *waiting = [None if flight.forgotten else flight.job for flight in slot.flights] or [None]
         self._notify(
             "worker", slot=slot.number, state="died", cause=death.cause, reason=death.reason,
             unit=running.name if running else None, method=self._method,
         )  # fmt: skip
+        self.losses += death.cause == "node"
         if slot.facts is None and death.cause != "node":
             self._failed_starts += 1
             if self._failed_starts >= STARTS:
@@ -197,14 +222,12 @@ class Pool:
                     f"{STARTS} gradient workers in a row died before their model was loaded (last: {death.reason}); "
                     "give each more memory (fewer engine.workers), or look at the log of Ray's workers"
                 )
-        waiting = [flight.job for flight in list(slot.flights)[1:]]
-        self._queue.extendleft(reversed(waiting))
+        self._queue.extendleft(job for job in reversed(waiting) if job is not None)
         if running is not None:
             if death.cause == "node":
                 (self._suspects if slot.alone else self._queue).appendleft(running)
             else:
                 self._suspect(running, slot.alone, death)
-        self._transport.kill(slot.handle)
         self._replace(slot)
 
     def _suspect(self, job: Job, alone: bool, death: WorkerDied) -> None:
@@ -225,10 +248,11 @@ class Pool:
 
     def _fill(self) -> None:
         """Hand out jobs: suspects alone to fresh workers, the rest evenly, one running and one waiting each."""
-        if self._suspects and not any(slot.fresh for slot in self._slots):
-            idle = next((slot for slot in self._slots if not slot.flights), None)
+        if not self._suspects and not self._queue:
+            return
+        if self._suspects and not any(self._soon_fresh(slot) for slot in self._slots):
+            idle = next((slot for slot in self._slots if slot.facts is not None and not slot.flights), None)
             if idle is not None:
-                self._transport.kill(idle.handle)
                 self._replace(idle)
         ready = [slot for slot in self._slots if slot.facts is not None and not slot.alone]
         for slot in ready:
@@ -240,12 +264,19 @@ class Pool:
                 if self._queue and not slot.alone and len(slot.flights) == held:
                     self._call(slot, self._queue.popleft())
 
+    def _soon_fresh(self, slot: _Slot) -> bool:
+        """Whether a process that has done nothing stands here or is to come: one that finds no place does not count."""
+        late = slot.facts is None and self._transport.now() - slot.since > self._timeout
+        return slot.fresh and not late
+
     def _call(self, slot: _Slot, job: Job) -> None:
         if not slot.flights:
             slot.since = self._transport.now()
         slot.fresh = False
         head, *parts = self._transport.call(slot.handle, self._method, job.args, self._returns)
         slot.flights.append(_Flight(head, parts, job))
+        self._watched[head] = slot
+        self._flying += 1
 
     def _tend(self) -> None:
         """Every few seconds: look for what hangs, and for what came or went."""
@@ -262,7 +293,7 @@ class Pool:
             return
         while len(self._slots) > max(1, capacity) and any(slot.facts is None for slot in self._slots):
             waiting = next(slot for slot in reversed(self._slots) if slot.facts is None)
-            self._transport.kill(waiting.handle)
+            self._end(waiting)
             self._slots.remove(waiting)
             self._notify("worker", slot=waiting.number, state="released")
         if len(self._slots) < capacity:

@@ -19,6 +19,7 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
+from ray.experimental import get_object_locations
 
 from raylux.engine.pool import Notify, Pool
 from raylux.engine.shard import FactorShard, ShardSpec
@@ -142,6 +143,11 @@ class RayBackend:
 
     def share(self, value: Any) -> Any:
         return ray.put(value)
+
+    def gone(self, handles: Sequence[Any]) -> list[bool]:
+        # The driver owns them: it answers from its own table.
+        places = get_object_locations(list(handles))
+        return [not places.get(handle, {}).get("node_ids") for handle in handles]
 
     # shards
 

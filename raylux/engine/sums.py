@@ -18,13 +18,13 @@ from raylux.engine.numerics import Numerics, distinct
 from raylux.engine.pace import Pace
 from raylux.engine.progress import Reporter, Task
 from raylux.engine.records import SNAPSHOT
-from raylux.engine.work import Backend, Job, Lost, Result, Work
+from raylux.engine.work import Backend, Failure, Job, Lost, Result, Work
 from raylux.errors import RayluxError
 from raylux.store import RunFolder
 
 # Units in flight or waiting for their turn, per worker.
 _WINDOW = 4
-# Deaths of one shard between two of its steps forward.
+# Deaths of one shard, or losses of one unit's sums, between two steps forward.
 _DEATHS = 20
 
 
@@ -97,9 +97,14 @@ class SumPass:
         self._heads = _read_heads(folder, self._snapshot)
         self._numerics: list[Numerics] = list(self._snapshot.numerics)
         self._cursors: dict[int, int] = {}
-        self._deaths: dict[int, int] = {}
+        # By shard and step; a step forward goes further than the shard ever was.
+        self._deaths: dict[tuple[int, str], int] = {}
+        self._reached: dict[int, int] = {}
+        self._losses: dict[int, int] = {}
         self._held: dict[int, Result] = {}
         self._flying: set[int] = set()
+        # Every unit before this one is added, held, flying or gone.
+        self._next = self._snapshot.cursor
         self._furthest = self._snapshot.cursor
         self._repeated = 0
         self._gone = frozenset(quarantine.given_up(folder, units.stage)) | units.leave_out
@@ -140,13 +145,17 @@ class SumPass:
                 self._cursors[shard] = snapshot.cursor
             todo = [shard for shard, answer in answers.items() if isinstance(answer, Lost)]
             for shard in todo:
-                self._count_death(shard, answers[shard].reason)
+                self._count_death(shard, "begin", answers[shard].reason)
+        for shard in shards:
+            self._deaths.pop((shard, "begin"), None)
+        self._next = min(self._next, self._snapshot.cursor)
 
-    def _lost(self, answers: Mapping[int, Any]) -> list[int]:
-        """Bring the shards that died back to the last snapshot; returns them."""
+    def _lost(self, step: str, answers: Mapping[int, Any]) -> None:
+        """Bring the shards that died in a step back to the last snapshot."""
         dead = [shard for shard, answer in answers.items() if isinstance(answer, Lost) and answer.shard]
         for shard in dead:
-            self._count_death(shard, answers[shard].reason)
+            self._pace.died()
+            self._count_death(shard, step, answers[shard].reason)
             behind = self._cursors[shard] - self._snapshot.cursor
             self._reporter.say(
                 f"{self._units.stage}: factor shard {shard} died ({answers[shard].reason}); "
@@ -154,15 +163,15 @@ class SumPass:
             )
         if dead:
             self._restore(dead)
-        return dead
 
-    def _count_death(self, shard: int, reason: str) -> None:
-        self._deaths[shard] = self._deaths.get(shard, 0) + 1
-        if self._deaths[shard] >= _DEATHS:
+    def _count_death(self, shard: int, step: str, reason: str) -> None:
+        deaths = self._deaths[shard, step] = self._deaths.get((shard, step), 0) + 1
+        if deaths >= _DEATHS:
+            unit = self._units.names[max(0, min(self._cursors[shard], len(self._units.names) - 1))]
             raise RayluxError(
-                f"{self._units.stage}: factor shard {shard} died {_DEATHS} times at unit "
-                f"{self._units.names[min(self._cursors[shard], len(self._units.names) - 1)]} (last: {reason}); "
-                "give the shards more memory (more engine.shards), and run the same command again"
+                f"{self._units.stage}: factor shard {shard} died {deaths} times in {step} at unit {unit} and came no "
+                f"further (last: {reason}); give the shards more memory (more engine.shards), and run the same "
+                "command again"
             )
 
     # units
@@ -171,7 +180,12 @@ class SumPass:
         total = len(self._units.names)
         with self._backend.open(self._units.method, parts=True) as work:
             self._flying.clear()
+            self._next = self.low
+            losses = work.losses
             while self.low < total:
+                if work.losses != losses:
+                    losses = work.losses
+                    self._drop_lost()
                 self._submit(work)
                 if self.low not in self._held and self._units.names[self.low] not in self._gone:
                     self._take(work.next())
@@ -180,9 +194,10 @@ class SumPass:
 
     def _submit(self, work: Work) -> None:
         """Hand out units in order, a bounded window ahead of the one that is due."""
-        for unit in range(self.low, min(self.low + _WINDOW * self._backend.workers, len(self._units.names))):
-            if not work.room:
-                return
+        end = min(self.low + _WINDOW * self._backend.workers, len(self._units.names))
+        while self._next < end and work.room:
+            unit = self._next
+            self._next += 1
             if unit in self._held or unit in self._flying or self._units.names[unit] in self._gone:
                 continue
             self._flying.add(unit)
@@ -195,15 +210,23 @@ class SumPass:
         unit: int = result.job.item
         self._flying.discard(unit)
         if result.failure is not None:
-            name = self._units.names[unit]
-            quarantine.give_up(self._folder, self._units.stage, name, self._units.sequences(unit), result.failure)
-            self._gone |= {name}
-            self._reporter.say(f"{self._units.stage}: unit {name} is quarantined ({result.failure.reason})")
+            self._give_up(unit, result.failure)
             return
         self._held[unit] = result
         if result.value is not None:
             self._heads.setdefault(unit, result.value)
         self._numerics = distinct([*self._numerics, result.numerics])
+
+    def _give_up(self, unit: int, failure: Failure) -> None:
+        name = self._units.names[unit]
+        quarantine.give_up(self._folder, self._units.stage, name, self._units.sequences(unit), failure)
+        self._gone |= {name}
+        self._heads.pop(unit, None)
+        self._reporter.say(f"{self._units.stage}: unit {name} is quarantined ({failure.reason})")
+        # Where it was computed for a shard that had died, the others hold it: what is left out is left out of all.
+        holders = [shard for shard, cursor in self._cursors.items() if cursor > unit]
+        if holders:
+            self._restore(holders)
 
     def _add(self, task: Task) -> None:
         """Give the unit that is due to the shards that lack it."""
@@ -214,11 +237,42 @@ class SumPass:
         answers = self._backend.ask("add", parts)
         for shard in behind:
             if not isinstance(answers[shard], Lost):
-                self._cursors[shard], self._deaths[shard] = unit + 1, 0
-        self._lost(answers)
+                self._reach(shard, unit + 1)
+        if any(isinstance(answer, Lost) for answer in answers.values()):
+            self._next = min(self._next, unit)
+            self._lost("add", answers)
+            self._count_loss(unit, answers)
+            self._drop_lost()
         task.reach(self.low)
         if len(set(self._cursors.values())) == 1 and self._snapshot.cursor < self.low and self._pace.due:
             self._take_snapshot()
+
+    def _reach(self, shard: int, cursor: int) -> None:
+        self._cursors[shard] = cursor
+        if cursor > self._reached.get(shard, 0):
+            self._reached[shard] = cursor
+            self._deaths.pop((shard, "add"), None)
+
+    def _drop_lost(self) -> None:
+        """Have all that was lost with a node computed again at once, not each when it is due: the rest would wait."""
+        units = [unit for unit, result in self._held.items() for _ in result.parts]
+        gone = self._backend.gone([part for result in self._held.values() for part in result.parts])
+        for unit in {unit for unit, lost in zip(units, gone, strict=True) if lost}:
+            del self._held[unit]
+            self._next = min(self._next, unit)
+
+    def _count_loss(self, unit: int, answers: Mapping[int, Any]) -> None:
+        """Give up where a unit's sums get lost each time, on their way from worker to shard."""
+        lost = next((answer for answer in answers.values() if isinstance(answer, Lost) and not answer.shard), None)
+        if lost is None:
+            return
+        losses = self._losses[unit] = self._losses.get(unit, 0) + 1
+        if losses >= _DEATHS:
+            raise RayluxError(
+                f"{self._units.stage}: the sums of unit {self._units.names[unit]} were lost {losses} times on their "
+                f"way to the factor shards (last: {lost.reason}); give Ray's object store more memory, and run the "
+                "same command again"
+            )
 
     # snapshots
 
@@ -226,17 +280,24 @@ class SumPass:
         with self._pace.measured():
             prefix = f"snapshots/{self._units.stage}"
             answers = self._backend.ask("snapshot", dict.fromkeys(self._cursors, (prefix,)))
-            if any(isinstance(answer, Lost) for answer in answers.values()):
-                self._lost(answers)
-                return
-            keys: dict[str, str] = {}
-            counts: dict[str, int] = {}
-            objects: dict[str, tuple[int, str]] = {}
-            for more_keys, more_counts, more_objects in answers.values():
-                keys |= more_keys
-                counts |= more_counts
-                objects |= more_objects
-            self._commit(replace(self._snapshot, cursor=self.low, keys=keys, counts=counts), objects)
+            complete = not any(isinstance(answer, Lost) for answer in answers.values())
+            if complete:
+                self._keep(answers)
+        if not complete:
+            self._lost("snapshot", answers)
+
+    def _keep(self, answers: Mapping[int, Any]) -> None:
+        """Make what every shard wrote the snapshot."""
+        keys: dict[str, str] = {}
+        counts: dict[str, int] = {}
+        objects: dict[str, tuple[int, str]] = {}
+        for more_keys, more_counts, more_objects in answers.values():
+            keys |= more_keys
+            counts |= more_counts
+            objects |= more_objects
+        self._commit(replace(self._snapshot, cursor=self.low, keys=keys, counts=counts), objects)
+        for shard in self._cursors:
+            self._deaths.pop((shard, "snapshot"), None)
 
     def _commit(self, snapshot: Snapshot, objects: dict[str, tuple[int, str]]) -> None:
         """Make it the snapshot, with what the units since the last one had to tell, and let go of the old sums."""
@@ -266,7 +327,7 @@ class SumPass:
         """What the shards wrote; None where one died meanwhile."""
         answers = self._backend.ask(self._units.write, dict.fromkeys(self._cursors, ()))
         if any(isinstance(answer, Lost) for answer in answers.values()):
-            self._lost(answers)
+            self._lost(self._units.write, answers)
             return None
         return {name: value for answer in answers.values() for name, value in answer.items()}
 

@@ -84,6 +84,11 @@ class Work(Protocol):
         """Jobs submitted and not yet returned."""
         ...
 
+    @property
+    def losses(self) -> int:
+        """How often a worker was seen to go with its node, so with what it had made."""
+        ...
+
     def submit(self, job: Job) -> None: ...
 
     def next(self) -> Result:
@@ -108,6 +113,10 @@ class Backend(Protocol):
 
     def share(self, value: Any) -> Any:
         """A handle for an argument that many calls carry."""
+        ...
+
+    def gone(self, handles: Sequence[Any]) -> list[bool]:
+        """Which parts of results went away with the nodes on which they rest, as far as is known; takes no time."""
         ...
 
     def ask(self, method: str, args: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
@@ -150,8 +159,9 @@ def results(
                 if job is None:
                     more = False
                     break
-                places[job] = count
-                count += 1
+                if ordered:
+                    places[job] = count
+                    count += 1
                 work.submit(job)
             if not work.pending:
                 return
