@@ -175,10 +175,11 @@ class RayBackend:
             ready, _ = ray.wait(list(running), num_returns=1, timeout=_POLL, fetch_local=False)
             late = [ref for ref, (_, _, since) in running.items() if time.monotonic() - since > self._timeout]
             for ref in dict.fromkeys([*ready, *late]):
-                shard, job, _ = running.pop(ref)
+                shard, job, since = running.pop(ref)
                 idle.append(shard)
                 answer = self._answer(shard, ref, f"{method} of {job[0]}", _POLL)
                 if not isinstance(answer, Lost):
+                    self._notify("unit", method=method, unit=job[0], shard=shard, seconds=time.monotonic() - since)
                     yield job, answer
                     continue
                 deaths[job] = deaths.get(job, 0) + 1
