@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -50,15 +49,11 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def ledger(run: Path, stage: str) -> Path:
-    """A manifest of a stage."""
-    return sorted((run / "ledger" / stage).iterdir())[0]
-
-
-def change(path: Path, **meta: object) -> None:
-    data = json.loads(path.read_text(encoding="utf-8"))
-    data["meta"] |= meta
-    path.write_text(json.dumps(data), encoding="utf-8")
+def again(run: Path, stage: str, name: str | None = None, **meta: object) -> None:
+    """Commit a stage's first unit once more, with other facts or under another name."""
+    folder = RunFolder(str(run))
+    unit, manifest = next(iter(folder.units(stage).items()))
+    folder.commit(stage, name or unit, manifest.objects, **{**manifest.meta, **meta})
 
 
 def test_a_run_left_alone_has_no_problems_and_equals_itself(run: Path, finished: Path) -> None:
@@ -68,26 +63,24 @@ def test_a_run_left_alone_has_no_problems_and_equals_itself(run: Path, finished:
 
 
 def test_a_score_block_that_stands_twice_or_not_at_all_is_found(run: Path) -> None:
-    block = ledger(run, SCORE)
-    shutil.copy(block, block.with_name("again.json"))
+    again(run, SCORE, "again")
     assert any("stand in several blocks" in line and " 0 pairs are missing" in line for line in problems(run))
-    block.with_name("again.json").unlink()
-    block.unlink()
+    folder = RunFolder(str(run))
+    folder.forget(SCORE, "again")
+    folder.forget(SCORE, next(iter(folder.units(SCORE))))
     assert any("pairs are missing" in line and ", 0 stand" in line for line in problems(run))
 
 
 def test_sums_that_count_a_unit_twice_are_found(run: Path) -> None:
-    manifest = ledger(run, COVARIANCE)
-    meta = json.loads(manifest.read_text(encoding="utf-8"))["meta"]
-    change(manifest, rows=meta["rows"] + 1)
+    meta = next(iter(RunFolder(str(run)).units(COVARIANCE).values())).meta
+    again(run, COVARIANCE, rows=meta["rows"] + 1)
     assert any("tokens instead of" in line for line in problems(run))
-    change(manifest, rows=meta["rows"], sequences=meta["sequences"] - 1)
+    again(run, COVARIANCE, rows=meta["rows"], sequences=meta["sequences"] - 1)
     assert any("sequences instead of" in line for line in problems(run))
 
 
 def test_a_query_in_two_blocks_is_found(run: Path) -> None:
-    block = ledger(run, QUERY)
-    shutil.copy(block, block.with_name("again.json"))
+    again(run, QUERY, "again")
     assert any(line.startswith("query:") and "in 2 blocks" in line for line in problems(run))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from raylux.engine.plan import QUERY_BLOCK
 from raylux.engine.records import COVARIANCE, MOMENTS, SCORE, SNAPSHOT
+from raylux.errors import RayluxError
 from raylux.store import RunFolder
 
 # Stage as people call it -> the methods whose calls are its units.
@@ -63,8 +64,10 @@ class Progress:
         """Units of a stage that are computed and in no snapshot."""
         if stage not in _SNAPSHOTS:
             return 0
-        known = _SNAPSHOTS[stage] in self._folder.committed(SNAPSHOT)
-        cursor = self._folder.manifest(SNAPSHOT, _SNAPSHOTS[stage]).meta["cursor"] if known else 0
+        try:
+            cursor = self._folder.manifest(SNAPSHOT, _SNAPSHOTS[stage]).meta["cursor"]
+        except RayluxError:  # none yet, or none any more
+            cursor = 0
         return max(0, len(self.units[stage]) - int(cursor))
 
     def _take(self, event: dict[str, Any]) -> None:
