@@ -21,7 +21,7 @@ INSTALLED :=
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo smollm2 test test-cluster test-peers check format peers wiki clean
+.PHONY: help install demo smollm2 test test-cluster chaos test-peers check format peers wiki clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ test: install wiki  ## the tests, on one small Ray cluster
 
 test-cluster: install wiki  ## the tests that start clusters of their own
 	$(TEST_ENV) $(PYTEST) -m cluster
+
+chaos: install wiki  ## kill workers, shards, nodes and drivers of a run, 55 of them, and compare (10-25 minutes)
+	$(TEST_ENV) $(PY) -m jobs.chaos --seed 0
 
 test-peers: install peers  ## the comparisons with kronfluence
 	$(TEST_ENV) $(PYTEST) -m peers

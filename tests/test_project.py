@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
         ("smollm2", ["raylux.cli run configs/smollm2-wiki.yaml"]),
         ("test", ["pytest", "not cluster and not peers"]),
         ("test-cluster", ["pytest", "-m cluster"]),
+        ("chaos", ["jobs.chaos"]),
         ("test-peers", ["kronfluence", "-m peers"]),
         ("check", ["ruff check", "ruff format --check", "mypy", "lint-imports"]),
         ("clean", ["rm -rf .venv"]),

@@ -181,22 +181,25 @@ class RayBackend:
             ready, _ = ray.wait(list(running), num_returns=1, timeout=_POLL, fetch_local=False)
             late = [ref for ref, (_, _, since) in running.items() if time.monotonic() - since > self._timeout]
             for ref in dict.fromkeys([*ready, *late]):
-                shard, job, _ = running.pop(ref)
+                shard, job, since = running.pop(ref)
                 idle.append(shard)
                 answer = self._answer(shard, ref, f"{method} of {job[0]}", _POLL)
                 if not isinstance(answer, Lost):
+                    self._notify("unit", method=method, unit=job[0], shard=shard, seconds=time.monotonic() - since)
                     yield job, answer
                     continue
-                deaths[job] = deaths.get(job, 0) + 1
+                deaths[job] = deaths.get(job, 0) + (not answer.node)
                 if deaths[job] >= _SHARD_DEATHS:
                     raise RayluxError(
                         f"{method} of {job[0]} ended {_SHARD_DEATHS} factor shards (last: {answer.reason}); "
                         "give them more memory or a larger engine.timeout, and run the same command again"
                     )
-                waiting.appendleft(job)
+                # Behind the others: what dies by chance beside it is not counted against it again at once.
+                waiting.append(job)
 
     def _answer(self, shard: int, ref: Any, what: str, timeout: float) -> Any:
         """A shard's answer; ``Lost`` where it died (a new one stands in its place) or an argument is gone."""
+        node = False
         try:
             return ray.get(ref, timeout=timeout)
         except RayTaskError as error:
@@ -210,11 +213,12 @@ class RayBackend:
         except GetTimeoutError:
             reason = f"{what} did not answer in {timeout:.0f} s (engine.timeout sets the limit)"
         except (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
-            reason = _death(error).reason
+            death = _death(error)
+            reason, node = death.reason, death.cause == "node"
         ray.kill(self._shards[shard])
         self._notify("shard", shard=shard, state="died", reason=reason, method=what)
         self._shards[shard] = self._start_shard(self._shard_specs[shard])
-        return Lost(True, reason)
+        return Lost(True, reason, node)
 
     # the rest
 

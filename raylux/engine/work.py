@@ -61,10 +61,12 @@ class Lost:
     Attributes:
         shard: True where the shard lost its state; False where only the argument was lost.
         reason: one line.
+        node: True where its node went away with it: no fault of what it did.
     """
 
     shard: bool
     reason: str
+    node: bool = False
 
 
 class ShardLostError(Exception):
