@@ -65,6 +65,8 @@ def run_stages(
     with Lease.take(folder.files, say=reporter.say) as lease:
         folder.guard = lease.check
         ctx = prepare.begin(inputs, folder, reporter, config_path, restart)
+        if restart or lease.inherited:
+            prepare.tidy(folder, reporter)
         try:
             for stage in STAGES:
                 if stage in wanted:

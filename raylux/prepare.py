@@ -136,6 +136,13 @@ def begin(
     )
 
 
+def tidy(folder: RunFolder, reporter: Reporter) -> None:
+    """Remove what a killed command or a restart left behind: objects that no manifest names."""
+    count, size = folder.sweep()
+    if count:
+        reporter.say(f"{folder.path}: {count:,} objects ({size / 1e6:,.1f} MB) that belong to nothing were removed")
+
+
 def _known(folder: RunFolder) -> dict[str, Any]:
     if folder.exists:
         return folder.settings()

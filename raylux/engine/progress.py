@@ -105,7 +105,7 @@ class Reporter:
                 self.say(f"{task.stage}: {task.done} of {task.total} {task.what}, about {task.left:.0f} s left")
 
     def say(self, text: str) -> None:
-        self.console.print(plain(redacted(text)), highlight=False, markup=False, soft_wrap=True)
+        self.console.print(plain(redacted(text)), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def event(self, kind: str, **facts: object) -> None:
         """A line of progress.jsonl: what happened, when."""

@@ -31,6 +31,8 @@ from raylux.errors import RayluxError
 # A job that ends its shard's process this often is not tried again.
 _SHARD_DEATHS = 4
 _POLL = 5.0
+# Bytes up to which Ray sends an object with the answer (its max_direct_call_object_size).
+_INLINE = 100 * 1024
 
 
 class RayTransport:
@@ -91,6 +93,10 @@ class RayTransport:
         return supply()
 
 
+def _on_no_node(place: Mapping[str, Any]) -> bool:
+    return not place.get("node_ids") and not place.get("did_spill") and (place.get("object_size") or 0) > _INLINE
+
+
 def supply() -> str:
     """Free and total CPUs."""
     free, total = ray.available_resources().get("CPU", 0), ray.cluster_resources().get("CPU", 0)
@@ -145,9 +151,10 @@ class RayBackend:
         return ray.put(value)
 
     def gone(self, handles: Sequence[Any]) -> list[bool]:
-        # The driver owns them: it answers from its own table.
+        # The driver owns them: it answers from its own table. Small ones came along with their call's answer and are
+        # held here; no node is told of those.
         places = get_object_locations(list(handles))
-        return [not places.get(handle, {}).get("node_ids") for handle in handles]
+        return [_on_no_node(places.get(handle, {})) for handle in handles]
 
     # shards
 

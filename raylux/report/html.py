@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import unicodedata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import fsspec
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from raylux.report.tables import number
 from raylux.shown import redacted
+from raylux.store import Files
 
 if TYPE_CHECKING:
     from raylux.api import Run
@@ -29,17 +27,12 @@ def write_html(run: Run, path: str, k: int = 20, negative: int = 3) -> str:
         path: a local path or an fsspec URL; a page that is there is replaced as a whole.
         k: sequences per query, best first.
         negative: sequences of the strongest negative influence below them.
+
+    Raises:
+        UserError: it cannot be written there.
     """
-    page = render(run, k, negative)
-    if "://" in path:
-        with fsspec.open(path, "w", encoding="utf-8") as file:
-            file.write(page)
-        return path
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, target)
+    place, _, name = path.rpartition("/")
+    Files(place or ".").put(name, render(run, k, negative).encode())
     return path
 
 

@@ -6,6 +6,7 @@ checksum. Readers trust only what a manifest names, and keys are never used twic
 
 from raylux.store.corpus import CorpusReader, read_table, write_corpus
 from raylux.store.damage import DamagedError
+from raylux.store.files import Files
 from raylux.store.folder import FORMAT_VERSION, Manifest, RunFolder
 from raylux.store.lease import Lease, LeaseLostError
 from raylux.store.scores import ScoreBlock, lazy_scores, score_blocks
@@ -14,6 +15,7 @@ __all__ = [
     "FORMAT_VERSION",
     "CorpusReader",
     "DamagedError",
+    "Files",
     "Lease",
     "LeaseLostError",
     "Manifest",

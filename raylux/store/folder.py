@@ -139,6 +139,11 @@ class RunFolder:
         objects = {name: (int(size), str(crc)) for name, (size, crc) in data["objects"].items()}
         return Manifest(stage, unit, objects, data["meta"])
 
+    def unused(self, stage: str, prefix: str) -> str:
+        """A name for the next unit of a stage whose units are numbered: one more than the highest."""
+        numbers = [int(tail) for unit in self._units(stage) if (tail := unit.removeprefix(prefix)).isdigit()]
+        return f"{prefix}{max(numbers, default=-1) + 1:05d}"
+
     def stages(self) -> list[str]:
         """The ledger's stages that may have units."""
         return self.files.names("ledger")

@@ -90,10 +90,17 @@ def _space() -> str:
 
 
 class Lease:
-    """The right to write into a run folder, held until ``release`` or the end of a ``with`` block."""
+    """The right to write into a run folder, held until ``release`` or the end of a ``with`` block.
+
+    Attributes:
+        number: of its object.
+        holder: who holds it.
+        inherited: the one before was not given up, its holder died.
+    """
 
     def __init__(self, files: Files, number: int, holder: Holder, beat: float) -> None:
         self._files, self.number, self.holder = files, number, holder
+        self.inherited = False
         self._beats, self._every = 0, beat
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="raylux-lease", daemon=True)
@@ -133,6 +140,7 @@ class Lease:
         for old in _numbers(files):
             if old < lease.number:
                 files.delete(_key(old))
+        lease.inherited = holder is not None
         if holder is not None:
             watch.say(f"{files.place}: taken over from {holder}, which is gone")
         lease._thread.start()

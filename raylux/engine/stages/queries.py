@@ -32,4 +32,4 @@ def register(folder: RunFolder, queries: Sequence[Query]) -> None:
         if query.id not in known
     ]
     if new:
-        folder.commit(STAGE, f"q{len(folder.committed(STAGE)):05d}", queries=new)
+        folder.commit(STAGE, folder.unused(STAGE, "q"), queries=new)

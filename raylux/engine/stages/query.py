@@ -34,12 +34,10 @@ def run(ctx: Context) -> None:
     if not todo:
         return
     size = query_block(ctx.coverage.tracked, ctx.itemsize)
-    number = len(ctx.folder.committed(QUERY))
     with ctx.reporter.task("query", len(todo), "queries") as task:
         for start in range(0, len(todo), size):
             block = todo[start : start + size]
-            _solve(ctx, f"b{number:05d}", block)
-            number += 1
+            _solve(ctx, ctx.folder.unused(QUERY, "b"), block)
             task.advance(len(block))
 
 
