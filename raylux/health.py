@@ -1,4 +1,4 @@
-"""The state of a run folder: units that were given up, unlike machines, and objects that are not what was written."""
+"""The state of a run folder: units that were given up, and unlike machines."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raylux.engine.records import COVARIANCE, MOMENTS, QUERY, SCORE
-from raylux.errors import RayluxError
+from raylux.engine.records import COVARIANCE, MOMENTS, QUARANTINE, QUERY, SCORE
 from raylux.store import RunFolder
-
-QUARANTINE = "quarantine"
 
 
 @dataclass(frozen=True)
@@ -56,18 +53,6 @@ def mixed_numerics(store: RunFolder) -> dict[str, list[str]]:
                 for name, value in tag.items():
                     found.setdefault(name, set()).add(str(value))
     return {name: sorted(values) for name, values in found.items() if len(values) > 1}
-
-
-def problems(store: RunFolder, checksums: bool) -> list[str]:
-    """What is missing or damaged among the objects that the ledger names, one line each."""
-    found = []
-    for stage in store.files.names("ledger"):
-        for unit in sorted(store.committed(stage)):
-            try:
-                found += store.verify(store.manifest(stage, unit), checksums)
-            except RayluxError as error:  # the manifest itself
-                found.append(str(error))
-    return found
 
 
 def _tags(numerics: Any) -> list[Mapping[str, Any]]:

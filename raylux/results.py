@@ -309,7 +309,7 @@ class Run:
         Args:
             checksums: read every object and compare its checksum; otherwise existence and size alone.
         """
-        return health.problems(self._store, checksums)
+        return self._store.check(checksums)
 
     # common
 

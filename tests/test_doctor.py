@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import socket
-import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +17,10 @@ import yaml
 from fsspec.implementations.memory import MemoryFileSystem
 
 from raylux.cli import main
-from raylux.doctor import FAIL, OK, WARN, Finding, answer, cluster, examine, storage, versions
+from raylux.doctor import FAIL, OK, WARN, Finding, answer, examine, storage, versions
 from raylux.doctor.case import Case
 from raylux.doctor.finding import NotChecked, guarded
 from raylux.doctor.need import need
-from raylux.engine import auth
-from raylux.engine.probe import Answer, ask
 from raylux.errors import UserError
 from tests.small import CUT, SEQUENCES, Inputs, make_inputs, write_lines
 
@@ -54,7 +50,7 @@ def _config(inputs: Inputs, run: str | Path, **more: dict[str, Any]) -> str:
     return str(path)
 
 
-def _case(inputs: Inputs, run: str | Path, *overrides: str) -> Case:
+def case_of(inputs: Inputs, run: str | Path, *overrides: str) -> Case:
     return Case(_config(inputs, run), overrides)
 
 
@@ -184,137 +180,10 @@ def test_an_extra_counts_where_the_config_needs_it(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(versions, "requires", lambda name: ['s3fs>=999; extra == "s3"'])
-    assert versions.check(_case(inputs, tmp_path / "run")).state == OK
-    found = versions.check(_case(inputs, "s3://bucket/run"))
+    assert versions.check(case_of(inputs, tmp_path / "run")).state == OK
+    found = versions.check(case_of(inputs, "s3://bucket/run"))
     assert found.state == FAIL
     assert "raylux[s3]" in found.advice
-
-
-# -------------------------------------------------------------------------------------------------- Ray
-
-
-@pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """No word of Ray in the environment, and a home of this test's own, which others can reach."""
-    for name in (auth.MODE, auth.TOKEN, auth.TOKEN_PATH, auth.ADDRESS):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    return monkeypatch
-
-
-def _token_file(path: Path, mode: int = 0o600, text: str = "secret") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="ascii")
-    path.chmod(mode)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("mode", "address", "token", "state", "said"),
-    [
-        (None, None, None, OK, "will be made"),
-        (None, None, "private", OK, "private"),
-        ("token", None, "private", OK, "private"),
-        ("token", None, "variable", OK, "RAY_AUTH_TOKEN"),
-        ("token", "10.0.0.1:6379", None, FAIL, "holds no token"),
-        ("token", "10.0.0.1:6379", "empty", FAIL, "holds no token"),
-        ("token", "10.0.0.1:6379", "private", OK, "private"),
-        (None, "10.0.0.1:6379", None, WARN, "RAY_AUTH_MODE is not"),
-        (None, "10.0.0.1:6379", "private", WARN, "RAY_AUTH_MODE is not"),
-        ("disabled", None, None, FAIL, "run code"),
-        ("disabled", "10.0.0.1:6379", None, WARN, "run code"),
-    ],
-)
-def test_auth_says_what_the_environment_says(
-    environment: pytest.MonkeyPatch,
-    tmp_path: Path,
-    mode: str | None,
-    address: str | None,
-    token: str | None,
-    state: str,
-    said: str,
-) -> None:
-    for name, value in ((auth.MODE, mode), (auth.ADDRESS, address)):
-        if value is not None:
-            environment.setenv(name, value)
-    if token == "variable":
-        environment.setenv(auth.TOKEN, "very-secret")
-    elif token is not None:
-        environment.setenv(auth.TOKEN_PATH, str(_token_file(tmp_path / "token", text="" if token == "empty" else "x")))
-    found = cluster.auth()
-    assert (found.state, said in found.detail) == (state, True), found
-    assert (state == OK) == (found.advice == "")
-    assert "very-secret" not in found.detail
-
-
-def test_a_token_that_others_can_read_is_a_failure(environment: pytest.MonkeyPatch) -> None:
-    with tempfile.TemporaryDirectory() as folder:  # not tmp_path: pytest keeps its folders to itself
-        file = _token_file(Path(folder) / "token", 0o644)
-        environment.setenv(auth.TOKEN_PATH, str(file))
-        Path(folder).chmod(0o755)
-        found = cluster.auth()
-        assert found.state == FAIL and found.advice == f"chmod 600 {file}"
-        Path(folder).chmod(0o700)
-        assert cluster.auth().state == OK
-
-
-def test_what_is_started_here_asks_for_a_token_that_is_private(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    environment.setenv(auth.MODE, "")  # so that what switch_on sets is undone after the test
-    auth.switch_on()
-    file = tmp_path / ".ray" / "auth_token"
-    assert os.environ[auth.MODE] == "token"
-    assert file.stat().st_mode & 0o777 == 0o600
-    token = file.read_text(encoding="ascii")
-    assert len(token) >= 32
-    environment.setenv(auth.MODE, "")
-    auth.switch_on()
-    assert file.read_text(encoding="ascii") == token
-
-
-@pytest.mark.parametrize(("name", "value"), [(auth.ADDRESS, "10.0.0.1:6379"), (auth.MODE, "disabled")])
-def test_what_the_user_decided_is_left_alone(
-    environment: pytest.MonkeyPatch, tmp_path: Path, name: str, value: str
-) -> None:
-    environment.setenv(name, value)
-    auth.switch_on()
-    assert os.environ.get(auth.MODE) == (value if name == auth.MODE else None)
-    assert not (tmp_path / ".ray").exists()
-
-
-def test_a_cluster_that_does_not_answer_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A port that accepts and says nothing: joining would wait for minutes."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{silent.getsockname()[1]}")
-        assert ask(timeout=3) == Answer("no answer in 3 s")
-
-
-def test_without_an_answer_resources_are_not_checked(
-    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setattr(cluster, "ask", lambda demand=None: Answer("no cluster there " + "at all " * 99))
-    case = _case(inputs, tmp_path / "run", "engine.backend=ray")
-    found = cluster.address(case)
-    assert found.state == FAIL and "127.0.0.1:1" in found.detail and len(found.detail) < 400
-    (resources,) = guarded("resources", lambda: cluster.resources(case))
-    assert resources.state == WARN and "needs the ray" in resources.detail
-
-
-@pytest.mark.cluster
-def test_a_demand_is_held_against_a_cluster_of_its_own(inputs: Inputs, tmp_path: Path) -> None:
-    found = cluster.resources(_case(inputs, tmp_path / "run", "engine.backend=ray", "engine.workers=1"))
-    assert found.state == OK and found.detail.startswith("1 workers of 1 thread")
-    found = cluster.resources(_case(inputs, tmp_path / "run", "engine.backend=ray", "engine.workers=4000"))
-    assert found.state == FAIL and "4000 workers need 4000" in found.detail
-
-
-def test_memory_of_a_run_in_process(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = _case(inputs, tmp_path / "run")
-    assert cluster.resources(case).state == OK
-    free = type("Memory", (), {"available": 1 << 20})
-    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
-    (found,) = guarded("resources", lambda: cluster.resources(case))
-    assert found.state == FAIL and "not enough memory" in found.detail
 
 
 # ------------------------------------------------------------------------------------------------- disk
@@ -323,7 +192,7 @@ def test_memory_of_a_run_in_process(inputs: Inputs, tmp_path: Path, monkeypatch:
 def test_the_need_is_that_of_the_run(inputs: Inputs, tmp_path: Path) -> None:
     """An estimate of 0.7 to 3 times the bytes of the arrays that a run writes; Zarr's own files apart."""
     folder = tmp_path / "run"
-    case = _case(inputs, folder, *CUT)
+    case = case_of(inputs, folder, *CUT)
     wanted = need(case)
     assert wanted.documents == SEQUENCES
     inputs.run(folder)
@@ -335,21 +204,21 @@ def test_the_need_is_that_of_the_run(inputs: Inputs, tmp_path: Path) -> None:
 def test_a_long_corpus_is_judged_by_its_first_rows(inputs: Inputs, tmp_path: Path) -> None:
     rows = [{"id": str(place), "shelf": 0, "text": "anna bought the red boat " * 8} for place in range(3000)]
     write_lines(inputs.corpus, rows)
-    whole = need(_case(inputs, tmp_path / "run"))
+    whole = need(case_of(inputs, tmp_path / "run"))
     assert whole.documents is not None and 2700 < whole.documents < 4000
-    limited = need(_case(inputs, tmp_path / "run", "corpus.limit=300"))
+    limited = need(case_of(inputs, tmp_path / "run", "corpus.limit=300"))
     assert limited.documents == 300 and 5 * limited.corpus < whole.corpus
     packed = inputs.base / "corpus.jsonl.gz"
     packed.write_bytes(gzip.compress(inputs.corpus.read_bytes()))
     # How far it unpacks cannot be known; it is not taken for less than it has on disk.
-    unpacked = need(_case(inputs, tmp_path / "run", f"corpus.path={packed}"))
+    unpacked = need(case_of(inputs, tmp_path / "run", f"corpus.path={packed}"))
     assert unpacked.documents is not None and unpacked.corpus > packed.stat().st_size
 
 
 def test_too_little_room_fails_with_the_numbers(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = _case(inputs, tmp_path / "run")
+    case = case_of(inputs, tmp_path / "run")
     total = need(case).total
     for free, state in ((total - 1, FAIL), (total + 1, WARN), (2 * total, OK)):
         usage = type("Usage", (), {"free": free})
@@ -366,7 +235,7 @@ def test_a_place_that_is_a_file_fails(inputs: Inputs, tmp_path: Path) -> None:
     """Permissions bind no superuser, a file in the way binds everybody."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").write_text("else")
-    found = storage.store(_case(inputs, tmp_path / "full"))
+    found = storage.store(case_of(inputs, tmp_path / "full"))
     assert found.state == FAIL and "holds no run" in found.detail
     (refused,) = guarded("store", lambda: storage._try_local(tmp_path / "full" / "something"))
     assert refused.state == FAIL and "cannot write" in refused.detail
@@ -415,7 +284,7 @@ for kind in (_NoRename, _Forgetful, _ReadOnly):
 def test_a_store_behind_a_url_is_tried_too(inputs: Inputs, protocol: str, state: str, said: str) -> None:
     system = fsspec.filesystem(protocol)
     base = f"{uuid.uuid4().hex}/run"
-    found = storage.store(_case(inputs, f"{protocol}://{base}"))
+    found = storage.store(case_of(inputs, f"{protocol}://{base}"))
     assert (found.state, said in found.detail) == (state, True), found
     assert not system.exists(base)
 
@@ -423,10 +292,10 @@ def test_a_store_behind_a_url_is_tried_too(inputs: Inputs, protocol: str, state:
 def test_a_folder_that_was_there_stays(inputs: Inputs, tmp_path: Path) -> None:
     url = f"memory://{uuid.uuid4().hex}/run"
     fsspec.filesystem("memory").makedirs(url)
-    assert storage.store(_case(inputs, url)).state == OK
+    assert storage.store(case_of(inputs, url)).state == OK
     assert fsspec.filesystem("memory").ls(url) == []
     (tmp_path / "run").mkdir()
-    assert storage.store(_case(inputs, tmp_path / "run")).state == OK
+    assert storage.store(case_of(inputs, tmp_path / "run")).state == OK
     assert list((tmp_path / "run").iterdir()) == []
 
 

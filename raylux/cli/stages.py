@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -132,8 +132,8 @@ def _run_stages(
     config = Config.load(config_path, overrides)  # before anything heavy: a typing error answers at once
     from raylux import api
 
-    options: dict[str, Any] = {"restart": restart.value} if restart is not None else {}
-    run = api.run_stages(config, stages=stages, config_path=config_path, **options)
+    again = restart.value if restart is not None else None
+    run = api.run_stages(config, stages=stages, config_path=config_path, restart=again)
     output.print_status(run)
     if run.quarantined:
         output.say(output.quarantine_summary(run))
