@@ -48,7 +48,7 @@ test: install wiki  ## the tests, on one small Ray cluster
 test-cluster: install wiki  ## the tests that start clusters of their own
 	$(TEST_ENV) $(PYTEST) -m cluster
 
-chaos: install wiki  ## kill workers, shards, nodes and drivers of a run, 55 of them, and compare (10-25 minutes)
+chaos: install wiki  ## kill workers, shards, nodes and drivers of a run, 60 in all, and compare (10-25 minutes)
 	$(TEST_ENV) $(PY) -m jobs.chaos --seed 0
 
 test-peers: install peers  ## the comparisons with kronfluence

@@ -20,7 +20,7 @@ from pathlib import Path
 from jobs.faults.cluster import cluster
 from jobs.faults.driver import Driver
 from jobs.faults.inputs import Work, write_config, write_inputs
-from jobs.faults.killer import KINDS, Kill, Killer, quotas, table
+from jobs.faults.killer import KINDS, Kill, Killer, enough, quotas, table
 from jobs.faults.progress import STAGES, Progress, needed
 from jobs.faults.verdict import count, differing, problems
 from raylux.api import run
@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, write the page; 1 where the outcome is not good or too few were killed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kills", type=int, default=55, help="so many, evenly over the stages")
+    parser.add_argument("--kills", type=int, default=60, help="so many, evenly over the stages")
     parser.add_argument("--folder", type=Path, help="keep the runs in this new folder; default: a temporary one")
     parser.add_argument("--write", type=Path, help="write the page here, as docs/results/chaos.md")
     options = parser.parse_args(arguments)
@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.write:
         command = f"python -m jobs.chaos --seed {options.seed} --kills {options.kills}"
         options.write.write_text(page(outcome, work, command), encoding="utf-8")
-    return 0 if outcome.good and len(outcome.kills) >= options.kills else 1
+    return 0 if outcome.good and enough(outcome.kills, options.kills) else 1
 
 
 if __name__ == "__main__":

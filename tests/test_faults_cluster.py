@@ -19,7 +19,7 @@ from raylux.config import Config
 
 pytestmark = pytest.mark.cluster
 # Enough for a node to join and to leave while there is work.
-WORK = Work(documents=700, fitted=900, queries=32, layers=5, width=32)
+WORK = Work(documents=400, fitted=500, queries=16, layers=5, width=32)
 
 
 def events(folder: Path) -> list[dict[str, Any]]:

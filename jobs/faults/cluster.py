@@ -49,15 +49,24 @@ class Cluster:
         self._process = process
         self._answers: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
+        self._asked: list[str] = []
         self.address = self._answer("to start")
         self.env = {**env, "RAY_ADDRESS": self.address}
 
     def remove(self, node: int) -> None:
         """Kill a node's processes (0 or 1), without a word to anybody, and leave its place empty."""
         self._tell(f"remove {node}")
+        self._settle()
 
     def add(self, node: int) -> None:
         """Start a node in an empty place; one that was never there may be added too."""
+        self._tell(f"add {node}")
+        self._settle()
+
+    def replace(self, node: int) -> None:
+        """Kill a node's processes and start another in its place, without waiting for it; one at a time."""
+        self._settle()
+        self._tell(f"remove {node}")
         self._tell(f"add {node}")
 
     def actors(self, name: str) -> list[psutil.Process]:
@@ -89,7 +98,13 @@ class Cluster:
     def _tell(self, command: str) -> None:
         assert self._process.stdin is not None
         print(command, file=self._process.stdin, flush=True)
-        self._answer(f"to {command}")
+        self._asked.append(command)
+
+    def _settle(self) -> None:
+        """Wait until what was asked is done."""
+        while self._asked:
+            self._answer(f"to {self._asked[0]}")
+            del self._asked[0]
 
     def _answer(self, what: str) -> str:
         try:

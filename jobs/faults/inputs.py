@@ -41,7 +41,7 @@ class Work:
     unit_tokens: int = 400
     unit_size: int = 16
     queries: int = 64
-    layers: int = 8
+    layers: int = 10
     width: int = 96
     context: int = 64
     probes: int = 16

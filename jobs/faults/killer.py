@@ -131,7 +131,7 @@ class Killer:
     def _spacing(self, stage: str) -> int:
         """Units between two kills, at most, so that the stage lasts for those that are left."""
         left = self._moves[stage] - len(self._progress.units[stage])
-        return max(1, left // (self._quota[stage] + 1))
+        return max(1, left // (self._quota[stage] + 2))
 
     def _kill(self, stage: str) -> None:
         for _ in range(len(self._pack) + sum(_PACK.values())):
@@ -156,8 +156,7 @@ class Killer:
             return "driver"
         if kind == "node":
             node = self._random.randrange(NODES)
-            self._cluster.remove(node)
-            self._cluster.add(node)
+            self._cluster.replace(node)
             return f"node {node}"
         return self._end_actor(_ACTORS[kind])
 
@@ -175,6 +174,17 @@ class Killer:
 def quotas(kills: int) -> dict[str, int]:
     """So many kills, evenly over the stages."""
     return {stage: len(range(place, kills, len(STAGES))) for place, stage in enumerate(STAGES)}
+
+
+def enough(kills: list[Kill], asked: int) -> bool:
+    """Whether every stage had 5 of 12 of its share, all together 5 of 6, and every kind its turn."""
+    found = table(kills)
+    share = asked / len(STAGES)
+    return (
+        len(kills) >= asked * 5 / 6
+        and all(found[stage].total() >= share * 5 / 12 for stage in STAGES)
+        and {kill.kind for kill in kills} == set(KINDS)
+    )
 
 
 def table(kills: list[Kill]) -> dict[str, Counter[str]]:

@@ -14,7 +14,7 @@ from raylux.layers import TrackedLayer
 from raylux.store import RunFolder
 
 COVARIANCE, EIGEN, MOMENTS = "fit.covariance", "fit.eigen", "fit.moments"
-LABELS, SNAPSHOT, QUARANTINE = "fit.labels", "fit.snapshot", "quarantine"
+LABELS, SNAPSHOT, QUARANTINE, PROBE = "fit.labels", "fit.snapshot", "quarantine", "query.probe"
 QUERY, SCORE, TOKENS, CANDIDATES = "query", "score", "tokens", "prefilter"
 
 

@@ -13,11 +13,11 @@ from raylux.engine.context import Context
 from raylux.engine.numerics import Numerics, distinct
 from raylux.engine.plan import choose_fit_rows, probe_count, query_block
 from raylux.engine.quarantine import give_up, given_up
-from raylux.engine.records import COVARIANCE, MOMENTS, QUERY, factor_files
+from raylux.engine.records import COVARIANCE, MOMENTS, PROBE, QUERY, factor_files
 from raylux.engine.shard import Measured
 from raylux.engine.stages import prefilter
 from raylux.engine.stages.fit import rows_per_sequence
-from raylux.engine.work import Job, ShardLostError, every_shard, results
+from raylux.engine.work import Job, ShardLostError, every_shard, ids_at, results
 from raylux.engine.worker import QuerySpec
 from raylux.errors import RayluxError
 from raylux.influence.lowrank import choose_ranks
@@ -156,38 +156,62 @@ def _choose(ctx: Context, queries: Sequence[Query], limits: dict[str, int]) -> t
     probes = probe_count(ctx.config.query.probes, ctx.coverage.parameters)
     own = min(16, probes // 4)
     near = prefilter.find(ctx, queries, "idf", own) if own else [(np.zeros(0, np.int64),)] * len(queries)
-    shared = choose_fit_rows(ctx.ids, probes - own, -1)
-    asked: list[tuple[int, Sequence[int]]] = [(int(row), everyone) for row in shared]
-    asked += [(int(row), (place,)) for place in everyone for row in near[place][0]]
+    asked = [_Probe(int(row), everyone, shared=True) for row in choose_fit_rows(ctx.ids, probes - own, -1)]
+    asked += [_Probe(int(row), (place,), shared=False) for place in everyone for row in near[place][0]]
     measured = _measure(ctx, asked)
     ranks, errors = [], []
     for place in everyone:
-        mine = [probe for probe, (_, places) in zip(measured, asked, strict=True) if place in places]
-        dense = {name: np.array([probe[name][place][0] for probe in mine]) for name in limits}
+        mine = [layers for probe, layers in measured if place in probe.places]
+        dense = {name: np.array([layers[name][place][0] for layers in mine]) for name in limits}
         components = {
-            name: np.stack([np.asarray(probe[name][place][1]) for probe in mine])
+            name: np.stack([np.asarray(layers[name][place][1]) for layers in mine])
             for name, limit in limits.items()
             if limit
         }
-        chosen, error = choose_ranks(components, dense, ctx.config.query.max_error, split=len(shared))
+        split = sum(probe.shared for probe, _ in measured)
+        chosen, error = choose_ranks(components, dense, ctx.config.query.max_error, split=split)
         ranks.append(chosen)
         errors.append(error)
     return ranks, errors
 
 
-def _measure(ctx: Context, asked: Sequence[tuple[int, Sequence[int]]]) -> list[dict[str, Measured]]:
-    """Scores of the shards' block on each probe (corpus row, places of the queries): layer -> place -> scores."""
-    jobs = (Job(f"probe {row}", (row, ctx.assignment), places) for row, places in asked)
+@dataclass(frozen=True)
+class _Probe:
+    """A corpus row on which queries are scored (their places in the block); ``shared``: it serves all of them."""
+
+    row: int
+    places: Sequence[int]
+    shared: bool
+
+    @property
+    def name(self) -> str:
+        return f"probe {self.row}"
+
+
+def _measure(ctx: Context, asked: Sequence[_Probe]) -> list[tuple[_Probe, dict[str, Measured]]]:
+    """Scores of the shards' block on the probes: layer -> place -> scores. One that was given up is left out.
+
+    Raises:
+        RayluxError: none that serves all queries is left.
+    """
+    out = set(given_up(ctx.folder, PROBE))
+    jobs = (Job(probe.name, (probe.row, ctx.assignment), probe) for probe in asked if probe.name not in out)
     measured = []
     for result in results(ctx.backend, "probe", jobs, parts=True, ordered=True):
+        probe: _Probe = result.job.item
         if result.failure is not None:
-            raise RayluxError(
-                f"query: {result.job.name} ended its worker {result.failure.deaths} times ({result.failure.reason}); "
-                "set query.max_error=0 to do without probes, or give workers more memory"
-            )
+            out.add(probe.name)
+            give_up(ctx.folder, PROBE, probe.name, ids_at(ctx.ids, [probe.row]), result.failure)
+            ctx.reporter.say(f"query: {probe.name} is quarantined ({result.failure.reason})")
+            continue
         layers: dict[str, Measured] = {}
-        calls = [(part, list(result.job.item)) for part in result.parts]
+        calls = [(part, list(probe.places)) for part in result.parts]
         for answer in every_shard(ctx.backend, "measure", calls):
             layers |= answer
-        measured.append(layers)
+        measured.append((probe, layers))
+    if not any(probe.shared for probe, _ in measured):
+        raise RayluxError(
+            f"{ctx.folder.path}: every probe ended its worker, so compression cannot be measured; "
+            "set query.max_error=0 to do without, or give workers more memory"
+        )
     return measured
