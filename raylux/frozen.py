@@ -16,6 +16,7 @@ from raylux.engine.records import (
     EIGEN,
     LABELS,
     MOMENTS,
+    PROBE,
     QUARANTINE,
     QUERY,
     SCORE,
@@ -36,7 +37,7 @@ _LEDGER = {
     "corpus": ("corpus",),
     "fit": (MOMENTS, EIGEN, COVARIANCE, LABELS, SNAPSHOT),
     "prefilter": (CANDIDATES,),
-    "query": (QUERY, queries.STAGE),
+    "query": (QUERY, PROBE, queries.STAGE),
     "score": (TOKENS, SCORE),
 }
 # Stage -> those that fall with it, the last reader first.

@@ -11,7 +11,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from raylux.config import Config
-from raylux.engine.records import COVARIANCE, QUERY, SCORE
+from raylux.engine.quarantine import give_up
+from raylux.engine.records import COVARIANCE, PROBE, QUARANTINE, QUERY, SCORE
+from raylux.engine.work import Failure
 from raylux.errors import UserError
 from raylux.frozen import RESTARTABLE, stage_of
 from raylux.store import Lease, RunFolder
@@ -169,6 +171,19 @@ def test_a_restart_interrupted_anywhere_goes_on(inputs: Inputs, monkeypatch: pyt
         counts["left"] = 10**6
         inputs.run(run, *FILTER)
         assert differing(contents(run), wanted) == []
+
+
+def test_a_restart_tries_again_what_was_given_up(inputs: Inputs) -> None:
+    store = RunFolder(str(inputs.base / "run"))
+    stages = {COVARIANCE: "fit", QUERY: "query", PROBE: "query", SCORE: "score"}
+    for stage in stages:
+        give_up(store, stage, "u", ["s1"], Failure(4, "its process ended"))
+    inputs.run(inputs.base / "run", *FILTER, restart="score")
+    assert {manifest.meta["stage"] for manifest in store.units(QUARANTINE).values()} == {COVARIANCE, QUERY, PROBE}
+    inputs.run(inputs.base / "run", *FILTER, restart="query")
+    assert {manifest.meta["stage"] for manifest in store.units(QUARANTINE).values()} == {COVARIANCE}
+    inputs.run(inputs.base / "run", *FILTER, restart="fit")
+    assert not store.units(QUARANTINE)
 
 
 def test_an_unknown_stage(inputs: Inputs) -> None:
