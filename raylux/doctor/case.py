@@ -13,8 +13,7 @@ from raylux.capture import input_groups
 from raylux.config import Config
 from raylux.corpus import Sequences, build_sequences
 from raylux.doctor.finding import OK, Finding, NotChecked
-from raylux.engine.demand import Demand
-from raylux.engine.plan import shards_bytes, worker_bytes
+from raylux.engine.demand import Demand, demand_of
 from raylux.layers import Coverage
 from raylux.queries import Query, load_queries
 from raylux.readers import read_documents
@@ -92,15 +91,10 @@ class Case:
     @property
     def demand(self) -> Demand:
         """What the run asks of its machines, by the engine's own figures."""
-        model, engine, queries = self.model, self.config.engine, len(self.queries)
-        layers = model.coverage.tracked
-        return Demand(
-            engine.workers,
-            engine.shards,
-            engine.threads,
-            self.device == "cuda",
-            worker_bytes(layers, model.groups, model.coverage.parameters, self.itemsize, queries),
-            shards_bytes(layers, model.groups, self.itemsize, queries),
+        model, config = self.model, self.config
+        layers, parameters = model.coverage.tracked, model.coverage.parameters
+        return demand_of(
+            config.engine, config.model.dtype, self.device, layers, model.groups, parameters, len(self.queries)
         )
 
     def lose(self, name: str) -> None:

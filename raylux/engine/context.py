@@ -9,9 +9,9 @@ from typing import Any
 from raylux import fingerprints
 from raylux.config import Config
 from raylux.curvature import KINDS, Kind
-from raylux.engine.demand import Demand, check_memory_here
+from raylux.engine.demand import check_memory_here, demand_of
 from raylux.engine.local import LocalBackend
-from raylux.engine.plan import Plan, assign, shards_bytes, worker_bytes
+from raylux.engine.plan import Plan, assign
 from raylux.engine.progress import Reporter
 from raylux.engine.shard import ShardSpec
 from raylux.engine.work import Backend
@@ -92,12 +92,8 @@ class Context:
             self.config.fit.seed,
             self.config.model.trust_remote_code,
         )
-        queries = len(self.queries)
-        needs = (
-            worker_bytes(layers, self.groups, self.coverage.parameters, self.itemsize, queries),
-            shards_bytes(layers, self.groups, self.itemsize, queries),
-        )
-        demand = Demand(engine.workers, engine.shards, self.plan.threads, self.plan.device == "cuda", *needs)
+        parameters, queries = self.coverage.parameters, len(self.queries)
+        demand = demand_of(engine, self.plan.dtype, self.plan.device, layers, self.groups, parameters, queries)
         if engine.backend == "local":
             check_memory_here(demand)
             self._assignment = assign(layers, self.groups, 1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
 
-from raylux.engine.plan import GIB
+from raylux.config import EngineSection
+from raylux.engine.plan import GIB, shards_bytes, worker_bytes
 from raylux.errors import UserError
+from raylux.layers import TrackedLayer
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,37 @@ class Demand:
     gpu: bool
     worker_bytes: int
     shards_bytes: int
+
+
+def demand_of(
+    engine: EngineSection,
+    dtype: str,
+    device: str,
+    layers: Sequence[TrackedLayer],
+    groups: Mapping[str, str],
+    parameters: int,
+    queries: int,
+) -> Demand:
+    """What a run asks for.
+
+    Args:
+        engine: workers, shards and threads as the config sets them.
+        dtype: of the model.
+        device: "cpu" or "cuda".
+        layers: tracked.
+        groups: layer -> leader of its input group.
+        parameters: of the whole model.
+        queries: how many are held at once.
+    """
+    itemsize = 8 if dtype == "float64" else 4
+    return Demand(
+        engine.workers,
+        engine.shards,
+        engine.threads,
+        device == "cuda",
+        worker_bytes(layers, groups, parameters, itemsize, queries),
+        shards_bytes(layers, groups, itemsize, queries),
+    )
 
 
 def check_memory_here(demand: Demand) -> None:

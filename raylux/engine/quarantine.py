@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from raylux.engine.records import QUARANTINE
 from raylux.engine.work import Failure
+from raylux.shown import redacted
 from raylux.store import RunFolder
 
 
@@ -18,7 +19,7 @@ def give_up(folder: RunFolder, stage: str, unit: str, sequences: Sequence[str], 
         unit=unit,
         sequences=list(sequences),
         deaths=failure.deaths,
-        reason=failure.reason,
+        reason=redacted(failure.reason),
     )
 
 

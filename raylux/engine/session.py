@@ -32,7 +32,8 @@ def connect() -> bool:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(**quiet)
             return False
-        ray.init(include_dashboard=False, num_cpus=os.cpu_count(), **quiet)
+        # "local": Ray would otherwise join whatever cluster it finds on this machine.
+        ray.init(address="local", include_dashboard=False, num_cpus=os.cpu_count(), **quiet)
     except (ConnectionError, RayError) as error:
         where = os.environ.get("RAY_ADDRESS", "this machine")
         raise UserError(f"Ray: no cluster at {where} ({first_line(error)})") from None
