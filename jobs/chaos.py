@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcome = chaos(options.seed, options.kills, work, options.folder or Path(temporary))
     print(tables(outcome), summary(outcome), sep="\n\n")
     if options.write:
-        command = f"python -m jobs.chaos --seed {options.seed} --kills {options.kills}"
+        command = f"python -m jobs.chaos --seed {options.seed} --kills {options.kills} --write docs/results/chaos.md"
         options.write.write_text(page(outcome, work, command), encoding="utf-8")
     return 0 if outcome.good and enough(outcome.kills, options.kills) else 1
 
