@@ -50,6 +50,7 @@ class Cluster:
         self._answers: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
         self._asked: list[str] = []
+        self._seen: set[psutil.Process] = set()
         self.address = self._answer("to start")
         self.env = {**env, "RAY_ADDRESS": self.address}
 
@@ -72,22 +73,33 @@ class Cluster:
     def actors(self, name: str) -> list[psutil.Process]:
         """Living processes of an actor class, on nodes that live."""
         found = []
-        with contextlib.suppress(psutil.Error):
-            for process in psutil.Process(self._process.pid).children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    if title(process).startswith(f"ray::{name}") and process.status() != psutil.STATUS_ZOMBIE:
-                        found.append(process)
-        return found
-
-    def everything(self) -> list[psutil.Process]:
-        """Every process that carries this cluster's mark, but for its user's own."""
-        found = []
-        for process in psutil.process_iter():
+        for process in self._descendants():
             with contextlib.suppress(psutil.Error):
-                marked = process.environ().get(_MARK) == self.env[_MARK]
-                if marked and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+                if title(process).startswith(f"ray::{name}") and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
         return found
+
+    def left(self) -> list[psutil.Process]:
+        """What still runs of all processes that were ever seen of this cluster, and of what carries its mark.
+
+        Ray's workers write their title over their environment, so the mark alone does not find them.
+        """
+        marked = set()
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(_MARK) == self.env[_MARK] and process.pid != os.getpid():
+                    marked.add(process)
+        return [process for process in self._seen | marked if _runs(process)]
+
+    def note(self) -> None:
+        """Remember the processes that there are."""
+        self._seen.update(self._descendants())
+
+    def _descendants(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self._process.pid).children(recursive=True)
+        except psutil.Error:
+            return []
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
@@ -96,6 +108,7 @@ class Cluster:
                 self._answers.put(line.removeprefix(_ANSWER).strip())
 
     def _tell(self, command: str) -> None:
+        self.note()
         assert self._process.stdin is not None
         print(command, file=self._process.stdin, flush=True)
         self._asked.append(command)
@@ -137,6 +150,8 @@ def cluster(nodes: int = NODES) -> Iterator[Cluster]:
                 ours = Cluster(process, env)
                 yield ours
             finally:
+                if ours is not None:
+                    ours.note()
                 process.communicate(timeout=_TIMEOUT)  # the end of its input asks it to shut down
         left = _leftover(ours) if ours else []
     if left:
@@ -146,6 +161,13 @@ def cluster(nodes: int = NODES) -> Iterator[Cluster]:
 def title(process: psutil.Process) -> str:
     """What a process calls itself, as ``ray::FactorShard.add``."""
     return " ".join(process.cmdline()).strip()
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def _auth(folder: Path) -> dict[str, str]:
@@ -160,7 +182,7 @@ def _auth(folder: Path) -> dict[str, str]:
 
 def _leftover(ours: Cluster) -> list[str]:
     """Processes that outlive the cluster by half a minute: named, then ended."""
-    _, left = psutil.wait_procs(ours.everything(), timeout=30)
+    _, left = psutil.wait_procs(ours.left(), timeout=30)
     named = []
     for process in left:
         with contextlib.suppress(psutil.Error):
