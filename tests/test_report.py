@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raylux.config import Config
+from raylux.errors import MissingStageError
 from raylux.layers import Coverage, TrackedLayer
 from raylux.report.html import render, write_html
 from raylux.report.tables import (
@@ -76,6 +77,7 @@ def stub_run(unit: str = "nats", kind: str = "ekfac", frame: pd.DataFrame | None
         config=config,
         unit=unit,
         train_size=1234,
+        quarantined=[],
         top=lambda query, k=10, by="sequence": shown.head(k),
     )
 
@@ -228,6 +230,17 @@ def test_page_shows_the_best_and_the_strongest_negative() -> None:
 
 def test_page_of_a_query_without_candidates() -> None:
     assert "No sequence was scored" in render(stub_run(frame=top_frame().head(0)))
+
+
+def test_page_of_a_query_whose_units_were_given_up() -> None:
+    def top(query: str, k: int = 10) -> pd.DataFrame:
+        raise MissingStageError("no scores")
+
+    run = stub_run()
+    run.top, run.quarantined = top, [1, 2]
+    page = render(run)
+    assert page.count("No sequence was scored") == 2 and "2 units of work are quarantined" in page
+    assert "quarantined" not in render(stub_run())
 
 
 def test_write_html_replaces_the_page_and_leaves_nothing_else(tmp_path: Path) -> None:

@@ -214,6 +214,7 @@ def _run(text: str) -> Any:
         config=config.model_copy(update=hostile),
         unit="nats",
         train_size=7,
+        quarantined=[],
         top=lambda query, k=10, by="sequence": _frame(text, kept=f"{text} kept"),
     )
 

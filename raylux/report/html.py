@@ -5,8 +5,11 @@ from __future__ import annotations
 import unicodedata
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from raylux.errors import MissingStageError
 from raylux.report.tables import number
 from raylux.shown import redacted
 from raylux.store import Files
@@ -53,6 +56,7 @@ def render(run: Run, k: int = 20, negative: int = 3) -> str:
         config=run.config,
         unit=run.unit,
         train_size=run.train_size,
+        given_up=len(run.quarantined),
         queries=[_query(run, name, records.get(name, {}), k, negative) for name in run.queries],
     )
 
@@ -64,7 +68,10 @@ def visible(text: Any, limit: int = _TEXT_LIMIT) -> str:
 
 
 def _query(run: Run, name: str, record: dict[str, Any], k: int, negative: int) -> dict[str, Any]:
-    everything = run.top(name, _EVERY)
+    try:
+        everything = run.top(name, _EVERY)
+    except MissingStageError:  # every unit of it was given up
+        everything = pd.DataFrame({"influence": np.zeros(0)})
     best, rest = everything.head(k), everything.iloc[k:]
     worst = rest[rest["influence"] < 0].tail(negative)
     kept = [column for column in everything.columns if column not in _FIXED]
