@@ -110,6 +110,18 @@ def _death(error: RayError) -> WorkerDied:
     return WorkerDied("process", "its process ended")
 
 
+def _is_error(ref: Any) -> bool:
+    """Whether an object on the driver's node stands for one that is lost: Ray puts an error there in its place."""
+    try:
+        # From the node's shared memory, without a copy, and let go of at once.
+        ray.get(ref, timeout=0)
+    except ObjectLostError:
+        return True
+    except RayError:  # not known in no time; whoever asks for the value will see
+        return False
+    return False
+
+
 class RayBackend:
     """Workers and shards as actors, started when first asked for: a stage without gradients loads no model."""
 
@@ -145,9 +157,15 @@ class RayBackend:
         return ray.put(value)
 
     def gone(self, handles: Sequence[Any]) -> list[bool]:
-        # The driver owns them: it answers from its own table.
-        places = get_object_locations(list(handles))
-        return [not places.get(handle, {}).get("node_ids") for handle in handles]
+        # The driver owns them: it answers from its own table. Small objects travel with the answer and have no node.
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        here = ray.get_runtime_context().get_node_id()
+        known = get_object_locations(list(handles))
+        places = [set() if known[handle]["did_spill"] else set(known[handle]["node_ids"]) for handle in handles]
+        return [
+            _is_error(handle) if nodes == {here} else bool(nodes) and not nodes & alive
+            for handle, nodes in zip(handles, places, strict=True)
+        ]
 
     # shards
 
