@@ -10,7 +10,7 @@ from contextlib import contextmanager
 # Of the time between two snapshots, what writing one may take, where their spacing follows their cost.
 SHARE = 0.01
 # What a first snapshot is thought to cost until one is measured: a call, and bytes at a slow disk's pace.
-_CALL, _RATE = 0.05, 2e8
+_CALL, _RATE = 0.05, 1e8
 
 
 class Pace:

@@ -31,8 +31,6 @@ from raylux.errors import RayluxError
 # A job that ends its shard's process this often is not tried again.
 _SHARD_DEATHS = 4
 _POLL = 5.0
-# Bytes up to which Ray sends an object with the answer (its max_direct_call_object_size).
-_INLINE = 100 * 1024
 
 
 class RayTransport:
@@ -93,10 +91,6 @@ class RayTransport:
         return supply()
 
 
-def _on_no_node(place: Mapping[str, Any]) -> bool:
-    return not place.get("node_ids") and not place.get("did_spill") and (place.get("object_size") or 0) > _INLINE
-
-
 def supply() -> str:
     """Free and total CPUs."""
     free, total = ray.available_resources().get("CPU", 0), ray.cluster_resources().get("CPU", 0)
@@ -114,6 +108,18 @@ def _death(error: RayError) -> WorkerDied:
     if isinstance(error, OutOfMemoryError):
         return WorkerDied("memory", "Ray ended it: the node ran out of memory")
     return WorkerDied("process", "its process ended")
+
+
+def _is_error(ref: Any) -> bool:
+    """Whether an object on the driver's node stands for one that is lost: Ray puts an error there in its place."""
+    try:
+        # From the node's shared memory, without a copy, and let go of at once.
+        ray.get(ref, timeout=0)
+    except ObjectLostError:
+        return True
+    except RayError:  # not known in no time; whoever asks for the value will see
+        return False
+    return False
 
 
 class RayBackend:
@@ -151,10 +157,15 @@ class RayBackend:
         return ray.put(value)
 
     def gone(self, handles: Sequence[Any]) -> list[bool]:
-        # The driver owns them: it answers from its own table. Small ones came along with their call's answer and are
-        # held here; no node is told of those.
-        places = get_object_locations(list(handles))
-        return [_on_no_node(places.get(handle, {})) for handle in handles]
+        # The driver owns them: it answers from its own table. Small objects travel with the answer and have no node.
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        here = ray.get_runtime_context().get_node_id()
+        known = get_object_locations(list(handles))
+        places = [set() if known[handle]["did_spill"] else set(known[handle]["node_ids"]) for handle in handles]
+        return [
+            _is_error(handle) if nodes == {here} else bool(nodes) and not nodes & alive
+            for handle, nodes in zip(handles, places, strict=True)
+        ]
 
     # shards
 
