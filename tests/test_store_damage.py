@@ -240,7 +240,7 @@ def test_a_whole_group_under_the_name_of_another_is_found(healthy: Path, tmp_pat
     other.rename(one)
     (tmp_path / "aside").rename(other)
     for manifest in list(folder.units(MOMENTS).values())[:2]:
-        with pytest.raises(DamagedError, match="checksum differs; run the same command with --restart fit"):
+        with pytest.raises(DamagedError, match="checksum differs; `raylux run CONFIG --restart fit`"):
             folder.group(manifest.meta["key"])
 
 
@@ -271,5 +271,5 @@ def test_what_computes_a_damaged_object_again_is_named(tmp_path: Path, key: str,
         if key.startswith("ledger")
         else (lambda: folder.read(folder.commit("stage", "unit", {key: (3, "0")}), key))
     )
-    with pytest.raises(DamagedError, match=rf"{key}: .*; run the same command with --restart {stage} to compute it"):
+    with pytest.raises(DamagedError, match=rf"{key}: .*; `raylux run CONFIG --restart {stage}` computes it"):
         read()

@@ -42,7 +42,7 @@ def remedy(key: str) -> str:
     stage = stage_of(key)
     if stage is None:
         return "choose a new run.folder"
-    return f"run the same command with --restart {stage} to compute it again"
+    return f"`raylux run CONFIG --restart {stage}` computes it again"
 
 
 def stage_of(key: str) -> str | None:
