@@ -96,9 +96,9 @@ def test_a_shard_that_dies_now_and_then_is_borne(tmp_path: Path) -> None:
 
     def fate(shard: int, method: str) -> ShardFate | None:
         seen[method] += 1
-        return "before" if method == "add" and seen[method] % 4 == 0 else None
+        return "before" if method == "add" and seen[method] % 5 == 0 else None
 
-    scene = Scene(tmp_path, 60, snapshot=300.0, shard_fate=fate)
+    scene = Scene(tmp_path, 60, shard_fate=fate)
     assert scene.bits(scene.run()) == expected(60)
     assert len([event for event in scene.events if event.get("state") == "died"]) > _DEATHS
 
@@ -125,6 +125,37 @@ def test_sums_that_are_lost_on_the_way_are_computed_again(tmp_path: Path) -> Non
     assert scene.bits(scene.go_on()) == expected(UNITS)
     assert held and scene.begun[held[0]] == 2
     assert not any("shard" in event for event in scene.events), "no shard died"
+
+
+def test_what_is_added_is_not_sent_again_where_the_window_shrinks(tmp_path: Path) -> None:
+    """The window is full behind a unit that hangs; workers go, and with them some of what was held.
+
+    What else is held lies beyond the smaller window, and is added as soon as the unit that hung is there. That
+    nothing is sent that every shard has, the scene asserts of each unit that begins.
+    """
+    scene = Scene(
+        tmp_path, 60, places=(1,) * 8, snapshot=1e9, fate=lambda unit, run: "hang" if unit + run == 1 else None
+    )
+    scene.start()
+    beyond = 4 * 6
+    lost: list[int] = []
+
+    def lose() -> None:
+        for node in scene.cluster.nodes.values():
+            held = [unit for unit, result in scene.sums._held.items() if result.parts[0].node is node]
+            (worker,) = node.workers
+            busy = worker.calls and worker.calls[0].args != (0,)
+            if len(scene.sums._held) > 12 and held and max(held) < beyond and busy:
+                lost.extend(held)
+                scene.cluster.lose(node)
+                break
+        if len(scene.cluster.nodes) > 6:
+            scene.cluster.at(scene.cluster.now() + 10, lose)
+
+    scene.cluster.at(200, lose)
+    assert scene.bits(scene.go_on()) == expected(60)
+    assert len(scene.cluster.nodes) == 6 and lost
+    assert scene.again <= len(lost) + 3, "what was held, what ran, and the unit that hung"
 
 
 def test_sums_that_are_lost_for_ever_end_in_one_error(tmp_path: Path) -> None:

@@ -194,7 +194,10 @@ class SumPass:
 
     def _submit(self, work: Work) -> None:
         """Hand out units in order, a bounded window ahead of the one that is due."""
-        end = min(self.low + _WINDOW * self._backend.workers, len(self._units.names))
+        low = self.low
+        end = min(low + _WINDOW * self._backend.workers, len(self._units.names))
+        # What was held meanwhile may have been added without it.
+        self._next = max(self._next, low)
         while self._next < end and work.room:
             unit = self._next
             self._next += 1
