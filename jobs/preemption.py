@@ -145,7 +145,7 @@ def simulate(settings: Settings, folder: Path) -> Outcome:
         deaths[0] += kind == "shard"
 
     shard = ShardBehaviour(make, seconds, spread=settings.spread)
-    backend = SimulatedBackend(cluster, settings.workers, settings.shards, shard, notify=notify)
+    backend = SimulatedBackend(cluster, settings.workers, settings.shards, shard, 3 * max(200.0, settings.unit), notify)
     preemption = _Preemption(cluster, settings)
     store = RunFolder(str(folder))
     names = [f"f{unit:06d}" for unit in range(settings.units)]

@@ -87,6 +87,7 @@ class Scene:
         def fate(method: str, args: tuple[Any, ...]) -> Fate | None:
             if method == "prepare":
                 return None
+            assert args[0] >= self.sums.low, "every shard has it"
             self.begun[args[0]] += 1
             return self.fate(args[0], self.begun[args[0]])
 

@@ -75,7 +75,7 @@ def values(found: list[Result]) -> list[Any]:
 
 
 def test_only_the_unit_that_ran_is_a_suspect() -> None:
-    scene = Scene((2,))
+    scene = Scene((2,), service=lambda draw, method, args: 6.0)
     died: list[list[Any]] = []
 
     def crash() -> None:
@@ -162,14 +162,15 @@ def test_suspects_do_not_wait_for_a_worker_that_finds_no_place() -> None:
 
 def test_what_is_left_over_from_an_earlier_stretch_blames_nobody() -> None:
     """A stretch ended early leaves calls behind; a death in one of them is not the next job's fault."""
-    scene = Scene((1,))
+    scene = Scene((2,), service=lambda draw, method, args: 60.0 if args[0] == "old 1" else 6.0)
     with scene.backend.open("work") as work:
         for unit in ("old 0", "old 1", "old 2"):
             work.submit(Job(unit, (unit,), unit))
         assert work.next().value == "old 0"
-    scene.cluster.at(scene.cluster.now() + 10, lambda: scene.cluster.crash(scene.cluster.workers[0]))
-    found = scene.run(2)
-    assert values(found) == [0, 1]
+    (left,) = [worker for worker in scene.cluster.workers if worker.calls]
+    assert left.calls[0].args == ("old 1",)
+    scene.cluster.at(scene.cluster.now() + 10, lambda: scene.cluster.crash(left))
+    assert values(scene.run(9)) == list(range(9))
     (death,) = scene.log.workers("died")
     assert death["unit"] is None
     assert scene.log.runs["old 2"] == 0, "what was forgotten is not sent again"
@@ -283,6 +284,18 @@ def test_results_in_order_and_in_a_bounded_window() -> None:
 def test_results_in_order_whatever_dies() -> None:
     scene = Scene((4,), lambda unit, run: "process" if unit % 7 == 0 and run == 1 else None)
     assert [result.value for result in scene.run(60, ordered=True)] == list(range(60))
+
+
+@pytest.mark.parametrize(("seconds", "queued"), [(6.0, WINDOW), (60.0, 1)])
+def test_calls_wait_behind_short_ones_only(seconds: float, queued: int) -> None:
+    """What waits behind a long one would begin late, though all others may wait for it."""
+    scene = Scene((2,), service=lambda draw, method, args: seconds)
+    seen: list[int] = []
+    look = lambda: seen.append(max(len(worker.calls) for worker in scene.cluster.workers))  # noqa: E731
+    for at in range(100, 200, 7):
+        scene.cluster.at(at, look)
+    scene.run(60)
+    assert max(seen) == queued
 
 
 def test_all_workers_are_kept_busy() -> None:

@@ -107,25 +107,60 @@ def test_a_shard_that_dies_now_and_then_is_borne(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------- objects are lost
 
 
-def test_sums_that_are_lost_on_the_way_are_computed_again(tmp_path: Path) -> None:
-    """A node goes after it finished units and before the shards took them."""
+@pytest.mark.parametrize("unit", [0, 9])
+def test_sums_that_are_lost_on_the_way_are_computed_again(tmp_path: Path, unit: int) -> None:
+    """A node goes after it finished a unit and before the shards have it."""
     scene = Scene(tmp_path, UNITS, places=(1, 1, 1, 1), snapshot=1e9)
     scene.start()
-    held: list[int] = []
+    ask = scene.backend.ask
+
+    def losing(method: str, args: Any) -> dict[int, Any]:
+        if method == "add" and args[0][0] == unit and scene.begun[unit] == 1:
+            scene.cluster.lose(args[0][1].node)
+        return ask(method, args)
+
+    scene.backend.ask = losing  # type: ignore[method-assign]
+    assert scene.bits(scene.go_on()) == expected(UNITS)
+    assert scene.begun[unit] == 2
+    assert not any("shard" in event for event in scene.events), "no shard died"
+
+
+def test_sums_that_one_shard_has_and_another_lost_are_added_once(tmp_path: Path) -> None:
+    """A shard dies when it had units before they were due, and the nodes that made these are gone meanwhile."""
+    scene = Scene(
+        tmp_path, 40, places=(1,) * 8, snapshot=1e9, fate=lambda unit, run: "hang" if unit + run == 1 else None
+    )
+    scene.start()
+    had: list[int] = []
+
+    def strike() -> None:
+        had.extend(scene.sums._ahead[1])
+        scene.backend.crash_shard(1)
+        for node in [node for node in scene.cluster.nodes.values() if not any(w.calls for w in node.workers)][:4]:
+            scene.cluster.lose(node)
+            scene.cluster.join(1)
+
+    scene.cluster.at(500, strike)
+    assert scene.bits(scene.go_on()) == expected(40)
+    assert len(had) > 20 and 3 < scene.again <= len(had) + 1, "those whose makers stayed are not computed again"
+
+
+def test_what_is_finished_is_not_lost_with_its_node(tmp_path: Path) -> None:
+    """The window is full behind a unit that hangs: the rest is with the shards already, due or not."""
+    scene = Scene(
+        tmp_path, 60, places=(1,) * 8, snapshot=1e9, fate=lambda unit, run: "hang" if unit + run == 1 else None
+    )
+    scene.start()
 
     def lose() -> None:
-        for unit, result in scene.sums._held.items():
-            node = result.parts[0].node
-            if node is not None and node.alive:
-                held.append(unit)
-                scene.cluster.lose(node)
-                return
-        scene.cluster.at(scene.cluster.now() + 1, lose)
+        nodes = [node for node in scene.cluster.nodes.values() if not any(w.calls for w in node.workers)]
+        assert len(nodes) == 7 and len(scene.sums._held) == 31
+        for node in nodes[:3]:
+            scene.cluster.lose(node)
 
-    scene.cluster.at(150, lose)
-    assert scene.bits(scene.go_on()) == expected(UNITS)
-    assert held and scene.begun[held[0]] == 2
-    assert not any("shard" in event for event in scene.events), "no shard died"
+    scene.cluster.at(500, lose)
+    assert scene.bits(scene.go_on()) == expected(60)
+    assert scene.again == 1, "the unit that hung"
 
 
 def test_sums_that_are_lost_for_ever_end_in_one_error(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from raylux.engine.transport import Transport, WorkerDied
 from raylux.engine.work import Failure, Job, Result
 from raylux.errors import RayluxError
 
-# Calls queued at a worker: one runs, one waits.
+# Calls queued at a worker: one runs, one waits where calls are so short that fetching the next would count.
 WINDOW = 2
+SHORT = 10.0
 # Deaths of a suspect, alone in a fresh worker, after which it is given up.
 DEATHS = 3
 # Workers that die one after the other before any has loaded the model.
@@ -83,6 +84,7 @@ class Pool:
         self._failed_starts, self._finished = 0, 0
         # Jobs that are not yet returned, and calls that are on their way.
         self._pending, self._flying = 0, 0
+        self._seconds: float | None = None
         self._watched: dict[Any, _Slot] = {}
         self._moved = self._tended = transport.now()
         self._slots = [self._slot(number) for number in range(workers)]
@@ -98,7 +100,7 @@ class Pool:
     @contextmanager
     def open(self, method: str, returns: int) -> Iterator[Pool]:
         """Work through jobs of one method; what is unfinished at the end is forgotten."""
-        self._method, self._returns, self._finished = method, returns, 0
+        self._method, self._returns, self._finished, self._seconds = method, returns, 0, None
         self._moved = self._transport.now()
         for slot in self._slots:
             slot.since = self._moved
@@ -120,7 +122,12 @@ class Pool:
     @property
     def room(self) -> bool:
         # Workers that only start count too: when they are ready there is a job for each.
-        return len(self._queue) < max(1, WINDOW * len(self._slots) - self._flying)
+        return len(self._queue) < max(1, self._window * len(self._slots) - self._flying)
+
+    @property
+    def _window(self) -> int:
+        """What waits behind a long call begins late, though it may be the one that all others wait for."""
+        return WINDOW if self._seconds is not None and self._seconds < SHORT else 1
 
     @property
     def pending(self) -> int:
@@ -201,6 +208,7 @@ class Pool:
         seconds, slot.since, self._moved = now - slot.since, now, now
         if flight.forgotten:
             return
+        self._seconds = seconds if self._seconds is None else 0.9 * self._seconds + 0.1 * seconds
         self._notify("unit", method=self._method, unit=flight.job.name, slot=slot.number, seconds=seconds)
         slot.alone = False
         self._finished += 1
@@ -247,7 +255,7 @@ class Pool:
     # jobs
 
     def _fill(self) -> None:
-        """Hand out jobs: suspects alone to fresh workers, the rest evenly, one running and one waiting each."""
+        """Hand out jobs: suspects alone to fresh workers, the rest evenly."""
         if not self._suspects and not self._queue:
             return
         if self._suspects and not any(self._soon_fresh(slot) for slot in self._slots):
@@ -259,7 +267,7 @@ class Pool:
             if self._suspects and slot.fresh and not slot.flights:
                 slot.alone = True
                 self._call(slot, self._suspects.popleft())
-        for held in range(WINDOW):
+        for held in range(self._window):
             for slot in ready:
                 if self._queue and not slot.alone and len(slot.flights) == held:
                     self._call(slot, self._queue.popleft())

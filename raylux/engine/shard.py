@@ -56,6 +56,7 @@ class FactorShard:
         self._sums: dict[str, np.ndarray] = {}
         self._counts: dict[str, int] = {}
         self._next = 0
+        self._ahead: dict[int, Mapping[str, Any] | None] = {}
         self._block: dict[str, list[Tensor]] = {}
         self._factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
@@ -80,20 +81,25 @@ class FactorShard:
             name: self.folder.group(key).read("sum").copy() for name, key in (keys or {}).items() if name in own
         }
         self._counts = {name: count for name, count in (counts or {}).items() if not name or name in self.layers}
-        self._next = cursor
+        self._next, self._ahead = cursor, {}
 
-    def add(self, unit: int, part: Mapping[str, Any] | None) -> None:
-        """Add a unit's part; None: the unit was given up. A unit that is held already is dropped.
+    def add(self, unit: int, part: Mapping[str, Any] | None) -> int:
+        """Take a unit's part; None: the unit was given up. A unit that is in the sums already is dropped.
 
-        Units come in order: the order of float sums is part of the result.
+        Units may come in any order and are added in theirs, the order of float sums being part of the result: one
+        that is not yet due is kept, and may be given again.
+
+        Returns:
+            The unit that is due next.
         """
-        if unit < self._next:
-            return
-        if unit != self._next:
-            raise RuntimeError(f"unit {unit} came where unit {self._next} was due")
-        if part is not None:
-            self._add(unit, part)
-        self._next += 1
+        if unit >= self._next:
+            self._ahead[unit] = part
+        while self._next in self._ahead:
+            due = self._ahead.pop(self._next)
+            if due is not None:
+                self._add(self._next, due)
+            self._next += 1
+        return self._next
 
     def _add(self, unit: int, part: Mapping[str, Any]) -> None:
         arrays = _matrices(part)
@@ -138,7 +144,7 @@ class FactorShard:
 
     def release(self) -> None:
         """Forget the sums: they are committed."""
-        self._sums, self._counts, self._next = {}, {}, 0
+        self._sums, self._counts, self._next, self._ahead = {}, {}, 0, {}
 
     def _own(self) -> list[str]:
         """Every name under which a sum of this shard may stand."""

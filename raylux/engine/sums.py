@@ -1,8 +1,9 @@
 """A pass over fit units whose sums the factor shards hold: every unit counts once, whatever dies on the way.
 
-Workers compute units in any order, shards add them in one. From time to time all shards write their sums, and one
-commit makes these the snapshot from which a shard that died, or the next driver, goes on: only the units since
-then are computed again, and a shard that holds them already is not given them twice.
+Workers compute units in any order, shards add them in one. What a worker made goes to the shards as soon as it is
+there, due or not: until then it rests on the worker's node and would go with it. From time to time all shards write
+their sums, and one commit makes these the snapshot from which a shard that died, or the next driver, goes on: only
+the units since then are computed again, and a shard that holds them already is not given them twice.
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ class SumPass:
         self._heads = _read_heads(folder, self._snapshot)
         self._numerics: list[Numerics] = list(self._snapshot.numerics)
         self._cursors: dict[int, int] = {}
+        # Units that a shard has before they are due.
+        self._ahead: dict[int, set[int]] = {}
         # By shard and step; a step forward goes further than the shard ever was.
         self._deaths: dict[tuple[int, str], int] = {}
         self._reached: dict[int, int] = {}
@@ -105,7 +108,7 @@ class SumPass:
         self._flying: set[int] = set()
         # Every unit before this one is added, held, flying or gone.
         self._next = self._snapshot.cursor
-        self._furthest = self._snapshot.cursor
+        self._furthest = self._oldest = self._snapshot.cursor
         self._repeated = 0
         self._gone = frozenset(quarantine.given_up(folder, units.stage)) | units.leave_out
 
@@ -143,6 +146,7 @@ class SumPass:
             answers = self._backend.ask("begin", dict.fromkeys(todo, call))
             for shard in todo:
                 self._cursors[shard] = snapshot.cursor
+                self._ahead[shard] = set()
             todo = [shard for shard, answer in answers.items() if isinstance(answer, Lost)]
             for shard in todo:
                 self._count_death(shard, "begin", answers[shard].reason)
@@ -187,18 +191,26 @@ class SumPass:
                     losses = work.losses
                     self._drop_lost()
                 self._submit(work)
-                if self.low not in self._held and self._units.names[self.low] not in self._gone:
+                if not self._known(self.low):
                     self._take(work.next())
-                while self.low < total and (self.low in self._held or self._units.names[self.low] in self._gone):
-                    self._add(task)
+                    self._moved(task)
+                while self.low < total and self._known(self.low):
+                    self._give(self.low)
+                    self._moved(task)
+
+    def _known(self, unit: int) -> bool:
+        return unit in self._held or self._units.names[unit] in self._gone
 
     def _submit(self, work: Work) -> None:
         """Hand out units in order, a bounded window ahead of the one that is due."""
-        end = min(self.low + _WINDOW * self._backend.workers, len(self._units.names))
+        low = self.low
+        end = min(low + _WINDOW * self._backend.workers, len(self._units.names))
+        # What was held meanwhile may have been added without it.
+        self._next = max(self._next, low)
         while self._next < end and work.room:
             unit = self._next
             self._next += 1
-            if unit in self._held or unit in self._flying or self._units.names[unit] in self._gone:
+            if self._known(unit) or unit in self._flying:
                 continue
             self._flying.add(unit)
             if unit < self._furthest:
@@ -216,38 +228,54 @@ class SumPass:
         if result.value is not None:
             self._heads.setdefault(unit, result.value)
         self._numerics = distinct([*self._numerics, result.numerics])
+        self._give(unit)
 
     def _give_up(self, unit: int, failure: Failure) -> None:
         name = self._units.names[unit]
         quarantine.give_up(self._folder, self._units.stage, name, self._units.sequences(unit), failure)
         self._gone |= {name}
         self._heads.pop(unit, None)
+        self._held.pop(unit, None)
         self._reporter.say(f"{self._units.stage}: unit {name} is quarantined ({failure.reason})")
-        # Where it was computed for a shard that had died, the others hold it: what is left out is left out of all.
+        # Where it was computed for a shard that had died, the others have it: what is left out is left out of all.
+        for ahead in self._ahead.values():
+            ahead.discard(unit)
         holders = [shard for shard, cursor in self._cursors.items() if cursor > unit]
         if holders:
             self._restore(holders)
 
-    def _add(self, task: Task) -> None:
-        """Give the unit that is due to the shards that lack it."""
-        unit = self.low
-        result = self._held.pop(unit, None)
-        behind = [shard for shard, cursor in self._cursors.items() if cursor == unit]
-        parts = {shard: (unit, None if result is None else result.parts[shard]) for shard in behind}
+    def _lacking(self, unit: int) -> list[int]:
+        """The shards that do not have a unit."""
+        return [shard for shard, cursor in self._cursors.items() if cursor <= unit and unit not in self._ahead[shard]]
+
+    def _give(self, unit: int) -> None:
+        """Give a unit to the shards that lack it; where it is due, they add it and what they have of the next."""
+        result = self._held.get(unit)
+        parts = {shard: (unit, None if result is None else result.parts[shard]) for shard in self._lacking(unit)}
         answers = self._backend.ask("add", parts)
-        for shard in behind:
-            if not isinstance(answers[shard], Lost):
-                self._reach(shard, unit + 1)
-        if any(isinstance(answer, Lost) for answer in answers.values()):
-            self._next = min(self._next, unit)
+        for shard, answer in answers.items():
+            if not isinstance(answer, Lost):
+                self._ahead[shard].add(unit)
+                self._reach(shard, answer)
+        lost = [answer for answer in answers.values() if isinstance(answer, Lost)]
+        if lost:
             self._lost("add", answers)
-            self._count_loss(unit, answers)
             self._drop_lost()
-        task.reach(self.low)
+        if any(not answer.shard for answer in lost):
+            self._count_loss(unit, lost[0].reason)
+
+    def _moved(self, task: Task) -> None:
+        """Forget what every shard has added, tell of it, and take a snapshot where one is due."""
+        low = self.low
+        for unit in range(self._oldest, low):
+            self._held.pop(unit, None)
+        self._oldest = low
+        task.reach(low)
         if len(set(self._cursors.values())) == 1 and self._snapshot.cursor < self.low and self._pace.due:
             self._take_snapshot()
 
     def _reach(self, shard: int, cursor: int) -> None:
+        self._ahead[shard].difference_update(range(self._cursors[shard], cursor))
         self._cursors[shard] = cursor
         if cursor > self._reached.get(shard, 0):
             self._reached[shard] = cursor
@@ -255,22 +283,21 @@ class SumPass:
 
     def _drop_lost(self) -> None:
         """Have all that was lost with a node computed again at once, not each when it is due: the rest would wait."""
-        units = [unit for unit, result in self._held.items() for _ in result.parts]
-        gone = self._backend.gone([part for result in self._held.values() for part in result.parts])
-        for unit in {unit for unit, lost in zip(units, gone, strict=True) if lost}:
+        lacked = [(unit, shard) for unit in self._held for shard in self._lacking(unit)]
+        gone = self._backend.gone([self._held[unit].parts[shard] for unit, shard in lacked])
+        for unit in {unit for (unit, _), lost in zip(lacked, gone, strict=True) if lost}:
             del self._held[unit]
             self._next = min(self._next, unit)
 
-    def _count_loss(self, unit: int, answers: Mapping[int, Any]) -> None:
-        """Give up where a unit's sums get lost each time, on their way from worker to shard."""
-        lost = next((answer for answer in answers.values() if isinstance(answer, Lost) and not answer.shard), None)
-        if lost is None:
-            return
+    def _count_loss(self, unit: int, reason: str) -> None:
+        """Have a unit computed again whose sums got lost on their way; give up where that happens each time."""
+        self._held.pop(unit, None)
+        self._next = min(self._next, unit)
         losses = self._losses[unit] = self._losses.get(unit, 0) + 1
         if losses >= _DEATHS:
             raise RayluxError(
                 f"{self._units.stage}: the sums of unit {self._units.names[unit]} were lost {losses} times on their "
-                f"way to the factor shards (last: {lost.reason}); give Ray's object store more memory, and run the "
+                f"way to the factor shards (last: {reason}); give Ray's object store more memory, and run the "
                 "same command again"
             )
 
