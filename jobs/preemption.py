@@ -245,8 +245,9 @@ mark. (In runs of {OTHER_HOURS:g} hours, seed {s.seed}; a run of few long units 
 {table(others)}
 
 A factor shard that goes with its node takes its sums along: the units since the last snapshot are computed again, but
-for those whose parts are still at the workers. `auto` then spaces snapshots by Young's formula, √(2 · cost · mean time between
-deaths), instead of by their cost alone; the more shards stand on such nodes, the sooner one of them goes.
+for those whose parts are still at the workers. `auto` then spaces snapshots by Young's formula,
+√(2 · cost · mean time between deaths), instead of by their cost alone; the more shards stand on
+such nodes, the sooner one of them goes.
 
 So: keep the shards where nothing is preempted (the head's node, or on-demand nodes) if you can, and above all where a
 snapshot takes much longer than {s.write:g} s.
