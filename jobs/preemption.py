@@ -237,17 +237,20 @@ Wanted: ≤ 5 % extra device time, equal bits.
 ## What decides it
 
 A preemption costs the half of a unit that ran, and a start-up: {s.share:g} × ({s.unit / 2:g} s + {s.startup:g} s) per
-worker and hour = {per_hour:.2%}. The rest is units that were finished and waited for their turn: they go with their
-node too, and the window of four per worker bounds them. Long units and slow starts cost in proportion. (In runs of
-{OTHER_HOURS:g} hours, seed {s.seed}:)
+worker and hour = {per_hour:.2%}; somewhat more, as what runs at a random moment is rather a long unit than a short one.
+What is finished is with the shards at once, due or not, and is not lost. So long units and slow starts cost in
+proportion: units of a quarter of an hour are too long for such nodes, and a start of five minutes alone is above the
+mark. (In runs of {OTHER_HOURS:g} hours, seed {s.seed}; a run of few long units also ends unevenly, on the clock.)
 
 {table(others)}
 
-Factor shards on nodes that are preempted are another matter: with one that goes, every unit since the last snapshot is
-computed again. `auto` then spaces snapshots by Young's formula, √(2 · cost · mean time between
-deaths), instead of by their cost alone; the more shards stand on such nodes, the sooner one of them goes.
+A factor shard that goes with its node takes its sums along: the units since the last snapshot are computed again, but
+for those whose parts are still at the workers. `auto` then spaces snapshots by Young's formula,
+√(2 · cost · mean time between deaths), instead of by their cost alone; the more shards stand on
+such nodes, the sooner one of them goes.
 
-So: keep the shards where nothing is preempted (the head's node, or on-demand nodes), or have few of them.
+So: keep the shards where nothing is preempted (the head's node, or on-demand nodes) if you can, and above all where a
+snapshot takes much longer than {s.write:g} s.
 """
 
 

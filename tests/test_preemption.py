@@ -34,8 +34,8 @@ def test_half_of_the_workers_preempted_an_hour_cost_at_most_a_twentieth(
     assert found.preempted >= 14
     units, starts, total = extra(calm, found)
     assert units > 0 and starts > 0 and total <= 0.05
-    # One that ran, and those that waited for their turn: two of a node's own on the average.
-    assert found.begun - SHORT.units <= 3 * found.preempted
+    # What ran is begun again, and nothing that was finished.
+    assert found.begun - SHORT.units <= found.preempted
     assert found.hours <= 1.25 * calm.hours
 
 
