@@ -6,7 +6,7 @@ objects that the driver never holds, in process the objects themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -140,7 +140,7 @@ class Backend(Protocol):
 
 def results(
     backend: Backend, method: str, jobs: Iterable[Job], parts: bool = False, ordered: bool = False
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Run jobs, taken a bounded window ahead, and yield their results.
 
     Args:

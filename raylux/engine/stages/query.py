@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,18 +198,20 @@ def _measure(ctx: Context, asked: Sequence[_Probe]) -> list[tuple[_Probe, dict[s
     out = set(given_up(ctx.folder, PROBE))
     jobs = (Job(probe.name, (probe.row, ctx.assignment), probe) for probe in asked if probe.name not in out)
     measured = []
-    for result in results(ctx.backend, "probe", jobs, parts=True, ordered=True):
-        probe: _Probe = result.job.item
-        if result.failure is not None:
-            out.add(probe.name)
-            give_up(ctx.folder, PROBE, probe.name, ids_at(ctx.ids, [probe.row]), result.failure)
-            ctx.reporter.say(f"query: {probe.name} is quarantined ({result.failure.reason})")
-            continue
-        layers: dict[str, Measured] = {}
-        calls = [(part, list(probe.places)) for part in result.parts]
-        for answer in every_shard(ctx.backend, "measure", calls):
-            layers |= answer
-        measured.append((probe, layers))
+    # Closed at once where a shard dies: the block begins again with other work on the same workers.
+    with closing(results(ctx.backend, "probe", jobs, parts=True, ordered=True)) as done:
+        for result in done:
+            probe: _Probe = result.job.item
+            if result.failure is not None:
+                out.add(probe.name)
+                give_up(ctx.folder, PROBE, probe.name, ids_at(ctx.ids, [probe.row]), result.failure)
+                ctx.reporter.say(f"query: {probe.name} is quarantined ({result.failure.reason})")
+                continue
+            layers: dict[str, Measured] = {}
+            calls = [(part, list(probe.places)) for part in result.parts]
+            for answer in every_shard(ctx.backend, "measure", calls):
+                layers |= answer
+            measured.append((probe, layers))
     if not any(probe.shared for probe, _ in measured):
         raise RayluxError(
             f"{ctx.folder.path}: every probe ended its worker, so compression cannot be measured; "
