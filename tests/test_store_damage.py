@@ -175,7 +175,7 @@ def _look_all(folder: Path, right: dict[str, Any], name: str, how: str) -> None:
     lost = how == "delete" and name.startswith("ledger/")
     refused = _look(folder, right, name, lost)
     if name.startswith("lease/"):  # no number rests on it
-        assert refused == (how == "swap")
+        assert bool(refused) == (how == "swap")
     elif not lost:
         problems = RunFolder(str(folder)).check(checksums=True)
         assert any(name in line or name.partition("/")[2] in line for line in problems), (name, how, problems)
