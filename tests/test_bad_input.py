@@ -313,7 +313,7 @@ def test_too_little_memory_is_said_in_numbers(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: dict[str, Any]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("raylux.engine.context.worker_bytes", lambda *_: 1 << 50)
+        patch.setattr("raylux.engine.demand.worker_bytes", lambda *_: 1 << 50)
         for backend in ("local", "ray"):
             with pytest.raises(UserError) as error:
                 inputs.run(tmp_path / "run", f"engine.backend={backend}")
