@@ -142,10 +142,6 @@ class FactorShard:
             written[name] = key, objects, {"sequences": self._counts[""]}
         return written
 
-    def release(self) -> None:
-        """Forget the sums: they are committed."""
-        self._sums, self._counts, self._next, self._ahead = {}, {}, 0, {}
-
     def _own(self) -> list[str]:
         """Every name under which a sum of this shard may stand."""
         leaders = {self.spec.groups[name] for name in self.layers}
