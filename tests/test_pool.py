@@ -166,7 +166,8 @@ def test_what_is_left_over_from_an_earlier_stretch_blames_nobody() -> None:
     with scene.backend.open("work") as work:
         for unit in ("old 0", "old 1", "old 2"):
             work.submit(Job(unit, (unit,), unit))
-        assert work.next().value == "old 0"
+        first = work.next()
+        assert first is not None and first.value == "old 0"
     (left,) = [worker for worker in scene.cluster.workers if worker.calls]
     assert left.calls[0].args == ("old 1",)
     scene.cluster.at(scene.cluster.now() + 10, lambda: scene.cluster.crash(left))
@@ -235,6 +236,14 @@ def test_workers_that_join_are_used() -> None:
     assert values(alone.run(80)) == values(joined.run(80)) == list(range(80))
     assert len(joined.backend._pool or ()) == 8 and len(alone.backend._pool or ()) == 2
     assert joined.cluster.now() < 0.5 * alone.cluster.now()
+
+
+def test_a_worker_that_joins_does_not_wait_for_others_to_finish() -> None:
+    """Two units of an hour each: the second begins when its worker is there, not when the first is done."""
+    scene = Scene((1,), service=lambda draw, method, args: 3600.0, timeout=10_000.0)
+    scene.cluster.at(300, lambda: scene.cluster.join(1))
+    assert values(scene.run(2)) == [0, 1]
+    assert scene.cluster.now() < 300 + 2 * 90 + 3600
 
 
 def test_workers_without_a_place_are_released() -> None:

@@ -137,15 +137,18 @@ class Pool:
         self._pending += 1
         self._queue.append(job)
 
-    def next(self) -> Result:
-        """The next finished job.
+    def next(self) -> Result | None:
+        """The next finished job; None: none yet, but a worker joined and there is room for another job.
 
         Raises:
             RayluxError: no worker could be started, or none finished anything within the timeout; and what a
                 job raised.
         """
         assert self.pending, "nothing was submitted"
+        filled = not self.room
         while not self._results:
+            if filled and self.room:
+                return None
             self._tend()
             self._fill()
             ready = dict.fromkeys(self._transport.wait(list(self._watched), _POLL))

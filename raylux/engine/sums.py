@@ -192,7 +192,10 @@ class SumPass:
                     self._drop_lost()
                 self._submit(work)
                 if not self._known(self.low):
-                    self._take(work.next())
+                    result = work.next()
+                    if result is None:
+                        continue
+                    self._take(result)
                     self._moved(task)
                 while self.low < total and self._known(self.low):
                     self._give(self.low)

@@ -93,8 +93,8 @@ class Work(Protocol):
 
     def submit(self, job: Job) -> None: ...
 
-    def next(self) -> Result:
-        """Wait for a job to finish, in whatever order."""
+    def next(self) -> Result | None:
+        """Wait for a job to finish, in whatever order; None: there is room for another before one has."""
         ...
 
 
@@ -168,6 +168,8 @@ def results(
             if not work.pending:
                 return
             result = work.next()
+            if result is None:
+                continue
             if not ordered:
                 yield result
                 continue
