@@ -67,6 +67,7 @@ def run_stages(
         ctx = prepare.begin(inputs, folder, reporter, config_path, restart)
         if restart or lease.inherited:
             prepare.tidy(folder, reporter)
+        ctx.stages = wanted
         try:
             for stage in STAGES:
                 if stage in wanted:

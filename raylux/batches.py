@@ -23,6 +23,8 @@ IGNORED = -100
 # A multiple of the rows that any BLAS takes together.
 ROW_BLOCK = 8
 MOST_ROWS = 16
+# Padding, as a share of the real tokens, that a fit batch accepts to be of use to the scores too.
+_PADDING = 0.05
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,24 @@ def collate(
     return Batch(tuple(places), *tensors)
 
 
-def fit_batches(rows: Sequence[TokenRow], batch_tokens: int, pad_left: bool = False) -> list[Batch]:
-    """All rows, longest first, in batches of up to ``batch_tokens`` padded tokens."""
-    order = sorted(range(len(rows)), key=lambda place: (-len(rows[place].tokens), place))
+def fit_batches(
+    rows: Sequence[TokenRow], batch_tokens: int, pad_left: bool = False, most: int | None = None
+) -> list[Batch]:
+    """All rows, longest first, in batches of up to ``batch_tokens`` padded tokens.
+
+    Rows that fill a batch of ``score_batches`` with little padding are run as they will be when they are scored: what
+    is captured of them then serves both.
+    """
     batches = []
+    left = set(range(len(rows)))
+    for padded, places in [] if pad_left else _by_shape(rows, most):
+        size = rows_per_batch(padded, batch_tokens)
+        for start in range(0, len(places) - size + 1, size):
+            chosen = places[start : start + size]
+            if size * padded <= (1 + _PADDING) * sum(len(rows[place].tokens) for place in chosen):
+                batches.append(collate([rows[place] for place in chosen], chosen, padded))
+                left -= set(chosen)
+    order = sorted(left, key=lambda place: (-len(rows[place].tokens), place))
     start = 0
     while start < len(order):
         padded = len(rows[order[start]].tokens)
@@ -123,6 +139,18 @@ def fit_batches(rows: Sequence[TokenRow], batch_tokens: int, pad_left: bool = Fa
         batches.append(collate([rows[place] for place in places], places, padded, pad_left=pad_left))
         start += len(places)
     return batches
+
+
+def is_scored_so(batch: Batch, batch_tokens: int, most: int | None = None) -> bool:
+    """Whether ``score_batches`` would give each row of a batch the same shape and path: the same bits, then."""
+    size, padded = batch.mask.shape
+    lengths = batch.mask.sum(1).tolist()
+    full = {length == padded for length in lengths}
+    return (
+        len(batch.rows) == size == rows_per_batch(padded, batch_tokens)
+        and len(full) == 1
+        and all(bucket(length, most) == padded for length in lengths)
+    )
 
 
 def score_batches(rows: Sequence[TokenRow], batch_tokens: int, most: int | None = None) -> list[Batch]:
@@ -133,14 +161,19 @@ def score_batches(rows: Sequence[TokenRow], batch_tokens: int, most: int | None 
         batch_tokens: padded tokens of a batch, at most (one row is always allowed).
         most: the length that padding does not exceed, as ``longest`` gives it.
     """
-    by_shape: dict[tuple[int, bool], list[int]] = {}
-    for place, row in enumerate(rows):
-        padded = bucket(len(row.tokens), most)
-        by_shape.setdefault((padded, padded == len(row.tokens)), []).append(place)
     batches = []
-    for (padded, _), places in sorted(by_shape.items()):
+    for padded, places in _by_shape(rows, most):
         size = rows_per_batch(padded, batch_tokens)
         for start in range(0, len(places), size):
             chosen = places[start : start + size]
             batches.append(collate([rows[place] for place in chosen], chosen, padded, size=size))
     return batches
+
+
+def _by_shape(rows: Sequence[TokenRow], most: int | None) -> list[tuple[int, list[int]]]:
+    """Padded length, and the places of the rows that are padded so; a row without padding takes a path of its own."""
+    by_shape: dict[tuple[int, bool], list[int]] = {}
+    for place, row in enumerate(rows):
+        padded = bucket(len(row.tokens), most)
+        by_shape.setdefault((padded, padded == len(row.tokens)), []).append(place)
+    return [(padded, places) for (padded, _), places in sorted(by_shape.items())]

@@ -17,6 +17,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from raylux.batches import IGNORED, Batch
 from raylux.errors import NumericsError
 from raylux.layers import TrackedLayer
+from raylux.loss import LogitLoss, logit_loss
 
 Labeller = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(logits [n, V], keys [n], positions [n]) -> labels [n] int64"""
+"""(probabilities [n, V], keys [n], positions [n]) -> labels [n] int64"""
 
 
 @dataclass
@@ -35,16 +37,42 @@ class Captured:
     """What one batch left behind. Legend: N rows (filler included), T tokens (times calls), M inputs, P outputs.
 
     Attributes:
-        inputs: input group -> a [N, T, M].
+        raw: input group -> its calls' inputs [N, T, M] without the bias's coordinate.
+        biased: input group -> whether its layers have a bias.
+        mask: [N, T] bool, True on real tokens; None where there is no padding.
         grads: layer -> g [N, T, P].
+        given: layer -> g [N, T, P] on the batch's own labels, where both were asked for.
         labels: [N, T] int64, the labels the loss was taken on (the sampled ones, if sampled).
         loss: [N] summed token loss of each sequence.
     """
 
-    inputs: dict[str, Tensor]
+    raw: dict[str, Tensor]
+    biased: dict[str, bool]
+    mask: Tensor | None
     grads: dict[str, Tensor]
+    given: dict[str, Tensor]
     labels: Tensor
     loss: Tensor
+
+    @cached_property
+    def inputs(self) -> dict[str, Tensor]:
+        """Input group -> a [N, T, M] in the model's precision."""
+        return self.inputs_in(None)
+
+    def inputs_in(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """Input group -> a [N, T, M], the bias's ones included, in one pass over memory."""
+        return {name: self._input(name, x, x.dtype if dtype is None else dtype) for name, x in self.raw.items()}
+
+    def _input(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.mask is None and not self.biased[name]:
+            return x.to(dtype)
+        rows, tokens, width = x.shape
+        a = torch.empty(rows, tokens, width + self.biased[name], dtype=dtype, device=x.device)
+        a[..., :width] = x
+        a[..., width:] = 1
+        if self.mask is not None:
+            a.masked_fill_(~self.mask.repeat(1, tokens // self.mask.shape[1]).unsqueeze(-1), 0)
+        return a
 
 
 class Capture:
@@ -63,12 +91,13 @@ class Capture:
         self._modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
-    def run(self, batch: Batch, labeller: Labeller | None = None) -> Captured:
+    def run(self, batch: Batch, labeller: Labeller | None = None, both: bool = False) -> Captured:
         """Forward and backward of one batch.
 
         Args:
             batch: on the model's device.
-            labeller: draws labels from the logits where the batch has a label; default: the batch's own.
+            labeller: draws labels from the model's probabilities where the batch has a label; default: its own.
+            both: give the gradients on the batch's own labels too, by a second backward of the same forward.
 
         Raises:
             NumericsError: the loss is not finite, or a layer took no part in it. Gradients are checked where they
@@ -76,24 +105,44 @@ class Capture:
         """
         with self._recording(batch) as record:
             logits = self._logits(batch)
-            counted = batch.labels[:, 1:] != IGNORED
-            row, position = counted.nonzero(as_tuple=True)
-            # A label's place in its sequence, not in the padded row: draws must not depend on the padding.
-            place = _positions(batch)[:, 1:][counted]
-            chosen = logits[:, :-1][counted]
-            chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
-            labels = batch.labels.clone()
-            if labeller is not None:
-                with torch.no_grad():
-                    labels[row, position + 1] = labeller(chosen, batch.keys[row], place)
-            token_loss = nn.functional.cross_entropy(chosen, labels[row, position + 1], reduction="none")
-            if token_loss.requires_grad:
-                token_loss.sum().backward()
-        loss = torch.zeros(len(batch.mask), dtype=token_loss.dtype, device=token_loss.device)
-        loss.index_add_(0, row, token_loss.detach())
+            losses = self._losses(logits, batch, labeller, both)
+            taken = []
+            for index, one in enumerate(losses):
+                record.grads = {}
+                if logits.requires_grad:
+                    logits.backward(one.gradient.view_as(logits), retain_graph=index + 1 < len(losses))
+                taken.append(self._gradients(record, batch))
+        first = losses[0]
+        labels = batch.labels.clone()
+        labels[:, 1:] = first.labels.view_as(labels)[:, :-1]
+        loss = first.token_loss.view(labels.shape).sum(1)
         if not torch.isfinite(loss).all():
             raise NumericsError("the loss of a sequence is not finite")
-        return self._collect(record, batch, labels, loss)
+        raw = {
+            name: torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+            for name, calls in record.inputs.items()
+            for parts in [[_by_sequence(x, len(batch.mask)) for x in calls]]
+        }
+        biased = {layer.name: layer.bias for layer in self.layers if layer.name in raw}
+        mask = None if bool(batch.mask.all()) else batch.mask
+        return Captured(raw, biased, mask, taken[0], taken[1] if len(taken) > 1 else {}, labels, loss)
+
+    def _losses(self, logits: Tensor, batch: Batch, labeller: Labeller | None, both: bool) -> list[LogitLoss]:
+        flat = logits.detach().reshape(-1, logits.shape[-1])
+        # A token's logits are for the next one; a label's place is in its sequence, not in the padded row: draws
+        # must not depend on the padding.
+        targets = torch.full_like(batch.labels, IGNORED)
+        targets[:, :-1] = batch.labels[:, 1:]
+        draw = None
+        if labeller is not None:
+            place = torch.zeros_like(targets)
+            place[:, :-1] = _positions(batch)[:, 1:]
+            place, keys = place.reshape(-1), batch.keys.repeat_interleave(targets.shape[1])
+
+            def draw(probabilities: Tensor, at: Tensor) -> Tensor:
+                return labeller(probabilities, keys[at], place[at])
+
+        return logit_loss(flat, targets.reshape(-1), draw, both)
 
     def _logits(self, batch: Batch) -> Tensor:
         extra = {}
@@ -115,25 +164,22 @@ class Capture:
             for handle in handles:
                 handle.remove()
 
-    def _collect(self, record: _Record, batch: Batch, labels: Tensor, loss: Tensor) -> Captured:
-        count = len(batch.mask)
-        mask = batch.mask
-        shared: dict[str, Tensor] = {}
+    def _gradients(self, record: _Record, batch: Batch) -> dict[str, Tensor]:
+        count, mask = len(batch.mask), batch.mask
+        padded = not bool(mask.all())
         grads: dict[str, Tensor] = {}
         for layer in self.layers:
             calls = record.grads.get(layer.name, {})
-            if layer.name in record.inputs:
-                parts = [_by_sequence(x, count) for x in record.inputs[layer.name]]
-                shared[layer.name] = _with_bias(torch.cat(parts, 1), mask.repeat(1, len(parts)), layer.bias)
             if not calls:
                 raise NumericsError(f"layer '{layer.name}' took no part in the loss")
             # A call whose output the loss does not depend on has no gradient, but its inputs are there.
             none = torch.zeros_like(next(iter(calls.values())))
             parts = [_by_sequence(calls.get(call, none), count) for call in range(record.calls[layer.name])]
+            joined = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
             # Where padding stands on the left, its own rows attend to themselves and may leak nothing into
             # the loss; a zero there is exact.
-            grads[layer.name] = torch.cat(parts, 1) * mask.repeat(1, len(parts)).unsqueeze(-1)
-        return Captured(shared, grads, labels, loss)
+            grads[layer.name] = joined * mask.repeat(1, len(parts)).unsqueeze(-1) if padded else joined
+        return grads
 
 
 class _Record:
@@ -165,12 +211,6 @@ def _positions(batch: Batch) -> Tensor:
 def _by_sequence(x: Tensor, sequences: int) -> Tensor:
     """[B, T, D] from whatever the module saw ([B, T, D] or, as in OPT, [B·T, D])."""
     return x.reshape(sequences, -1, x.shape[-1])
-
-
-def _with_bias(a: Tensor, mask: Tensor, bias: bool) -> Tensor:
-    if bias:
-        a = torch.cat([a, torch.ones_like(a[..., :1])], -1)
-    return a * mask.unsqueeze(-1)
 
 
 def input_groups(model: nn.Module, layers: Sequence[TrackedLayer]) -> dict[str, str]:

@@ -97,6 +97,9 @@ class FitSection(Section):
     )
     seed: int = Field(0, ge=0, lt=2**63)
     unit_tokens: Count | Auto = Field("auto", description="tokens in a fit unit")
+    eigh: Literal["auto", "float32", "float64"] = Field(
+        "auto", description="precision of eigendecompositions; auto: float32 where it passes a check (not for kfac)"
+    )
     snapshot: NotNegative | Auto = Field(
         "auto", description="seconds between snapshots of the sums; 0: after every unit; auto: by their cost"
     )
@@ -138,6 +141,12 @@ class EngineSection(Section):
     shards: Actors | Auto = Field("auto", description="factor shards; auto: as many as workers")
     threads: int = Field(1, ge=1, le=4096, description="CPU threads of a worker (changes bits)")
     batch_tokens: Count | Auto = Field("auto", description="tokens in a batch, at most (changes bits)")
+    contraction_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="precision of products of captured tensors; auto: bfloat16 where it pays and holds"
+    )
+    keep_captured: int | Literal["auto", "never"] = Field(
+        "auto", description="bytes of captured sequences that a worker keeps on its disk; auto: a quarter of it"
+    )
     timeout: Real = Field(600.0, gt=0, le=10**9, description="seconds without any unit done before giving up")
 
 

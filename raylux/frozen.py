@@ -12,6 +12,7 @@ from typing import Any
 from raylux.config import Config
 from raylux.engine.records import (
     CANDIDATES,
+    CONTRACTION,
     COVARIANCE,
     EIGEN,
     LABELS,
@@ -35,7 +36,7 @@ RESTARTABLE = ("corpus", "fit", "prefilter", "query", "score")
 # a folder that lacks something, never one with something that rests on what is gone.
 _LEDGER = {
     "corpus": ("corpus",),
-    "fit": (MOMENTS, EIGEN, COVARIANCE, LABELS, SNAPSHOT),
+    "fit": (MOMENTS, EIGEN, COVARIANCE, LABELS, SNAPSHOT, CONTRACTION),
     "prefilter": (CANDIDATES,),
     "query": (QUERY, PROBE, queries.STAGE),
     "score": (TOKENS, SCORE),
@@ -70,6 +71,7 @@ _FREE = frozenset(
         "engine.workers",
         "engine.shards",
         "engine.timeout",
+        "engine.keep_captured",
     }
 )
 _OWN = {"model.tokenizer": "corpus", "curvature.damping": "query"}

@@ -174,14 +174,20 @@ def _plan(inputs: Inputs, folder: RunFolder, known: Mapping[str, Any], restart: 
     def new(groups: dict[str, str]) -> Plan:
         covered = model.coverage
         lengths = inputs.lengths(folder)
-        return make_plan(inputs.config, device, covered.tracked, groups, covered.parameters, lengths, model.context)
+        return make_plan(inputs.config, device, covered.tracked, groups, covered.parameters, lengths, model.context,
+            len(inputs.queries),
+        )  # fmt: skip
 
     if not known or "fit" in falls(restart) or not holds(folder, "fit"):
         return model, new(model.groups)
     plan, groups = Plan(**known["plan"]), known["model"]["groups"]
     Frozen(folder, known, restart).check_device(plan.device, device)
+    fresh = new(groups)
     if "score" in falls(restart):
-        plan = replace(plan, score_unit_size=new(groups).score_unit_size)
+        plan = replace(plan, score_unit_size=fresh.score_unit_size)
+    if "query" in falls(restart) or not holds(folder, "query"):
+        names = ("rows", "tile", "query_basis", "low_rank")
+        plan = replace(plan, **{name: getattr(fresh, name) for name in names})
     return replace(model, groups=groups), plan
 
 

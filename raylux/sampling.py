@@ -1,9 +1,10 @@
 """Labels drawn from the model that do not depend on company: the same for any batch, worker or order.
 
-Gumbel-max: argmax(logit + Gumbel noise) is a draw from softmax(logits). The noise of a vocabulary entry is
-a hash of (seed, sequence key, position, entry), the finaliser of SplitMix64 (Steele, Lea, Flood 2014), in
-integer arithmetic that every device does alike. Rounding noise in the logits flips a draw only where two
-perturbed logits tie, which an inverse CDF does not achieve.
+A race of exponentials: argmax(p / E) with E standard exponential is a draw from p, as argmax(logit + Gumbel
+noise) is, of which it is the exponential. The noise of a vocabulary entry is a hash of (seed, sequence key,
+position, entry), the finaliser of SplitMix64 (Steele, Lea, Flood 2014), in integer arithmetic that every device
+does alike. Rounding noise in the logits flips a draw only where two entries tie, which an inverse CDF does not
+achieve.
 """
 
 from __future__ import annotations
@@ -41,23 +42,23 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
-def gumbel_noise(seed: int, keys: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
-    """Standard Gumbel noise [n, vocabulary] in float64 for n places given by keys and positions [n] int64."""
+def exponential_noise(seed: int, keys: Tensor, positions: Tensor, vocabulary: int, dtype: torch.dtype) -> Tensor:
+    """Standard exponential noise [n, vocabulary] for n places given by keys and positions [n] int64."""
     place = _mix(_mix(keys + _signed(seed * 0x9E3779B97F4A7C15 % (1 << 64))) + positions * _GOLDEN)
     entries = torch.arange(1, vocabulary + 1, device=keys.device) * _GOLDEN
     bits = _mix(place[:, None] + entries)
-    uniform = (_shift(bits, 12).double() + 0.5) * 2.0**-52
-    return uniform.log_().neg_().log_().neg_()
+    # −log(1 − u): the winners are small, and small ones keep all their digits even in float32.
+    uniform = _shift(bits, 12).to(dtype).add_(0.5).mul_(2.0**-52)
+    return uniform.neg_().log1p_().neg_()
 
 
-def sample_labels(logits: Tensor, keys: Tensor, positions: Tensor, seed: int) -> Tensor:
-    """One label for each row of ``logits`` [n, V], drawn from its softmax; [n] int64."""
-    rows = max(1, _CHUNK // logits.shape[1])
-    drawn = [
-        (
-            logits[start : start + rows]
-            + gumbel_noise(seed, keys[start : start + rows], positions[start : start + rows], logits.shape[1])
-        ).argmax(1)
-        for start in range(0, len(logits), rows)
-    ]
-    return torch.cat(drawn) if drawn else torch.zeros(0, dtype=torch.int64, device=logits.device)
+def sample_labels(probabilities: Tensor, keys: Tensor, positions: Tensor, seed: int) -> Tensor:
+    """One label for each row of ``probabilities`` [n, V], drawn from it; [n] int64."""
+    rows = max(1, _CHUNK // probabilities.shape[1])
+    drawn = []
+    for start in range(0, len(probabilities), rows):
+        part = slice(start, start + rows)
+        p = probabilities[part]
+        noise = exponential_noise(seed, keys[part], positions[part], p.shape[1], p.dtype)
+        drawn.append((p / noise).argmax(1))
+    return torch.cat(drawn) if drawn else torch.zeros(0, dtype=torch.int64, device=probabilities.device)

@@ -6,11 +6,20 @@ Martens & Grosse 2015; for transformers as in Grosse et al. 2023, eq. 12-17: tok
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 import torch
+from scipy.linalg import blas
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from torch import Tensor
 
 from raylux.errors import NumericsError
+
+# How far an eigendecomposition in float32 may be off before it is done again in float64, relative to what it is
+# applied to: Q from orthonormal, and Q diag(values) Qᵀ from the matrix, at so many random vectors.
+_TOLERANCE = 2e-5
+_VECTORS = 16
 
 
 @dataclass
@@ -18,16 +27,14 @@ class Covariances:
     """Running sums over tokens, on the device and in the precision of what is added.
 
     Attributes:
-        inputs: input group -> Σ a aᵀ [M, M].
-        grads: layer -> Σ g gᵀ [P, P].
         rows: layer -> number of token rows summed (real tokens × calls of the module).
         sequences: number of sequences summed.
     """
 
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    grads: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     sequences: int = 0
+    _inputs: dict[str, Tensor] = field(default_factory=dict)
+    _grads: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, inputs: dict[str, Tensor], grads: dict[str, Tensor], mask: Tensor) -> None:
         """Add a batch.
@@ -39,38 +46,79 @@ class Covariances:
         """
         tokens = int(mask.sum())
         for name, a in inputs.items():
-            _add_outer(self.inputs, name, a)
+            _add_gram(self._inputs, name, a)
         for name, g in grads.items():
-            _add_outer(self.grads, name, g)
+            _add_gram(self._grads, name, g)
             self.rows[name] = self.rows.get(name, 0) + tokens * (g.shape[1] // mask.shape[1])
         self.sequences += len(mask)
 
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Input group -> Σ a aᵀ [M, M]."""
+        return {name: _whole(total) for name, total in self._inputs.items()}
 
-def _add_outer(sums: dict[str, Tensor], name: str, x: Tensor) -> None:
+    @property
+    def grads(self) -> dict[str, Tensor]:
+        """Layer -> Σ g gᵀ [P, P]."""
+        return {name: _whole(total) for name, total in self._grads.items()}
+
+
+def _add_gram(sums: dict[str, Tensor], name: str, x: Tensor) -> None:
+    """Add xᵀx; on a CPU only one triangle of it, by the BLAS routine for products that are symmetric."""
     rows = x.reshape(-1, x.shape[-1])
     rows = rows.float() if rows.dtype == torch.bfloat16 else rows
-    if name in sums:
+    if name not in sums:
+        sums[name] = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype, device=rows.device)
+    if rows.device.type != "cpu":
         sums[name].addmm_(rows.T, rows)
-    else:
-        sums[name] = rows.T @ rows
+        return
+    update: Any = blas.dsyrk if rows.dtype == torch.float64 else blas.ssyrk
+    # Column-major for BLAS: the transposes of both, without a copy.
+    with _controller().limit(limits=torch.get_num_threads(), user_api="blas"):
+        update(1.0, rows.contiguous().numpy().T, beta=1.0, c=sums[name].numpy().T, overwrite_c=1)
 
 
-def eigenbasis(covariance: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (ascending, clamped at 0) [n] and orthonormal eigenvectors in columns [n, n], in float64.
+@cache
+def _controller() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def _whole(total: Tensor) -> Tensor:
+    """Both triangles of a sum of which the lower one was computed."""
+    return total if total.device.type != "cpu" else total.tril() + total.tril(-1).T
+
+
+def eigenbasis(covariance: Tensor, name: str, quick: bool = False) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (ascending, clamped at 0) [n] and orthonormal eigenvectors in columns [n, n].
 
     Args:
         covariance: symmetric up to rounding [n, n]; rank-deficient matrices are normal.
         name: what an error calls the matrix.
+        quick: try float32 first, and keep its answer where it passes a check of its residual and orthonormality;
+            otherwise float64.
 
     Raises:
         NumericsError: NaN or infinity in the matrix, or the decomposition fails.
     """
-    matrix = covariance.double()
-    if not torch.isfinite(matrix).all():
+    if not torch.isfinite(covariance).all():
         raise NumericsError(f"{name}: the covariance holds NaN or infinity")
-    matrix = (matrix + matrix.T) / 2
+    matrix = (covariance + covariance.T) / 2
     try:
-        values, vectors = torch.linalg.eigh(matrix)
+        if quick:
+            values, vectors = torch.linalg.eigh(matrix.float())
+            if _holds(matrix.float(), values, vectors):
+                return values.clamp_(min=0.0).double(), vectors.double()
+        values, vectors = torch.linalg.eigh(matrix.double())
     except torch.linalg.LinAlgError as error:
         raise NumericsError(f"{name}: the eigendecomposition failed ({error})") from None
     return values.clamp_(min=0.0), vectors
+
+
+def _holds(matrix: Tensor, values: Tensor, vectors: Tensor) -> bool:
+    """Whether a decomposition in float32 is as good as rounding allows, seen at some random vectors."""
+    generator = torch.Generator(matrix.device).manual_seed(0)
+    x = torch.randn(len(values), _VECTORS, generator=generator, dtype=matrix.dtype, device=matrix.device)
+    off = (vectors.T @ (vectors @ x) - x).norm() / x.norm()
+    there = vectors * values @ (vectors.T @ x)
+    residual = (matrix @ x - there).norm() / there.norm().clamp(min=torch.finfo(matrix.dtype).tiny)
+    return bool(off < _TOLERANCE) and bool(residual < _TOLERANCE)

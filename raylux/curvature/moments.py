@@ -7,37 +7,67 @@ Q_Sᵀ G Q_A.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
-
-_CHUNK_BYTES = 1 << 28
 
 
 def add_second_moment(total: Tensor, a: Tensor, g: Tensor, q_a: Tensor | None, q_s: Tensor | None) -> None:
     """``total`` [P, M] += Σ_n (Q_Sᵀ G_n Q_A)², elementwise.
 
     Args:
-        total: running sum [P, M].
-        a: [N, T, M], zero on padding.
+        total: running sum [P, M], in float32 or better.
+        a: [N, T, M], zero on padding; its dtype is that of the products.
         g: [N, T, P].
         q_a: [M, M] or None for the standard basis.
         q_s: [P, P] or None for the standard basis.
 
     Tokens are rotated before the gradient is formed, or the gradient after, whichever costs less.
     """
-    tokens = a.shape[1]
-    if rotate_tokens_first(tokens, g.shape[2], a.shape[2]):
-        a = a if q_a is None else a @ q_a
-        g = g if q_s is None else g @ q_s
+    if rotate_tokens_first(a.shape[1], g.shape[2], a.shape[2]):
+        a, g = rotate(a, q_a), rotate(g, q_s)
         q_a = q_s = None
-    rows = max(1, _CHUNK_BYTES // (total.numel() * total.element_size()))
-    for start in range(0, len(a), rows):
-        gradient = torch.bmm(g[start : start + rows].mT, a[start : start + rows])
-        gradient = gradient if q_s is None else q_s.T @ gradient
-        gradient = gradient if q_a is None else gradient @ q_a
-        total.add_(gradient.square_().sum(0))
+    # One sequence at a time: its gradient is squared while it is still in the processor's cache.
+    gradient = torch.empty(total.shape, dtype=a.dtype, device=a.device)
+    for n in range(len(a)):
+        torch.mm(g[n].T, a[n], out=gradient)
+        rotated = gradient if q_s is None else q_s.T @ gradient
+        rotated = rotated if q_a is None else rotated @ q_a
+        if rotated.dtype == total.dtype:
+            total.addcmul_(rotated, rotated)
+        else:
+            total.add_(rotated.square_())
 
 
-def rotate_tokens_first(tokens: int, outputs: int, inputs: int) -> bool:
+Basis = tuple[Tensor | None, Tensor | None]
+"""(Q_A [M, M], Q_S [P, P]) of a layer; None: the standard basis."""
+
+
+def add_second_moments(
+    totals: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor],
+    grads: Mapping[str, Tensor],
+    groups: Mapping[str, str],
+    bases: Mapping[str, Basis],
+) -> None:
+    """``add_second_moment`` for every layer; layers of one input group share the rotation of their inputs."""
+    held: tuple[str, Tensor] | None = None
+    for name, g in grads.items():
+        (q_a, q_s), a = bases[name], inputs[groups[name]]
+        if rotate_tokens_first(a.shape[1], g.shape[2], a.shape[2]):
+            if held is None or held[0] != groups[name]:
+                held = groups[name], rotate(a, q_a)
+            add_second_moment(totals[name], held[1], rotate(g, q_s), None, None)
+        else:
+            add_second_moment(totals[name], a, g, q_a, q_s)
+
+
+def rotate(x: Tensor, basis: Tensor | None) -> Tensor:
+    """Tokens in a basis: x [N, T, D] Q [D, D]."""
+    return x if basis is None else (x.reshape(-1, x.shape[-1]) @ basis).view_as(x)
+
+
+def rotate_tokens_first(tokens: float, outputs: int, inputs: int) -> bool:
     """True where T·(M² + P²) multiplications cost no more than P·M·(P + M) for the formed gradient."""
     return tokens * (inputs**2 + outputs**2) <= outputs * inputs * (outputs + inputs)

@@ -38,10 +38,18 @@ class Spectral:
 
     def multiply(self, v: Tensor) -> Tensor:
         """G V for V [..., P, M]."""
-        return v if self.values is None else self._back(self._into(v) * self.values)
+        return v if self.values is None else self.back(self.into(v) * self.values)
 
     def solve(self, v: Tensor, damping: float) -> Tensor:
         """(G + λI)⁻¹ V for V [..., P, M]; for the identity, V itself.
+
+        Raises:
+            NumericsError: λ = 0 where Λ has a zero.
+        """
+        return self.back(self.divide(self.into(v), damping))
+
+    def divide(self, v: Tensor, damping: float) -> Tensor:
+        """V / (Λ + λ) for V [..., P, M] in the eigenbasis; for the identity, V itself.
 
         Raises:
             NumericsError: λ = 0 where Λ has a zero.
@@ -51,12 +59,14 @@ class Spectral:
         denominator = self.values + damping
         if not bool((denominator > 0).all()):
             raise NumericsError("the damped curvature is singular: set curvature.damping above 0, or to auto")
-        return self._back(self._into(v) / denominator)
+        return v / denominator
 
-    def _into(self, v: Tensor) -> Tensor:
+    def into(self, v: Tensor) -> Tensor:
+        """Q_Sᵀ V Q_A."""
         v = v if self.q_s is None else self.q_s.T @ v
         return v if self.q_a is None else v @ self.q_a
 
-    def _back(self, v: Tensor) -> Tensor:
+    def back(self, v: Tensor) -> Tensor:
+        """Q_S V Q_Aᵀ."""
         v = v if self.q_s is None else self.q_s @ v
         return v if self.q_a is None else v @ self.q_a.T

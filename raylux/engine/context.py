@@ -36,6 +36,7 @@ class Context:
     plan: Plan
     reporter: Reporter
     queries: list[Query] = field(default_factory=list)
+    stages: tuple[str, ...] = ()
     _backend: Backend | None = None
     _assignment: list[list[str]] = field(default_factory=list)
     _reader: CorpusReader | None = None
@@ -83,6 +84,7 @@ class Context:
 
     def _start(self) -> Backend:
         engine, layers = self.config.engine, self.coverage.tracked
+        keep = engine.keep_captured
         worker = WorkerSpec(
             self.folder.files.place,
             self.files,
@@ -91,6 +93,7 @@ class Context:
             self.groups,
             self.config.fit.seed,
             self.config.model.trust_remote_code,
+            keep={"auto": None, "never": 0}.get(str(keep), keep if isinstance(keep, int) else None),
         )
         parameters, queries = self.coverage.parameters, len(self.queries)
         demand = demand_of(engine, self.plan.dtype, self.plan.device, layers, self.groups, parameters, queries)

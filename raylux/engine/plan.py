@@ -15,6 +15,7 @@ import numpy as np
 
 from raylux.batches import longest
 from raylux.config import Config
+from raylux.engine import choices
 from raylux.layers import TrackedLayer
 from raylux.sampling import sequence_key
 
@@ -45,6 +46,11 @@ class Plan:
         score_unit_size: corpus rows of a score unit.
         typical_tokens: mean tokens of a sequence, by which contractions are chosen.
         longest: padding does not go beyond: the tokens of the longest sequence in whole blocks of rows.
+        contraction: dtype of the products of captured tensors, unless its measured error speaks against it.
+        rows: sequences of a product against dense queries.
+        tile: dense queries of such a product.
+        query_basis: "standard", or "eigen": queries stay in the eigenbasis and the candidates' tokens are rotated.
+        low_rank: compress s_test; dense queries that fit the memory are left as they are.
     """
 
     device: str
@@ -55,6 +61,11 @@ class Plan:
     score_unit_size: int
     typical_tokens: float
     longest: int
+    contraction: str = "float32"
+    rows: int = 16
+    tile: int = 8
+    query_basis: str = "standard"
+    low_rank: bool = True
 
     def dump(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,6 +79,7 @@ def make_plan(
     parameters: int,
     lengths: np.ndarray,
     context: int | None = None,
+    queries: int = 1,
 ) -> Plan:
     """Resolve every "auto" that changes bits."""
     batch = config.engine.batch_tokens
@@ -80,6 +92,7 @@ def make_plan(
     size = config.score.unit_size
     if size == "auto":
         size = int(min(4096, max(256, len(lengths) // 16)))
+    chosen = choices.products(config, device, layers, groups, float(lengths.mean()), queries, len(lengths))
     return Plan(
         device,
         config.model.dtype,
@@ -89,6 +102,11 @@ def make_plan(
         int(size),
         float(lengths.mean()),
         longest(lengths, context),
+        choices.contraction(config, device, layers),
+        chosen.rows,
+        chosen.tile,
+        chosen.query_basis,
+        chosen.low_rank,
     )
 
 

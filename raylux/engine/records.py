@@ -16,6 +16,7 @@ from raylux.store import RunFolder
 COVARIANCE, EIGEN, MOMENTS = "fit.covariance", "fit.eigen", "fit.moments"
 LABELS, SNAPSHOT, QUARANTINE, PROBE = "fit.labels", "fit.snapshot", "quarantine", "query.probe"
 QUERY, SCORE, TOKENS, CANDIDATES = "query", "score", "tokens", "prefilter"
+CONTRACTION = "fit.contraction"
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,23 @@ class FactorFiles:
     """Keys of the eigenbases by matrix name (``A:group`` and ``S:layer``); empty for the standard basis."""
 
     eigen: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """How products of captured tensors are taken.
+
+    Attributes:
+        dtype: of their operands and results: "float32", "float64" or "bfloat16"; sums over products are wider.
+        scored: sequences of the fit are scored too, so their gradients on the given labels are worth keeping.
+    """
+
+    dtype: str
+    scored: bool = False
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -58,7 +76,15 @@ def query_files(folder: RunFolder) -> list[QueryFiles]:
 
 def tensor(array: np.ndarray, dtype: torch.dtype, device: str) -> Tensor:
     """A tensor in memory of torch's own alignment, whatever the array's: alignment can change bits."""
-    return torch.from_numpy(np.ascontiguousarray(array)).clone().to(device=device, dtype=dtype)
+    x = torch.from_numpy(np.ascontiguousarray(array)).clone()
+    x = x.view(torch.bfloat16) if x.dtype == torch.int16 else x
+    return x.to(device=device, dtype=dtype)
+
+
+def numpy_array(x: Tensor) -> np.ndarray:
+    """A tensor for the store, which knows no bf16: int16 stands for it (and −1, the fill value, for a NaN)."""
+    x = x.detach().cpu()
+    return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
 def read_basis(
@@ -116,10 +142,10 @@ def query_arrays(
         counts[flag] += 1
     arrays = {"rank": np.array(ranks, np.int64), "place": np.array(places, np.int64)}
     if dense:
-        arrays["dense"] = np.stack([x.cpu().numpy() for x in dense])
+        arrays["dense"] = np.stack([numpy_array(x) for x in dense])
     if factors:
         most = max(1, *(left.shape[1] for left, _ in factors))
         for side, name in enumerate(("left", "right")):
             padded = [torch.nn.functional.pad(pair[side], (0, most - pair[side].shape[1])) for pair in factors]
-            arrays[name] = np.stack([x.cpu().numpy() for x in padded])
+            arrays[name] = np.stack([numpy_array(x) for x in padded])
     return arrays

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from raylux.curvature import KINDS, Spectral, eigenbasis
 from raylux.engine import numerics
-from raylux.engine.records import FactorFiles, input_matrix, output_matrix, query_arrays, read_basis, tensor
+from raylux.engine.records import (
+    Contraction,
+    FactorFiles,
+    input_matrix,
+    output_matrix,
+    query_arrays,
+    read_basis,
+    tensor,
+)
+from raylux.engine.solve import solve_layer
 from raylux.errors import NumericsError
 from raylux.influence.dots import sequence_gradients
 from raylux.influence.lowrank import component_scores, factorise
@@ -148,10 +157,13 @@ class FactorShard:
         inputs, outputs = map(input_matrix, leaders), map(output_matrix, self.layers)
         return [*inputs, *outputs, *self.layers]
 
-    def decompose(self, name: str, key: str) -> tuple[str, Objects, numerics.Numerics]:
-        """Eigenvalues and eigenvectors of a written covariance, computed in float64; any shard may do it."""
-        matrix = tensor(self.folder.group(key).read("matrix"), torch.float64, self.spec.device)
-        values, vectors = eigenbasis(matrix, name)
+    def decompose(self, name: str, key: str, quick: bool) -> tuple[str, Objects, numerics.Numerics]:
+        """Eigenvalues and eigenvectors of a written covariance; ``quick``: in float32, where that passes a check.
+
+        Any shard may do it.
+        """
+        matrix = tensor(self.folder.group(key).read("matrix"), self.compute, self.spec.device)
+        values, vectors = eigenbasis(matrix, name, quick and self.compute is torch.float32)
         arrays = {"values": values.cpu().numpy(), "vectors": vectors.cpu().numpy().astype(self._storage())}
         return *self.folder.write(f"factors/{_tidy(name)}/eigen", arrays), numerics.here(self.spec.device)
 
@@ -163,8 +175,10 @@ class FactorShard:
         moments: Mapping[str, str],
         rows_per_sequence: Mapping[str, float],
         rank_limit: Mapping[str, int],
+        contraction: Contraction,
+        eigen: bool,
         *parts: Mapping[str, Any],
-    ) -> dict[str, float]:
+    ) -> tuple[dict[str, float], list[float]]:
         """s_test of a block of queries in every layer of this shard, kept until ``write_block``.
 
         Args:
@@ -172,23 +186,28 @@ class FactorShard:
             moments: layer -> key of its Λ.
             rows_per_sequence: layer -> T̄.
             rank_limit: layer -> largest rank to try; 0: dense only.
+            contraction: how products are taken; layers that may be compressed take them in full precision.
+            eigen: leave s_test in the eigenbases.
             *parts: per query, ``inputs`` [T, M] by group and ``grads`` [T, P] by layer.
 
         Returns:
-            layer -> the damping λ that was used.
+            layer -> the damping λ that was used; and per query ‖∇f‖² over the layers of this shard.
         """
         self._block, self._factors = {}, {}
-        damping = {}
+        damping, norms = {}, [0.0] * len(parts)
         for name in self.layers:
-            curvature = self._curvature(name, files, moments, rows_per_sequence)
+            dtype = self.compute if rank_limit[name] else contraction.torch_dtype
+            curvature = self._curvature(name, files, moments, rows_per_sequence, dtype)
             damping[name] = curvature.damping(self.spec.damping)
+            tokens = [self._tokens(part, name, dtype) for part in parts]
             try:
-                self._block[name] = [curvature.solve(self._gradient(part, name), damping[name]) for part in parts]
+                self._block[name], more = solve_layer(curvature, tokens, damping[name], dtype, eigen)
             except NumericsError as error:
                 raise NumericsError(f"layer '{name}': {error}") from None
+            norms = [norm + own for norm, own in zip(norms, more, strict=True)]
             if rank_limit[name]:
                 self._factors[name] = [factorise(s_test, rank_limit[name]) for s_test in self._block[name]]
-        return damping
+        return damping, norms
 
     def measure(self, part: Mapping[str, Any], places: Sequence[int]) -> dict[str, Measured]:
         """Scores of queries of the kept block on one probe sequence, by layer.
@@ -199,7 +218,7 @@ class FactorShard:
         """
         result = {}
         for name, queries in self._block.items():
-            a, g = self._tokens(part, name)
+            a, g = (x.unsqueeze(0) for x in self._tokens(part, name, self.compute))
             gradient = sequence_gradients(a, g)[0]
             result[name] = {
                 place: (
@@ -237,10 +256,15 @@ class FactorShard:
         return keys, objects, numerics.here(self.spec.device)
 
     def _curvature(
-        self, name: str, files: FactorFiles, moments: Mapping[str, str], rows_per_sequence: Mapping[str, float]
+        self,
+        name: str,
+        files: FactorFiles,
+        moments: Mapping[str, str],
+        rows_per_sequence: Mapping[str, float],
+        dtype: torch.dtype,
     ) -> Spectral:
         group = self.spec.groups[name]
-        q_a, q_s = read_basis(self.folder, files, name, group, self.compute, self.spec.device)
+        q_a, q_s = read_basis(self.folder, files, name, group, dtype, self.spec.device)
         values: list[Tensor | None] = [None, None]
         if files.eigen:
             keys = files.eigen[input_matrix(group)], files.eigen[output_matrix(name)]
@@ -250,14 +274,10 @@ class FactorShard:
         )
         return KINDS[self.spec.kind].assemble(q_a, q_s, values[0], values[1], lam, rows_per_sequence.get(name, 1.0))
 
-    def _tokens(self, part: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
-        """a [1, T, M] and g [1, T, P]."""
-        a = tensor(part["inputs"][self.spec.groups[name]], self.compute, self.spec.device)
-        g = tensor(part["grads"][name], self.compute, self.spec.device)
-        return a.unsqueeze(0), g.unsqueeze(0)
-
-    def _gradient(self, part: Mapping[str, Any], name: str) -> Tensor:
-        return sequence_gradients(*self._tokens(part, name))[0]
+    def _tokens(self, part: Mapping[str, Any], name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """a [T, M] and g [T, P]."""
+        a = tensor(part["inputs"][self.spec.groups[name]], dtype, self.spec.device)
+        return a, tensor(part["grads"][name], dtype, self.spec.device)
 
     def _storage(self) -> type:
         return np.float64 if self.compute is torch.float64 else np.float32

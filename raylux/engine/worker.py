@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,16 @@ import torch
 from torch import Tensor
 
 from raylux import fingerprints, models
-from raylux.batches import Batch, TokenRow, collate, fit_batches, score_batches
+from raylux.batches import Batch, TokenRow, collate, fit_batches, is_scored_so, score_batches
 from raylux.capture import Capture, Captured
-from raylux.curvature import Covariances, add_second_moment
+from raylux.curvature import Covariances, add_second_moments
 from raylux.engine import numerics
+from raylux.engine.kept import Kept
 from raylux.engine.plan import Plan
-from raylux.engine.records import FactorFiles, QueryFiles, read_basis, read_layer_queries
+from raylux.engine.records import Contraction, FactorFiles
+from raylux.engine.scorer import Bases, LoadedQueries, Pack, PackPart, Scorer, packs
 from raylux.errors import NumericsError
-from raylux.influence.dots import LayerQueries, squared_norms
+from raylux.influence.dots import sequence_gradients
 from raylux.layers import TrackedLayer
 from raylux.sampling import sample_labels
 from raylux.store import CorpusReader, RunFolder
@@ -31,7 +34,10 @@ from raylux.store import CorpusReader, RunFolder
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What a worker is made from: small, and readable by any process of the cluster."""
+    """What a worker is made from: small, and readable by any process of the cluster.
+
+    ``keep``: bytes of captured sequences that it may keep on its disk; None: by what is free there.
+    """
 
     folder: str
     files: models.ModelFiles
@@ -40,14 +46,7 @@ class WorkerSpec:
     groups: dict[str, str]
     seed: int
     trust_remote_code: bool = False
-
-
-@dataclass(frozen=True)
-class LoadedQueries:
-    """Preconditioned queries that a worker is to hold: where they are, and the ids wanted."""
-
-    files: tuple[QueryFiles, ...]
-    ids: tuple[str, ...]
+    keep: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,9 @@ class QuerySpec:
     rows: tuple[TokenRow, ...]
     weights: tuple[float, ...]
 
+
+# What a worker keeps of a sequence: its inputs, its gradients on the labels of the fit, and on those given.
+INPUTS, FIT, GIVEN = "inputs", "fit", "given"
 
 Part = dict[str, Any]
 """What goes to one shard: arrays by layer, and counts."""
@@ -76,10 +78,9 @@ class GradientWorker:
         self.compute = torch.float64 if spec.plan.dtype == "float64" else torch.float32
         self._capture: Capture | None = None
         self._reader: CorpusReader | None = None
-        self._bases: dict[str, tuple[Tensor | None, Tensor | None]] = {}
-        self._bases_of: FactorFiles | None = None
-        self._queries: dict[str, LayerQueries] = {}
-        self._queries_of: LoadedQueries | None = None
+        self._bases = Bases(self.folder, spec.layers, spec.groups, self.device)
+        self._held: Scorer | None = None
+        self._kept = Kept(spec.keep) if spec.keep != 0 else None
 
     def prepare(self) -> dict[str, Any]:
         """Load the model. Apart from ``__init__``, so that its errors arrive as what they are.
@@ -105,21 +106,47 @@ class GradientWorker:
             self._reader = CorpusReader(self.folder)
         return self._reader
 
+    # precision
+
+    def contraction_error(self, rows: np.ndarray) -> float:
+        """What bf16 products do to dot products of gradients: RMS(error) / RMS over pairs of different sequences.
+
+        Args:
+            rows: corpus rows, two or more.
+        """
+        exact, rounded = (torch.zeros(len(rows), len(rows), dtype=torch.float64) for _ in range(2))
+        held: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+        for sequence in self.reader.rows(rows):
+            captured = self._run(collate([sequence], [0], len(sequence.tokens)), sampled=False)
+            held.append((captured.inputs_in(torch.float32), captured.grads))
+        for layer in self.spec.layers:
+            tokens = [(a[self.spec.groups[layer.name]], g[layer.name].float()) for a, g in held]
+            for total, dtype in ((exact, torch.float32), (rounded, torch.bfloat16)):
+                flat = [sequence_gradients(a.to(dtype), g.to(dtype)).flatten() for a, g in tokens]
+                total += (torch.stack(flat).float() @ torch.stack(flat).float().T).double().cpu()
+        others = ~torch.eye(len(rows), dtype=torch.bool)
+        return float((rounded - exact)[others].norm() / exact[others].norm().clamp(min=1e-300))
+
     # fit
 
-    def covariance_unit(self, rows: np.ndarray, shards: Sequence[Sequence[str]], sampled: bool) -> tuple[Any, ...]:
-        """Sums of a aᵀ and g gᵀ of a fit unit.
+    def covariance_unit(
+        self, rows: np.ndarray, shards: Sequence[Sequence[str]], sampled: bool, contraction: Contraction
+    ) -> tuple[Any, ...]:
+        """Sums of a aᵀ and g gᵀ of a fit unit; what was captured is kept for the passes to come, where it fits.
 
         Returns:
             The labels the gradients were taken on (flat, in the order of ``rows``), then a part per shard.
         """
+        plan = self.spec.plan
         sums = Covariances()
         sequences = self.reader.rows(rows)
         labels: list[np.ndarray] = [np.zeros(0, np.int32)] * len(sequences)
-        for batch in fit_batches(sequences, self.spec.plan.batch_tokens):
-            captured = self._run(batch, sampled)
+        for batch in self._fit_batches(sequences):
+            both = contraction.scored and is_scored_so(batch, plan.batch_tokens, plan.longest)
+            captured = self._run(batch, sampled, both)
             inputs, grads = self._widened(captured)
             sums.add(inputs, grads, batch.mask.to(self.device))
+            self._keep(rows, batch, captured, contraction)
             drawn = captured.labels.cpu().numpy()
             for place, row in enumerate(batch.rows):
                 labels[row] = drawn[place, : len(sequences[row].tokens)].astype(np.int32)
@@ -142,6 +169,7 @@ class GradientWorker:
         shards: Sequence[Sequence[str]],
         sampled: bool,
         files: FactorFiles,
+        contraction: Contraction,
     ) -> tuple[Any, ...]:
         """Sums of squared per-sequence gradients in the eigenbasis of a fit unit.
 
@@ -151,8 +179,10 @@ class GradientWorker:
             shards: layer names of each shard.
             sampled: draw labels, where none are given.
             files: the eigenbases; empty: the standard basis.
+            contraction: how products are taken.
         """
-        self._hold_bases(files)
+        dtype = contraction.torch_dtype
+        bases = self._bases.get(files, dtype)
         sequences = self.reader.rows(rows)
         if labels is not None:
             ends = np.cumsum([len(row.tokens) for row in sequences])
@@ -161,14 +191,59 @@ class GradientWorker:
         totals = {
             layer.name: torch.zeros(layer.shape, dtype=self.compute, device=self.device) for layer in self.spec.layers
         }
-        for batch in fit_batches(sequences, self.spec.plan.batch_tokens):
-            inputs, grads = self._widened(self._run(batch, sampled and labels is None))
-            for name, g in grads.items():
-                add_second_moment(totals[name], inputs[self.spec.groups[name]], g, *self._bases[name])
+        for batch in self._fit_batches(sequences):
+            inputs, grads = self._kept_batch(rows, batch, FIT, dtype) or self._operands(
+                self._run(batch, sampled and labels is None), dtype
+            )
+            add_second_moments(totals, inputs, grads, self.spec.groups, bases)
         parts = [
             {"moments": {name: _array(totals[name]) for name in names}, "sequences": len(sequences)} for names in shards
         ]
         return (len(sequences), *parts)
+
+    def _fit_batches(self, sequences: Sequence[TokenRow]) -> list[Batch]:
+        return fit_batches(sequences, self.spec.plan.batch_tokens, most=self.spec.plan.longest)
+
+    # what is kept
+
+    def _keep(self, rows: np.ndarray, batch: Batch, captured: Captured, contraction: Contraction) -> None:
+        if self._kept is None:
+            return
+        dtype = contraction.torch_dtype
+        inputs, grads = self._operands(captured, dtype)
+        given = {name: g.to(dtype) for name, g in captured.given.items()}
+        for place, at in enumerate(batch.rows):
+            row = int(rows[at])
+            self._kept.put((INPUTS, row), {name: a[place] for name, a in inputs.items()})
+            self._kept.put((FIT, row), {name: g[place] for name, g in grads.items()})
+            if given:
+                self._kept.put((GIVEN, row), {name: g[place] for name, g in given.items()})
+
+    def _kept_batch(
+        self, rows: np.ndarray, batch: Batch, which: str, dtype: torch.dtype
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+        """a and g of a batch whose sequences are all kept; rows beyond them repeat the first, as its tokens do."""
+        kept = self._kept
+        places = [int(rows[at]) for at in batch.rows]
+        if kept is None or not all((what, row) in kept for row in places for what in (INPUTS, which)):
+            return None
+        count = len(batch.mask)
+        inputs, grads = (
+            {
+                name: torch.empty(count, *shape, dtype=dtype)
+                for name, shape in kept.shapes((what, places[0])).items()
+            }
+            for what in (INPUTS, which)
+        )  # fmt: skip
+        for place in range(count):
+            row = places[place] if place < len(places) else places[0]
+            for what, tensors in ((INPUTS, inputs), (which, grads)):
+                if not kept.read((what, row), {name: x[place] for name, x in tensors.items()}):
+                    return None
+        return (
+            {name: x.to(self.device) for name, x in inputs.items()},
+            {name: x.to(self.device) for name, x in grads.items()},
+        )
 
     # queries
 
@@ -176,8 +251,7 @@ class GradientWorker:
         """a and g of a query's tokens, g carrying the weights: Σ_t g_t a_tᵀ is −∇f.
 
         Returns:
-            {"measurement": f, "norm": ‖∇f‖ over the tracked layers}, then a part per shard with ``inputs``
-            [T, M] by group and ``grads`` [T, P] by layer.
+            {"measurement": f}, then a part per shard with ``inputs`` [T, M] by group and ``grads`` [T, P] by layer.
         """
         inputs: dict[str, list[Tensor]] = {}
         grads: dict[str, list[Tensor]] = {}
@@ -192,9 +266,7 @@ class GradientWorker:
             value -= weight * float(captured.loss[0])
         joined = {name: torch.cat(parts, 1) for name, parts in inputs.items()}
         weighted = {name: torch.cat(parts, 1) for name, parts in grads.items()}
-        norm = float(squared_norms(joined, weighted, self.spec.groups).sqrt())
-        head = {"measurement": value, "norm": norm}
-        return (head, *self._token_parts(joined, weighted, shards))
+        return ({"measurement": value}, *self._token_parts(joined, weighted, shards))
 
     def probe(self, row: int, shards: Sequence[Sequence[str]]) -> tuple[Any, ...]:
         """a and g of one corpus sequence, for measuring what compression loses; parts as ``query_gradient``."""
@@ -232,23 +304,23 @@ class GradientWorker:
         Returns:
             The key and the objects of what was written, as ``RunFolder.write``.
         """
-        self._hold_queries(loaded)
+        scorer = self._scorer(loaded)
         columns = [loaded.ids.index(query) for query in ids]
         dtype = _array(torch.zeros(0, dtype=self.compute)).dtype
         total = np.full((len(ids), len(rows)), np.nan, dtype)
         by_layer = np.full((len(ids), len(self.spec.layers), len(rows)), np.nan, dtype) if layers else None
         norm = np.full(len(rows), np.nan, dtype)
-        for batch, inputs, grads in self._batches(rows):
-            places, count = list(batch.rows), len(batch.rows)
-            whole = torch.zeros(len(batch.mask), len(loaded.ids), dtype=torch.float64, device=self.device)
-            for index, layer in enumerate(self.spec.layers):
-                part = self._queries[layer.name].scores(inputs[self.spec.groups[layer.name]], grads[layer.name])
+        for pack in self._packs(rows, loaded.contraction):
+            places = [place for part in pack.parts for place in part.places]
+            counted = torch.tensor(pack.counted, device=self.device)
+            whole = torch.zeros(len(counted), len(loaded.ids), dtype=torch.float64, device=self.device)
+            for index, part in enumerate(scorer.layer_scores(pack)):
                 whole += part
                 if by_layer is not None:
-                    by_layer[:, index, places] = _array(part)[:count, columns].T
-            total[:, places] = _array(whole)[:count, columns].T
+                    by_layer[:, index, places] = _array(part[counted])[:, columns].T
+            total[:, places] = _array(whole[counted])[:, columns].T
             if norms:
-                norm[places] = _array(squared_norms(inputs, grads, self.spec.groups).sqrt())[:count]
+                norm[places] = _array(pack.norms(self.spec.groups)[counted])
         if not np.isfinite(total).all():
             bad = rows[~np.isfinite(total).all(0)]
             raise NumericsError(f"score unit {name}: NaN or infinity in the scores of corpus rows {bad[:5].tolist()}")
@@ -263,74 +335,61 @@ class GradientWorker:
         self, name: str, rows: np.ndarray, query: str, loaded: LoadedQueries
     ) -> tuple[str, dict[str, tuple[int, str]]]:
         """Per-token scores of corpus rows for one query, written flat with offsets."""
-        self._hold_queries(loaded)
+        scorer = self._scorer(loaded)
         place = loaded.ids.index(query)
         sequences = self.reader.rows(rows)
         shares: list[np.ndarray] = [np.zeros(0)] * len(rows)
-        for batch, inputs, grads in self._batches(rows):
-            whole = torch.zeros(batch.mask.shape, dtype=torch.float64, device=self.device)
-            for layer in self.spec.layers:
-                part = self._queries[layer.name].token_scores(
-                    place, inputs[self.spec.groups[layer.name]], grads[layer.name]
-                )
-                # A module called c times has c·T rows; a token's share is the sum over its calls.
-                whole += part.reshape(len(part), -1, batch.mask.shape[1]).sum(1)
-            found = _array(whole)
-            for at, row in enumerate(batch.rows):
-                shares[row] = found[at, : len(sequences[row].tokens)]
+        for pack in self._packs(rows, loaded.contraction):
+            for part in pack.parts:
+                found = _array(scorer.token_scores(place, part))
+                for at, row in enumerate(part.places):
+                    shares[row] = found[at, : len(sequences[row].tokens)]
         offsets = np.concatenate([[0], np.cumsum([len(share) for share in shares])]).astype(np.int64)
         tokens = np.concatenate([row.tokens for row in sequences]).astype(np.int32)
         return self.folder.write(
             f"scores/tokens/{name}", {"shares": np.concatenate(shares), "offsets": offsets, "tokens": tokens}
         )
 
-    def _batches(self, rows: np.ndarray) -> Any:
-        for batch in score_batches(self.reader.rows(rows), self.spec.plan.batch_tokens, self.spec.plan.longest):
-            inputs, grads = self._widened(self._run(batch, sampled=False))
-            yield batch, inputs, grads
+    def _packs(self, rows: np.ndarray, contraction: Contraction) -> Iterator[Pack]:
+        """Captured sequences, as many together as a product takes; those that are kept are not run again."""
+        plan, dtype = self.spec.plan, contraction.torch_dtype
+        sequences = self.reader.rows(rows)
+        kept = self._kept or ()
+        here = [at for at, row in enumerate(rows) if (GIVEN, int(row)) in kept and (INPUTS, int(row)) in kept]
+        rest = sorted(set(range(len(rows))) - set(here))
+
+        def parts(chosen: list[int], which: str | None) -> Iterator[PackPart]:
+            own = rows[chosen]
+            for batch in score_batches([sequences[at] for at in chosen], plan.batch_tokens, plan.longest):
+                tokens = self._kept_batch(own, batch, which, dtype) if which else None
+                tokens = tokens or self._operands(self._run(batch, sampled=False), dtype)
+                yield PackPart(tuple(chosen[at] for at in batch.rows), batch.mask.shape[1], *tokens)
+
+        yield from packs(chain(parts(here, GIVEN), parts(rest, None)), plan.rows)
 
     # common
 
-    def _hold_bases(self, files: FactorFiles) -> None:
-        """Q_A and Q_S of every layer, read unless they are held."""
-        if self._bases_of == files:
-            return
-        spec = self.spec
-        self._bases = {
-            layer.name: read_basis(
-                self.folder, files, layer.name, spec.groups[layer.name], self.compute, self.device
-            )
-            for layer in spec.layers
-        }  # fmt: skip
-        self._bases_of = files
-
-    def _hold_queries(self, loaded: LoadedQueries) -> None:
+    def _scorer(self, loaded: LoadedQueries) -> Scorer:
         """The s_test of every layer, read unless they are held."""
-        if self._queries_of == loaded:
-            return
-        self._queries, self._queries_of, self._bases, self._bases_of = {}, None, {}, None
-        self._queries = {
-            layer.name: LayerQueries.build(
-                layer.shape,
-                read_layer_queries(self.folder, loaded.files, layer, loaded.ids, self.compute, self.device),
-                self.spec.plan.typical_tokens,
-            )
-            for layer in self.spec.layers
-        }
-        self._queries_of = loaded
+        if self._held is None or self._held.loaded != loaded:
+            self._held = None
+            self._bases.drop()
+            self._held = Scorer(self.folder, self.spec.layers, self.spec.groups, self.spec.plan, loaded, self._bases)
+        return self._held
 
-    def _run(self, batch: Batch, sampled: bool) -> Captured:
+    def _run(self, batch: Batch, sampled: bool, both: bool = False) -> Captured:
         assert self._capture is not None, "prepare() comes first"
         seed = self.spec.seed
-        labeller = (lambda logits, keys, places: sample_labels(logits, keys, places, seed)) if sampled else None
-        return self._capture.run(batch.to(self.device), labeller)
+        labeller = (lambda p, keys, places: sample_labels(p, keys, places, seed)) if sampled else None
+        return self._capture.run(batch.to(self.device), labeller, both)
+
+    def _operands(self, captured: Captured, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """a and g in the precision of the products."""
+        return captured.inputs_in(dtype), {name: g.to(dtype) for name, g in captured.grads.items()}
 
     def _widened(self, captured: Captured) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """a and g in the precision of the sums."""
-        return (
-            {name: a.to(self.compute) for name, a in captured.inputs.items()},
-            {name: g.to(self.compute) for name, g in captured.grads.items()},
-        )
+        return self._operands(captured, self.compute)
 
 
 def _array(x: Tensor) -> np.ndarray:

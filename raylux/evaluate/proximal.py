@@ -176,8 +176,8 @@ class ProximalObjective:
         """Eigenvectors [p, k] and eigenvalues [k] of a sampled Fisher matrix by sqrt(λ) θ: G as far as it shows."""
         generator = torch.Generator(self._device).manual_seed(0)
 
-        def draw(logits: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
-            return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+        def draw(probabilities: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
+            return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
 
         rows: list[Tensor] = []
         while len(rows) < draws:

@@ -2,8 +2,8 @@
 
 Contractions (DESIGN decision 6): form G_n and take one product against dense queries, T·P·M + Q·P·M per
 sequence; or put low-rank queries against tokens, T·Q·R·(P + M). Which one a query takes in a layer depends
-on that query and layer alone, and dense queries stand in tiles of fixed size, so a score has the same bits
-whichever other queries are scored beside it.
+on that query and layer alone, and products have a fixed number of rows (sequences) and columns (dense queries),
+filled up with zeros: so a score has the same bits whichever other queries and sequences are scored beside it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from torch import Tensor
 from raylux.batches import ROW_BLOCK
 
 TILE = 8
-"""Dense queries per matrix product; a shorter tile is filled with zeros."""
+"""Dense queries per matrix product, unless the plan says more."""
 
 # Low-rank factors are put against tokens while that costs no more than this many dense dot products.
 _TOKEN_CONTRACTION_LIMIT = 4.0
+# Entries of a gradient that are formed and multiplied at a time: the buffer stays small however large the layer, and
+# what is rounded to bf16 is a part of a sum, not the whole.
+_SLICE = 1 << 19
 
 
 def sequence_gradients(a: Tensor, g: Tensor) -> Tensor:
@@ -39,14 +42,16 @@ class LayerQueries:
 
     Attributes:
         count: Q.
-        tiles: dense s_test, each [TILE, P·M], zero where a query is not dense.
-        factors: query -> (left [P, R], right [M, R]) of the low-rank ones, R never 1.
         shape: (P, M).
+        dtype: of the products.
+        tiles: dense s_test, each [tile, P, M], zero where a query is not dense, held slice by slice of P.
+        factors: query -> (left [P, R], right [M, R]) of the low-rank ones, R never 1.
     """
 
     count: int
     shape: tuple[int, int]
-    tiles: list[Tensor] = field(default_factory=list)
+    dtype: torch.dtype
+    tiles: list[list[Tensor]] = field(default_factory=list)
     factors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
@@ -55,16 +60,19 @@ class LayerQueries:
         shape: tuple[int, int],
         queries: Sequence[Tensor | tuple[Tensor, Tensor]],
         tokens: float,
+        tile: int = TILE,
     ) -> LayerQueries:
-        """From each query's s_test: dense [P, M], or (left [P, R], right [M, R]).
+        """From each query's s_test: dense [P, M], or (left [P, R], right [M, R]), all of one dtype.
 
         Args:
             shape: (P, M).
             queries: in order; a place in the list is the query's column in the scores.
             tokens: typical tokens per sequence, by which the contraction is chosen.
+            tile: dense queries per matrix product.
         """
         outputs, inputs = shape
-        result = cls(len(queries), shape)
+        first = queries[0] if queries else torch.zeros(0)
+        result = cls(len(queries), shape, (first if isinstance(first, Tensor) else first[0]).dtype)
         dense: dict[int, Tensor] = {}
         for place, query in enumerate(queries):
             if isinstance(query, Tensor):
@@ -75,36 +83,76 @@ class LayerQueries:
                 dense[place] = query[0] @ query[1].T
         if dense:
             some = next(iter(dense.values()))
-            for start in range(0, len(queries), TILE):
-                tile = torch.zeros(TILE, outputs * inputs, dtype=some.dtype, device=some.device)
-                for place in range(start, min(start + TILE, len(queries))):
+            for start in range(0, len(queries), tile):
+                whole = torch.zeros(tile, outputs, inputs, dtype=some.dtype, device=some.device)
+                for place in range(start, min(start + tile, len(queries))):
                     if place in dense:
-                        tile[place - start] = dense[place].reshape(-1)
-                result.tiles.append(tile)
+                        whole[place - start] = dense.pop(place)
+                result.tiles.append([whole[:, part].reshape(tile, -1) for part in result._slices()])
         return result
 
-    def scores(self, a: Tensor, g: Tensor) -> Tensor:
-        """[N, Q] from a [N, T, M] and g [N, T, P]; a sequence's scores have the same bits in any company."""
-        a, g = _whole_blocks(a), _whole_blocks(g)
-        result = torch.zeros(len(a), self.count, dtype=a.dtype, device=a.device)
+    def _slices(self) -> list[slice]:
+        outputs, inputs = self.shape
+        step = max(1, _SLICE // inputs)
+        return [slice(start, min(start + step, outputs)) for start in range(0, outputs, step)]
+
+    def scores(self, parts: Sequence[tuple[Tensor, Tensor]], rows: int | None = None) -> Tensor:
+        """Scores of the sequences of some batches.
+
+        Args:
+            parts: a [N, T, M] and g [N, T, P] of each batch, in the dtype of the queries.
+            rows: of the products, at least as many as there are sequences; default: as many.
+
+        Returns:
+            [N, Q] over all batches, in float32 or better.
+        """
+        parts = [(_whole_blocks(a), _whole_blocks(g)) for a, g in parts]
+        count = sum(len(a) for a, _ in parts)
+        some = parts[0][0]
+        result = torch.zeros(rows or count, self.count, dtype=_wide(self.dtype), device=some.device)
         if self.tiles:
-            gradient = sequence_gradients(a, g).reshape(len(a), -1)
-            for index, tile in enumerate(self.tiles):
-                columns = result[:, index * TILE : (index + 1) * TILE]
-                columns += (gradient @ tile.T)[:, : columns.shape[1]]
+            self._dense(parts, result)
         for place, (left, right) in self.factors.items():
-            result[:, place] += ((g @ left) * (a @ right)).sum((1, 2))
-        return result
+            shares = [((g @ left).to(result.dtype) * (a @ right)).sum((1, 2)) for a, g in parts]
+            result[:count, place] += torch.cat(shares)
+        return result[:count]
+
+    def _dense(self, parts: Sequence[tuple[Tensor, Tensor]], result: Tensor) -> None:
+        inputs = self.shape[1]
+        for index, part in enumerate(self._slices()):
+            size = part.stop - part.start
+            gradient = torch.zeros(len(result), size, inputs, dtype=self.dtype, device=result.device)
+            at = 0
+            for a, g in parts:
+                # One by one: a sequence's gradient must not depend on how many stand in its batch.
+                for n in range(len(a)):
+                    torch.mm(g[n, :, part].T, a[n], out=gradient[at + n])
+                at += len(a)
+            flat = gradient.view(len(result), -1)
+            width = len(self.tiles[0][index])
+            for number, tile in enumerate(self.tiles):
+                columns = result[:, number * width : (number + 1) * width]
+                columns += (flat @ tile[index].T)[:, : columns.shape[1]]
 
     def token_scores(self, place: int, a: Tensor, g: Tensor) -> Tensor:
         """Each token's share of the score of query ``place``: [N, T]; they sum to the sequence's score."""
         tokens = a.shape[1]
         a, g = _whole_blocks(a), _whole_blocks(g)
+        wide = _wide(self.dtype)
         if place in self.factors:
             left, right = self.factors[place]
-            return ((g @ left) * (a @ right)).sum(2)[:, :tokens]
-        tile = self.tiles[place // TILE][place % TILE].reshape(self.shape)
-        return ((g @ tile) * a).sum(2)[:, :tokens]
+            return ((g @ left).to(wide) * (a @ right)).sum(2)[:, :tokens]
+        width = len(self.tiles[0][0])
+        total = torch.zeros(a.shape[:2], dtype=wide, device=a.device)
+        for part, tile in zip(self._slices(), self.tiles[place // width], strict=True):
+            query = tile[place % width].view(-1, self.shape[1])
+            total += ((g[..., part] @ query).to(wide) * a).sum(2)
+        return total[:, :tokens]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Sums of products are kept in float32 or better."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _whole_blocks(x: Tensor) -> Tensor:

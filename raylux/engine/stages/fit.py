@@ -13,6 +13,7 @@ from raylux.engine.pace import Pace
 from raylux.engine.plan import choose_fit_rows, covariance_bytes, fit_units, layer_bytes
 from raylux.engine.quarantine import given_up
 from raylux.engine.records import COVARIANCE, EIGEN, LABELS, MOMENTS, factor_files, input_matrix, output_matrix
+from raylux.engine.stages import precision
 from raylux.engine.sums import Finished, SumPass, Units, forget_snapshot
 from raylux.engine.work import ids_at
 from raylux.errors import RayluxError
@@ -103,9 +104,10 @@ def _covariances(ctx: Context, units: _FitUnits) -> None:
         forget_snapshot(ctx.folder, COVARIANCE)
         return
     sampled, assignment = ctx.config.fit.labels == "sampled", ctx.assignment
+    contraction = precision.resolve(ctx)
 
     def args(index: int) -> tuple[Any, ...]:
-        return units.rows[units.slices[index]], assignment, sampled
+        return units.rows[units.slices[index]], assignment, sampled, contraction
 
     size = covariance_bytes(ctx.coverage.tracked, ctx.groups, 8)
     done = _pass(ctx, units, COVARIANCE, ("covariance", "covariance_unit", "write_covariances"), args, size, ())
@@ -122,9 +124,11 @@ def _eigenbases(ctx: Context) -> None:
     # The largest first: what is begun last is done soon.
     sizes = {input_matrix(layer.name): layer.inputs for layer in ctx.coverage.tracked}
     sizes |= {output_matrix(layer.name): layer.outputs for layer in ctx.coverage.tracked}
-    jobs = [(name, keys[name]) for name in sorted(todo, key=lambda name: (-sizes[name], name))]
+    # K-FAC takes the eigenvalues as they are; EK-FAC measures them anew in whatever basis it gets.
+    quick = {"auto": ctx.kind.moments, "float32": True, "float64": False}[ctx.config.fit.eigh]
+    jobs = [(name, keys[name], quick) for name in sorted(todo, key=lambda name: (-sizes[name], name))]
     with ctx.reporter.task("eigenbases", len(todo), "matrices") as task:
-        for (name, _), (key, objects, numerics) in ctx.backend.shard_stream("decompose", jobs):
+        for (name, *_), (key, objects, numerics) in ctx.backend.shard_stream("decompose", jobs):
             ctx.folder.commit(EIGEN, name, objects, key=key, numerics=[numerics])
             task.advance()
 
@@ -138,10 +142,11 @@ def _moments(ctx: Context, units: _FitUnits) -> None:
         drawn = ctx.folder.group(ctx.folder.manifest(LABELS, "labels").meta["key"]).read("labels")
     sampled, assignment = ctx.config.fit.labels == "sampled", ctx.assignment
     files = ctx.backend.share(factor_files(ctx.folder))
+    contraction = precision.resolve(ctx)
 
     def args(index: int) -> tuple[Any, ...]:
         labels = None if drawn is None else drawn[units.tokens(index)]
-        return units.rows[units.slices[index]], labels, assignment, sampled, files
+        return units.rows[units.slices[index]], labels, assignment, sampled, files, contraction
 
     # A unit that killed its workers in the first pass is not tried again in the second.
     leave_out = tuple(given_up(ctx.folder, COVARIANCE))

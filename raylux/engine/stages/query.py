@@ -16,7 +16,7 @@ from raylux.engine.plan import choose_fit_rows, probe_count, query_block
 from raylux.engine.quarantine import give_up, given_up
 from raylux.engine.records import COVARIANCE, MOMENTS, PROBE, QUERY, factor_files
 from raylux.engine.shard import Measured
-from raylux.engine.stages import prefilter
+from raylux.engine.stages import precision, prefilter
 from raylux.engine.stages.fit import rows_per_sequence
 from raylux.engine.work import Job, ShardLostError, every_shard, ids_at, results
 from raylux.engine.worker import QuerySpec
@@ -105,8 +105,12 @@ def _block(ctx: Context, name: str, queries: Sequence[Query]) -> None:
     tokens = rows_per_sequence(ctx.folder.units(COVARIANCE))
     damping: dict[str, float] = {}
     handles = [[parts[shard] for parts in gradients.parts] for shard in range(backend.shards)]
-    for part in every_shard(backend, "solve", [(files, moments, tokens, limits, *own) for own in handles]):
+    how = files, moments, tokens, limits, precision.resolve(ctx), ctx.plan.query_basis == "eigen"
+    norms = np.zeros(len(gradients.queries))
+    for part, squares in every_shard(backend, "solve", [(*how, *own) for own in handles]):
         damping |= part
+        norms += squares
+    heads = [{**head, "norm": float(norm)} for head, norm in zip(gradients.heads, np.sqrt(norms), strict=True)]
     ranks, errors = _choose(ctx, gradients.queries, limits)
     keys: dict[str, str] = {}
     objects: dict[str, tuple[int, str]] = {}
@@ -122,7 +126,7 @@ def _block(ctx: Context, name: str, queries: Sequence[Query]) -> None:
         queries=[query.id for query in gradients.queries],
         layers=keys,
         damping=damping,
-        heads=gradients.heads,
+        heads=heads,
         ranks=ranks,
         errors=errors,
         numerics=distinct(numerics),
@@ -137,10 +141,11 @@ def _spec(query: Query) -> QuerySpec:
 def _rank_limits(ctx: Context) -> dict[str, int]:
     """Largest rank of each layer that still halves its memory; 0 where low rank is not wanted."""
     setting = ctx.config.query
+    wanted = ctx.plan.low_rank and setting.max_error > 0
     limits = {}
     for layer in ctx.coverage.tracked:
         halves = layer.parameters // (2 * (layer.outputs + layer.inputs))
-        limits[layer.name] = min(setting.max_rank, halves) if setting.max_error > 0 else 0
+        limits[layer.name] = min(setting.max_rank, halves) if wanted else 0
     return limits
 
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from raylux.engine.context import Context
 from raylux.engine.quarantine import give_up, given_up
-from raylux.engine.records import SCORE, TOKENS, query_files
-from raylux.engine.stages import prefilter
+from raylux.engine.records import SCORE, TOKENS, FactorFiles, factor_files, query_files
+from raylux.engine.scorer import LoadedQueries
+from raylux.engine.stages import precision, prefilter
 from raylux.engine.stages.query import answerable
 from raylux.engine.work import Job, Result, ids_at, results
-from raylux.engine.worker import LoadedQueries
 from raylux.store import RunFolder, ScoreBlock, score_blocks
 
 
@@ -63,7 +63,8 @@ def _score(ctx: Context, jobs: Sequence[ScoreJob]) -> None:
 def _loaded(ctx: Context, wanted: set[str]) -> Any:
     """A handle of the queries that workers are to hold, in the order in which they were asked."""
     ids = tuple(query.id for query in ctx.queries if query.id in wanted)
-    return ctx.backend.share(LoadedQueries(tuple(query_files(ctx.folder)), ids))
+    basis = factor_files(ctx.folder) if ctx.plan.query_basis == "eigen" else FactorFiles()
+    return ctx.backend.share(LoadedQueries(tuple(query_files(ctx.folder)), ids, precision.resolve(ctx), basis))
 
 
 def _quarantine(ctx: Context, stage: str, result: Result, rows: np.ndarray) -> None:

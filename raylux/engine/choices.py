@@ -1,0 +1,107 @@
+"""How products are taken: what the planner decides by cost, from model, data and number of queries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from raylux.batches import MOST_ROWS
+from raylux.config import Config
+from raylux.curvature import KINDS
+from raylux.layers import TrackedLayer
+
+# Below so many tracked parameters the conversions cost what bf16 products save.
+_BF16_FROM = 1_000_000
+# Captured sequences that are held until a product has enough rows, in bytes.
+_PACK_BYTES = {"cpu": 256 << 20, "cuda": 8 << 30}
+# Dense s_test of all queries together, in bytes: beyond, they are compressed.
+_DENSE_BYTES = 4 << 30
+_TILES = (8, 64, 256)
+
+
+@dataclass(frozen=True)
+class Products:
+    """The part of the plan that says how queries and sequences meet; fields as those of ``Plan``."""
+
+    rows: int
+    tile: int
+    query_basis: str
+    low_rank: bool
+
+
+def contraction(config: Config, device: str, layers: Sequence[TrackedLayer]) -> str:
+    """The dtype of products: that of the config, or bfloat16 where hardware and model gain by it."""
+    if config.model.dtype == "float64":
+        return "float64"
+    if config.engine.contraction_dtype != "auto":
+        return config.engine.contraction_dtype
+    pays = has_bfloat16(device) and sum(layer.parameters for layer in layers) >= _BF16_FROM
+    return "bfloat16" if pays else "float32"
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether this machine multiplies bf16 faster than float32."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    facts = torch.backends.cpu.get_cpu_capability(), _supports("_is_avx512_bf16_supported"), _supports("_is_amx_tile")
+    return facts[0].startswith("AVX512") and (facts[1] or facts[2])
+
+
+def _supports(name: str) -> bool:
+    for attribute in (name, f"{name}_supported"):
+        check = getattr(torch.cpu, attribute, None)
+        if check is not None:
+            return bool(check())
+    return False
+
+
+def products(
+    config: Config,
+    device: str,
+    layers: Sequence[TrackedLayer],
+    groups: Mapping[str, str],
+    tokens: float,
+    queries: int,
+    sequences: int,
+) -> Products:
+    """Decide how queries are stored and how many stand in a product.
+
+    Args:
+        config: its prefilter says how many candidates there will be.
+        device: "cpu" or "cuda".
+        layers: tracked.
+        groups: layer -> leader of its input group.
+        tokens: per sequence, on average.
+        queries: asked for now; later ones are served with what is decided here.
+        sequences: of the corpus.
+    """
+    itemsize = 2 if contraction(config, device, layers) == "bfloat16" else 4
+    low_rank = config.query.max_error > 0 and queries * itemsize * sum(x.parameters for x in layers) > _DENSE_BYTES
+    top = sequences if config.prefilter.kind == "none" else min(sequences, config.prefilter.top * queries)
+    eigen = (
+        KINDS[config.curvature.kind].basis
+        and not low_rank
+        and top * candidate_rotation(layers, groups, tokens) < queries * query_rotation(layers)
+    )
+    captured = itemsize * tokens * sum(captured_width(layer, groups) for layer in layers)
+    rows = max((size for size in (8, MOST_ROWS, 32) if size * captured <= _PACK_BYTES[device]), default=1)
+    tile = max(size for size in _TILES if size <= max(_TILES[0], queries))
+    return Products(rows, tile, "eigen" if eigen else "standard", low_rank)
+
+
+def captured_width(layer: TrackedLayer, groups: Mapping[str, str]) -> int:
+    """Numbers that are captured of a token at a layer: g, and a where it leads its input group."""
+    return layer.outputs + (layer.inputs if groups[layer.name] == layer.name else 0)
+
+
+def candidate_rotation(layers: Sequence[TrackedLayer], groups: Mapping[str, str], tokens: float) -> float:
+    """Multiplications that put a and g of one sequence into the eigenbases: T·(M² + P²)."""
+    leaders = sum(layer.inputs**2 for layer in layers if groups[layer.name] == layer.name)
+    return tokens * (leaders + sum(layer.outputs**2 for layer in layers))
+
+
+def query_rotation(layers: Sequence[TrackedLayer]) -> float:
+    """Multiplications that bring one s_test back from the eigenbases: P·M·(P + M)."""
+    return float(sum(layer.parameters * (layer.outputs + layer.inputs) for layer in layers))

@@ -1,0 +1,160 @@
+"""Queries held by a worker, and captured sequences gathered until a product has enough rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raylux.curvature import rotate
+from raylux.engine.plan import Plan
+from raylux.engine.records import Contraction, FactorFiles, QueryFiles, read_basis, read_layer_queries
+from raylux.influence.dots import LayerQueries, squared_norms
+from raylux.layers import TrackedLayer
+from raylux.store import RunFolder
+
+
+@dataclass(frozen=True)
+class LoadedQueries:
+    """Preconditioned queries that a worker is to hold.
+
+    Attributes:
+        files: where they are.
+        ids: those wanted, in the order of the scores.
+        contraction: how they are put against sequences.
+        basis: the eigenbases in which they are; empty: the standard basis.
+    """
+
+    files: tuple[QueryFiles, ...]
+    ids: tuple[str, ...]
+    contraction: Contraction
+    basis: FactorFiles
+
+
+@dataclass
+class PackPart:
+    """A batch among those of a pack.
+
+    Attributes:
+        places: of its sequences in the caller's list; rows beyond them are filler.
+        tokens: padded tokens of a sequence.
+        inputs: input group -> a [N, T, M].
+        grads: layer -> g [N, T, P].
+    """
+
+    places: tuple[int, ...]
+    tokens: int
+    inputs: dict[str, Tensor]
+    grads: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.grads.values())))
+
+
+@dataclass
+class Pack:
+    """Batches that are scored together, in products of ``rows`` rows."""
+
+    parts: list[PackPart]
+    rows: int
+
+    @property
+    def counted(self) -> list[int]:
+        """Places of the sequences among the rows, filler left out."""
+        starts = [sum(len(part) for part in self.parts[:index]) for index in range(len(self.parts))]
+        return [start + at for start, part in zip(starts, self.parts, strict=True) for at in range(len(part.places))]
+
+    def norms(self, groups: Mapping[str, str]) -> Tensor:
+        """‖G_n‖ of each row."""
+        return torch.cat([squared_norms(part.inputs, part.grads, groups) for part in self.parts]).sqrt()
+
+
+def packs(parts: Iterable[PackPart], rows: int) -> Iterator[Pack]:
+    """Gather batches until a product of ``rows`` rows is full; a batch of more rows than that stands alone."""
+    held: list[PackPart] = []
+    for part in parts:
+        if held and sum(map(len, held)) + len(part) > rows:
+            yield Pack(held, rows)
+            held = []
+        if len(part) > rows:
+            yield Pack([part], len(part))
+        else:
+            held.append(part)
+    if held:
+        yield Pack(held, rows)
+
+
+class Bases:
+    """The eigenbases of all layers, in the precision of the products."""
+
+    def __init__(
+        self, folder: RunFolder, layers: Sequence[TrackedLayer], groups: Mapping[str, str], device: str
+    ) -> None:
+        self._folder, self._layers, self._groups, self._device = folder, layers, groups, device
+        self._of: tuple[FactorFiles, torch.dtype] | None = None
+        self._held: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+
+    def get(self, files: FactorFiles, dtype: torch.dtype) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+        """(Q_A, Q_S) of every layer, read unless they are held; Nones where ``files`` is empty."""
+        if self._of != (files, dtype):
+            self.drop()
+            leaders: dict[str, Tensor | None] = {}
+            for layer in self._layers:
+                group = self._groups[layer.name]
+                q_a, q_s = read_basis(self._folder, files, layer.name, group, dtype, self._device)
+                # Layers that read the same tensor share one basis of it.
+                self._held[layer.name] = leaders.setdefault(group, q_a), q_s
+            self._of = files, dtype
+        return self._held
+
+    def drop(self) -> None:
+        self._held, self._of = {}, None
+
+
+class Scorer:
+    """Queries ready to be put against packs."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        layers: Sequence[TrackedLayer],
+        groups: Mapping[str, str],
+        plan: Plan,
+        loaded: LoadedQueries,
+        bases: Bases,
+    ) -> None:
+        self.loaded, self._layers, self._groups = loaded, layers, groups
+        dtype = loaded.contraction.torch_dtype
+        self._queries = {
+            layer.name: LayerQueries.build(
+                layer.shape,
+                read_layer_queries(folder, loaded.files, layer, loaded.ids, dtype, plan.device),
+                plan.typical_tokens,
+                plan.tile,
+            )
+            for layer in layers
+        }
+        self._bases = bases.get(loaded.basis, dtype)
+
+    def layer_scores(self, pack: Pack) -> Iterator[Tensor]:
+        """[rows, Q] of each layer, in order."""
+        held: tuple[str, list[Tensor]] | None = None
+        for layer in self._layers:
+            group, (q_a, q_s) = self._groups[layer.name], self._bases[layer.name]
+            if held is None or held[0] != group:
+                held = group, [rotate(part.inputs[group], q_a) for part in pack.parts]
+            grads = [rotate(part.grads[layer.name], q_s) for part in pack.parts]
+            yield self._queries[layer.name].scores(list(zip(held[1], grads, strict=True)), pack.rows)
+
+    def token_scores(self, place: int, part: PackPart) -> Tensor:
+        """[N, T]: each token's share of the score of the query at ``place``, over all layers."""
+        whole = torch.zeros(len(part), part.tokens, dtype=torch.float64, device=next(iter(part.grads.values())).device)
+        for layer in self._layers:
+            q_a, q_s = self._bases[layer.name]
+            a, g = rotate(part.inputs[self._groups[layer.name]], q_a), rotate(part.grads[layer.name], q_s)
+            shares = self._queries[layer.name].token_scores(place, a, g)
+            # A module called c times has c·T rows; a token's share is the sum over its calls.
+            whole += shares.reshape(len(part), -1, part.tokens).sum(1)
+        return whole

@@ -1,0 +1,45 @@
+"""The precision of a run's products: chosen by the plan, held against a measured error before it is used."""
+
+from __future__ import annotations
+
+from raylux.engine.context import Context
+from raylux.engine.plan import choose_fit_rows
+from raylux.engine.records import CONTRACTION, Contraction
+from raylux.engine.work import Job, results
+from raylux.errors import RayluxError
+
+# RMS error of dot products of gradients, relative to their RMS, up to which bf16 is taken.
+LIMIT = 0.01
+_PROBES = 8
+
+
+def resolve(ctx: Context) -> Contraction:
+    """How products are taken in this run; measured once, when it is first asked for, and then kept in the ledger."""
+    dtype = ctx.plan.contraction
+    if dtype == "bfloat16" and ctx.config.engine.contraction_dtype == "auto":
+        known = ctx.folder.units(CONTRACTION).get("products")
+        dtype = known.meta["dtype"] if known else _measure(ctx)
+    return Contraction(dtype, _scores_the_fit(ctx))
+
+
+def _measure(ctx: Context) -> str:
+    rows = choose_fit_rows(ctx.ids, _PROBES, ctx.config.fit.seed)
+    if len(rows) < 2:
+        return "float32"
+    found = list(results(ctx.backend, "contraction_error", [Job("products", (rows,), None)]))
+    if found[0].failure is not None:
+        raise RayluxError(
+            f"the error of bf16 products could not be measured ({found[0].failure.reason}); "
+            "set engine.contraction_dtype=float32, or give workers more memory"
+        )
+    error = float(found[0].value)
+    dtype = "bfloat16" if error <= LIMIT else "float32"
+    ctx.reporter.say(f"products: {dtype} (error of bf16 products {error:.1e}, limit {LIMIT:.0e})")
+    ctx.folder.commit(CONTRACTION, "products", {}, dtype=dtype, error=error, numerics=[dict(found[0].numerics)])
+    return dtype
+
+
+def _scores_the_fit(ctx: Context) -> bool:
+    """Whether this command will score all sequences, those of the fit among them."""
+    everyone = ctx.config.prefilter.kind == "none" or ctx.config.prefilter.top >= len(ctx.ids)
+    return everyone and "score" in ctx.stages and ctx.config.fit.labels == "sampled"
