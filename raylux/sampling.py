@@ -14,7 +14,8 @@ import hashlib
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 17
+# Entries of the vocabulary that are drawn together first.
+_BLOCK = 64
 
 
 def _signed(value: int) -> int:
@@ -42,23 +43,33 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
-def exponential_noise(seed: int, keys: Tensor, positions: Tensor, vocabulary: int, dtype: torch.dtype) -> Tensor:
-    """Standard exponential noise [n, vocabulary] for n places given by keys and positions [n] int64."""
-    place = _mix(_mix(keys + _signed(seed * 0x9E3779B97F4A7C15 % (1 << 64))) + positions * _GOLDEN)
-    entries = torch.arange(1, vocabulary + 1, device=keys.device) * _GOLDEN
-    bits = _mix(place[:, None] + entries)
+def exponential_noise(places: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """Standard exponential noise [n, count] of n places [n] int64, as ``_places`` gives them."""
+    entries = torch.arange(1, count + 1, device=places.device) * _GOLDEN
+    bits = _mix(places[:, None] + entries)
     # −log(1 − u): the winners are small, and small ones keep all their digits even in float32.
     uniform = _shift(bits, 12).to(dtype).add_(0.5).mul_(2.0**-52)
     return uniform.neg_().log1p_().neg_()
 
 
+def _places(seed: int, keys: Tensor, positions: Tensor) -> Tensor:
+    return _mix(_mix(keys + _signed(seed * 0x9E3779B97F4A7C15 % (1 << 64))) + positions * _GOLDEN)
+
+
 def sample_labels(probabilities: Tensor, keys: Tensor, positions: Tensor, seed: int) -> Tensor:
-    """One label for each row of ``probabilities`` [n, V], drawn from it; [n] int64."""
-    rows = max(1, _CHUNK // probabilities.shape[1])
-    drawn = []
-    for start in range(0, len(probabilities), rows):
-        part = slice(start, start + rows)
-        p = probabilities[part]
-        noise = exponential_noise(seed, keys[part], positions[part], p.shape[1], p.dtype)
-        drawn.append((p / noise).argmax(1))
-    return torch.cat(drawn) if drawn else torch.zeros(0, dtype=torch.int64, device=probabilities.device)
+    """One label for each row of ``probabilities`` [n, V], drawn from it; [n] int64.
+
+    Drawn in two steps, a block of entries by its sum and an entry of that block: noise for V/64 + 64 entries.
+    """
+    count = probabilities.shape[1]
+    padded = torch.nn.functional.pad(probabilities, (0, -count % _BLOCK))
+    blocks = padded.unflatten(1, (-1, _BLOCK))
+    places = _places(seed, keys, positions)
+    chosen = _race(blocks.sum(2), places)
+    within = blocks[torch.arange(len(blocks), device=chosen.device), chosen]
+    # Never an entry of the padding, however all others are rounded to nothing: the first of equals wins.
+    return chosen * _BLOCK + _race(within, _mix(places))
+
+
+def _race(weights: Tensor, places: Tensor) -> Tensor:
+    return (weights / exponential_noise(places, weights.shape[1], weights.dtype)).argmax(1)

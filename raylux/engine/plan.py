@@ -24,7 +24,7 @@ GIB = 1 << 30
 # Nominal rates by which units are sized: a unit's compute is to outweigh the moving of its sums. They are
 # constants, not measurements, so that the same run is cut alike everywhere.
 _FLOPS = {"cpu": 1e11, "cuda": 2e14}
-_BYTES = {"cpu": 2e9, "cuda": 8e9}
+_BYTES = {"cpu": 5e8, "cuda": 8e9}
 _MOVE_SHARE = 20.0
 
 # A process with torch and transformers loaded, before any model.
