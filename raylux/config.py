@@ -121,6 +121,12 @@ class QuerySection(Section):
     max_error: Real = Field(
         0.01, ge=0.0, lt=1.0, description="allowed RMS error of a query's scores by low rank; 0: dense"
     )
+    low_rank: Literal["auto", "always"] = Field(
+        "auto", description="auto: compress s_test where all queries together are too large to be kept dense"
+    )
+    basis: Literal["auto", "standard", "eigen"] = Field(
+        "auto", description="eigen: leave s_test in the eigenbases and rotate the candidates; auto: the cheaper way"
+    )
     max_rank: Count = Field(256, description="above this rank a layer's s_test is kept dense")
     probes: Count | Auto = Field("auto", description="sequences on which the error is measured; auto: 32 to 128")
 

@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylux.batches import IGNORED, MOST_ROWS, Batch, TokenRow, bucket, collate, fit_batches, score_batches
+from raylux.batches import (
+    IGNORED,
+    MOST_ROWS,
+    Batch,
+    TokenRow,
+    bucket,
+    collate,
+    fit_batches,
+    is_scored_so,
+    longest,
+    score_batches,
+)
 
 lengths_of = st.lists(st.integers(1, 70), min_size=1, max_size=40)
 
@@ -45,8 +56,29 @@ def test_fit_batches_hold_every_sequence_once(lengths: list[int], batch_tokens: 
     batches = fit_batches(rows, batch_tokens, pad_left)
     check_holds(batches, rows)
     for batch in batches:
-        assert batch.input_ids.shape == (len(batch.rows), max(lengths[row] for row in batch.rows))
+        longest = max(lengths[row] for row in batch.rows)
+        assert len(batch.input_ids) == len(batch.rows)
         assert batch.input_ids.numel() <= batch_tokens or len(batch.rows) == 1
+        if batch.input_ids.shape[1] != longest:
+            assert is_scored_so(batch, batch_tokens)
+            assert batch.input_ids.numel() <= 1.05 * batch.tokens
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths_of, st.integers(1, 2000), st.integers(0, 2))
+def test_a_fit_batch_that_says_so_has_the_shape_of_the_scores(lengths: list[int], batch_tokens: int, more: int) -> None:
+    """Its rows get the same padding, company size and use of the mask as when they are scored."""
+    rows = rows_of(lengths * 4)
+    most = longest(np.array(lengths), None) + 8 * more
+    shapes = {
+        row: (batch.input_ids.shape, bool(batch.mask[place].all()))
+        for batch in score_batches(rows, batch_tokens, most)
+        for place, row in enumerate(batch.rows)
+    }
+    for batch in fit_batches(rows, batch_tokens, most=most):
+        if is_scored_so(batch, batch_tokens, most):
+            for place, row in enumerate(batch.rows):
+                assert shapes[row] == (batch.input_ids.shape, bool(batch.mask[place].all()))
 
 
 @settings(max_examples=40, deadline=None)

@@ -259,7 +259,6 @@ def test_rotating_tokens_or_gradients_first_is_the_same(
     totals = []
     for first in (True, False):
         monkeypatch.setattr("raylux.curvature.moments.rotate_tokens_first", lambda *_, first=first: first)
-        monkeypatch.setattr("raylux.curvature.moments._CHUNK_BYTES", 1 << 28 if first else 1)
         total = torch.ones(shape, dtype=torch.float64)
         add_second_moment(total, batch.a, batch.g, q_a, q_s)
         totals.append(total - 1)
@@ -380,6 +379,23 @@ def test_eigenbases_are_computed_in_float64() -> None:
     assert values.dtype == vectors.dtype == torch.float64
     whole = (x.T @ x).double()
     assert reference.difference(vectors @ torch.diag(values) @ vectors.T, (whole + whole.T) / 2) <= 1e-12
+
+
+def test_a_quick_eigenbasis_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 it holds the matrix as well as rounding allows; what does not is done again in float64."""
+    x = normal(300, 40)
+    whole = x.T @ x
+    values, vectors = eigenbasis(whole, "A", quick=True)
+    assert 1e-10 < reference.difference(vectors @ torch.diag(values) @ vectors.T, whole) <= 1e-5
+    eigh = torch.linalg.eigh
+
+    def spoilt(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = eigh(matrix)
+        return (values, vectors * 1.001) if matrix.dtype == torch.float32 else (values, vectors)
+
+    monkeypatch.setattr(torch.linalg, "eigh", spoilt)
+    values, vectors = eigenbasis(whole, "A", quick=True)
+    assert reference.difference(vectors @ torch.diag(values) @ vectors.T, whole) <= 1e-12
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -250,7 +250,11 @@ class TestIdentities:
     @pytest.mark.parametrize("low_rank", [False, True], ids=["dense", "low-rank"])
     def test_layers_and_tokens_sum_to_the_total(self, dtype: torch.dtype, tolerance: float, low_rank: bool) -> None:
         overrides = ["score.layers=true", f"score.token_top={len(TEXTS)}"]
-        run = attribute(build("llama", dtype, VOCAB), *overrides, *(["query.max_error=0.05"] if low_rank else []))
+        run = attribute(
+            build("llama", dtype, VOCAB),
+            *overrides,
+            *(["query.max_error=0.05", "query.low_rank=always"] if low_rank else []),
+        )
         for query in run.queries:
             scores = run.scores().sel(query=query)
             assert reference.difference(run.layer_scores(query).sum("layer"), scores) <= tolerance
@@ -275,7 +279,7 @@ class TestIdentities:
     def test_low_rank_keeps_its_bound(self) -> None:
         dense = attribute(gpt2(), "fit.labels=dataset")
         exact = dense.scores().values
-        run = attribute(gpt2(), "fit.labels=dataset", "query.max_error=0.2")
+        run = attribute(gpt2(), "fit.labels=dataset", "query.max_error=0.2", "query.low_rank=always")
         scores = run.scores().values
         error = np.sqrt(((scores - exact) ** 2).mean(1) / (exact**2).mean(1))
         assert (error <= 0.2).all()

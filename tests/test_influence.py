@@ -49,7 +49,7 @@ class TestContractions:
         assert (len(ways["against tokens"].factors), len(ways["against tokens"].tiles)) == (count, 0)
         assert (len(ways["expanded"].factors), len(ways["expanded"].tiles)) == (0, -(-count // TILE))
         for way in ways.values():
-            assert reference.difference(way.scores(a, g), expected) <= 1e-12
+            assert reference.difference(way.scores([(a, g)]), expected) <= 1e-12
 
     def test_all_kinds_in_one_layer(self) -> None:
         """Dense, low rank against tokens, low rank expanded, and nothing kept (rank 0), beside each other."""
@@ -65,10 +65,10 @@ class TestContractions:
         assert set(built.factors) == {place for place in low if tokens_pay(place % 5, 12, 10, tokens)}
         assert set() < set(built.factors) < low
         dense = [query if isinstance(query, Tensor) else query[0] @ query[1].T for query in queries]
-        assert reference.difference(built.scores(a, g), brute(dense, a, g)) <= 1e-12
+        assert reference.difference(built.scores([(a, g)]), brute(dense, a, g)) <= 1e-12
         for place in range(len(queries)):
             tokens_sum = built.token_scores(place, a, g).sum(1)
-            torch.testing.assert_close(tokens_sum, built.scores(a, g)[:, place], rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(tokens_sum, built.scores([(a, g)])[:, place], rtol=1e-12, atol=1e-12)
 
     def test_gradients_and_norms(self) -> None:
         a, g = normal(4, 3, 7, seed=1), normal(4, 3, 5, seed=2)
@@ -91,7 +91,7 @@ class TestContractions:
         for place in range(2):
             shares = built.token_scores(place, a, g)
             assert shares.shape == (6, 30)
-            assert reference.difference(shares.sum(1), built.scores(a, g)[:, place]) <= tolerance
+            assert reference.difference(shares.sum(1), built.scores([(a, g)])[:, place]) <= tolerance
 
 
 @pytest.fixture(params=[1, 2])
@@ -102,58 +102,97 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
+class TestBf16:
+    """Products in bf16: near the exact scores, and nearer the larger the layer."""
+
+    @pytest.mark.parametrize("shape", [(64, 65), (300, 129)])
+    @pytest.mark.parametrize("tile", [8, 64])
+    def test_near_the_exact_scores(self, shape: tuple[int, int], tile: int) -> None:
+        outputs, inputs = shape
+        a, g = normal(12, 40, inputs, seed=1), normal(12, 40, outputs, seed=2)
+        queries = [normal(outputs, inputs, seed=10 + place) for place in range(9)]
+        exact = LayerQueries.build(shape, queries, tokens=40).scores([(a, g)])
+        rounded = [query.bfloat16() for query in queries]
+        built = LayerQueries.build(shape, rounded, tokens=40, tile=tile)
+        found = built.scores([(a.bfloat16(), g.bfloat16())], 16)
+        assert found.dtype == torch.float32
+        assert float((found - exact).norm() / exact.norm()) < 0.01
+
+    def test_slices_of_a_layer_add_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In float64: a layer that is worked on in many slices gives what it gives in one."""
+        a, g = normal(5, 6, 7, seed=1), normal(5, 6, 30, seed=2)
+        queries = [normal(30, 7, seed=place) for place in range(11)]
+        whole = LayerQueries.build((30, 7), queries, tokens=6)
+        monkeypatch.setattr("raylux.influence.dots._SLICE", 28)
+        parts = LayerQueries.build((30, 7), queries, tokens=6)
+        assert (len(whole.tiles[0]), len(parts.tiles[0])) == (1, 8)
+        torch.testing.assert_close(parts.scores([(a, g)]), whole.scores([(a, g)]), rtol=1e-12, atol=1e-12)
+        for place in (0, 10):
+            torch.testing.assert_close(
+                parts.token_scores(place, a, g).sum(1), whole.scores([(a, g)])[:, place], rtol=1e-12, atol=1e-12
+            )
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
 @pytest.mark.usefixtures("threads")
 class TestEqualBits:
-    """Scores in float32, bit by bit. A GEMM that took another path by company would show here."""
+    """Scores bit by bit. A GEMM that took another path by company would show here."""
 
     SHAPES = ((24, 17), (96, 257), (7, 300), (128, 385))
 
     @staticmethod
-    def queries_of(shape: tuple[int, int], count: int) -> list[Stored]:
+    def queries_of(shape: tuple[int, int], count: int, dtype: torch.dtype) -> list[Stored]:
         """Every third one of low rank: some against tokens, some expanded."""
         queries: list[Stored] = []
         for place in range(count):
-            query = normal(*shape, seed=place, dtype=torch.float32)
-            queries.append(query if place % 3 else factorise(query, 1 + place % 5))
+            query = normal(*shape, seed=place, dtype=dtype)
+            left, right = factorise(query.float(), 1 + place % 5)
+            queries.append(query if place % 3 else (left.to(dtype), right.to(dtype)))
         return queries
 
     @pytest.mark.parametrize("rows", [1, 5])
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
-    def test_whichever_other_queries_stand_beside(self, shape: tuple[int, int], rows: int) -> None:
-        a = normal(rows, 12, shape[1], seed=1, dtype=torch.float32)
-        g = normal(rows, 12, shape[0], seed=2, dtype=torch.float32)
-        queries = self.queries_of(shape, 21)
-        together = LayerQueries.build(shape, queries, tokens=12).scores(a, g)
+    def test_whichever_other_queries_stand_beside(self, shape: tuple[int, int], rows: int, dtype: torch.dtype) -> None:
+        a = normal(rows, 12, shape[1], seed=1, dtype=dtype)
+        g = normal(rows, 12, shape[0], seed=2, dtype=dtype)
+        queries = self.queries_of(shape, 21, dtype)
+        together = LayerQueries.build(shape, queries, tokens=12).scores([(a, g)])
         random = np.random.default_rng(0)
         companies = [[place] for place in range(0, 21, 4)]
         companies += [random.permutation(21)[:size].tolist() for size in (2, 3, 8, 9, 17, 21)]
         for company in companies:
-            found = LayerQueries.build(shape, [queries[place] for place in company], tokens=12).scores(a, g)
+            found = LayerQueries.build(shape, [queries[place] for place in company], tokens=12).scores([(a, g)])
             assert torch.equal(found, together[:, company]), company
 
     @pytest.mark.parametrize(("rows", "tokens"), [(1, 12), (2, 13), (5, 12), (5, 13), (16, 12)])
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
-    def test_whichever_rows_share_the_batch(self, shape: tuple[int, int], rows: int, tokens: int) -> None:
+    def test_whichever_rows_share_the_batch(
+        self, shape: tuple[int, int], rows: int, tokens: int, dtype: torch.dtype
+    ) -> None:
         many = 24
-        a = normal(many, tokens, shape[1], seed=1, dtype=torch.float32)
-        g = normal(many, tokens, shape[0], seed=2, dtype=torch.float32)
-        built = LayerQueries.build(shape, self.queries_of(shape, 11), tokens=12)
+        a = normal(many, tokens, shape[1], seed=1, dtype=dtype)
+        g = normal(many, tokens, shape[0], seed=2, dtype=dtype)
+        built = LayerQueries.build(shape, self.queries_of(shape, 11, dtype), tokens=12)
         random = np.random.default_rng(rows)
         found: dict[int, Tensor] = {}
         for _ in range(5):
             chosen = random.permutation(many)[:rows]
-            scores = built.scores(a[chosen], g[chosen])
+            scores = built.scores([(a[chosen], g[chosen])], 16)
             for place, row in enumerate(chosen.tolist()):
                 assert torch.equal(found.setdefault(row, scores[place]), scores[place])
         # Filler repeats a row: so it must have that row's bits.
-        repeated = built.scores(a[:1].expand(rows, -1, -1), g[:1].expand(rows, -1, -1))
+        repeated = built.scores([(a[:1].expand(rows, -1, -1), g[:1].expand(rows, -1, -1))], 16)
         assert all(torch.equal(repeated[0], row) for row in repeated)
 
     @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
-    def test_tokens_whichever_other_queries_stand_beside(self, shape: tuple[int, int]) -> None:
-        a = normal(4, 12, shape[1], seed=1, dtype=torch.float32)
-        g = normal(4, 12, shape[0], seed=2, dtype=torch.float32)
-        queries = self.queries_of(shape, 10)
+    def test_tokens_whichever_other_queries_stand_beside(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        a = normal(4, 12, shape[1], seed=1, dtype=dtype)
+        g = normal(4, 12, shape[0], seed=2, dtype=dtype)
+        queries = self.queries_of(shape, 10, dtype)
         together = LayerQueries.build(shape, queries, tokens=12)
         for place, query in enumerate(queries):
             alone = LayerQueries.build(shape, [query], tokens=12)

@@ -23,14 +23,17 @@ from tests.small import QUERIES, Inputs, contents, differing, error, make_inputs
 
 # Wide enough that four components fewer than the layers' size halve an s_test's memory.
 WIDE = {"hidden_size": 48, "intermediate_size": 96}
-DENSE, LOW_RANK = "query.max_error=0", "query.max_error=0.05"
-CASES: dict[str, tuple[str, dict[str, Any], str]] = {
+DENSE, LOW_RANK = ("query.max_error=0",), ("query.max_error=0.05", "query.low_rank=always")
+# The fast path: products in bf16, queries left in the eigenbases, everything scored while it is at hand.
+FAST = ("engine.contraction_dtype=bfloat16", "query.basis=eigen")
+CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "gpt2": ("gpt2", {}, DENSE),
     "llama": ("llama", {}, DENSE),
     "low-rank": ("llama", WIDE, LOW_RANK),
+    "fast": ("gpt2", {}, FAST),
 }
 # (workers, shards): processes take long to start, so each case has its own pair, and together they have all.
-CLUSTERS = {"gpt2": (2, 3), "llama": (1, 2), "low-rank": (3, 1)}
+CLUSTERS = {"gpt2": (2, 3), "llama": (1, 2), "low-rank": (3, 1), "fast": (2, 2)}
 FLOAT32, FLOAT64 = 1e-4, 1e-9
 
 
@@ -45,7 +48,7 @@ class Case:
         self.usual = contents(base / "usual")
 
     def run(self, folder: str, *overrides: str) -> Path:
-        self.inputs.run(self.base / folder, self.rank, *overrides)
+        self.inputs.run(self.base / folder, *self.rank, *overrides)
         return self.base / folder
 
 

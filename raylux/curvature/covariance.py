@@ -102,13 +102,15 @@ def eigenbasis(covariance: Tensor, name: str, quick: bool = False) -> tuple[Tens
     """
     if not torch.isfinite(covariance).all():
         raise NumericsError(f"{name}: the covariance holds NaN or infinity")
-    matrix = (covariance + covariance.T) / 2
+    matrix = covariance.double()
+    matrix = (matrix + matrix.T) / 2
     try:
         if quick:
-            values, vectors = torch.linalg.eigh(matrix.float())
-            if _holds(matrix.float(), values, vectors):
+            rounded = matrix.float()
+            values, vectors = torch.linalg.eigh(rounded)
+            if _holds(rounded, values, vectors):
                 return values.clamp_(min=0.0).double(), vectors.double()
-        values, vectors = torch.linalg.eigh(matrix.double())
+        values, vectors = torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError as error:
         raise NumericsError(f"{name}: the eigendecomposition failed ({error})") from None
     return values.clamp_(min=0.0), vectors

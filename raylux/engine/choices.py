@@ -78,17 +78,16 @@ def products(
         sequences: of the corpus.
     """
     itemsize = 2 if contraction(config, device, layers) == "bfloat16" else 4
-    low_rank = config.query.max_error > 0 and queries * itemsize * sum(x.parameters for x in layers) > _DENSE_BYTES
+    large = queries * itemsize * sum(layer.parameters for layer in layers) > _DENSE_BYTES
+    low_rank = config.query.max_error > 0 and (large or config.query.low_rank == "always")
     top = sequences if config.prefilter.kind == "none" else min(sequences, config.prefilter.top * queries)
-    eigen = (
-        KINDS[config.curvature.kind].basis
-        and not low_rank
-        and top * candidate_rotation(layers, groups, tokens) < queries * query_rotation(layers)
-    )
+    cheaper = top * candidate_rotation(layers, groups, tokens) < queries * query_rotation(layers)
+    wanted = {"auto": cheaper and not low_rank, "standard": False, "eigen": True}[config.query.basis]
+    eigen = wanted and KINDS[config.curvature.kind].basis
     captured = itemsize * tokens * sum(captured_width(layer, groups) for layer in layers)
     rows = max((size for size in (8, MOST_ROWS, 32) if size * captured <= _PACK_BYTES[device]), default=1)
     tile = max(size for size in _TILES if size <= max(_TILES[0], queries))
-    return Products(rows, tile, "eigen" if eigen else "standard", low_rank)
+    return Products(rows, tile, "eigen" if eigen else "standard", low_rank and not eigen)
 
 
 def captured_width(layer: TrackedLayer, groups: Mapping[str, str]) -> int:

@@ -313,7 +313,7 @@ class GradientWorker:
         for pack in self._packs(rows, loaded.contraction):
             places = [place for part in pack.parts for place in part.places]
             counted = torch.tensor(pack.counted, device=self.device)
-            whole = torch.zeros(len(counted), len(loaded.ids), dtype=torch.float64, device=self.device)
+            whole = torch.zeros(sum(map(len, pack.parts)), len(loaded.ids), dtype=torch.float64, device=self.device)
             for index, part in enumerate(scorer.layer_scores(pack)):
                 whole += part
                 if by_layer is not None:

@@ -46,6 +46,7 @@ class LayerQueries:
         dtype: of the products.
         tiles: dense s_test, each [tile, P, M], zero where a query is not dense, held slice by slice of P.
         factors: query -> (left [P, R], right [M, R]) of the low-rank ones, R never 1.
+        slices: of P, in which a gradient is formed and multiplied.
     """
 
     count: int
@@ -53,6 +54,7 @@ class LayerQueries:
     dtype: torch.dtype
     tiles: list[list[Tensor]] = field(default_factory=list)
     factors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    slices: list[slice] = field(default_factory=list)
 
     @classmethod
     def build(
@@ -73,6 +75,8 @@ class LayerQueries:
         outputs, inputs = shape
         first = queries[0] if queries else torch.zeros(0)
         result = cls(len(queries), shape, (first if isinstance(first, Tensor) else first[0]).dtype)
+        step = max(1, _SLICE // inputs)
+        result.slices = [slice(start, min(start + step, outputs)) for start in range(0, outputs, step)]
         dense: dict[int, Tensor] = {}
         for place, query in enumerate(queries):
             if isinstance(query, Tensor):
@@ -88,13 +92,8 @@ class LayerQueries:
                 for place in range(start, min(start + tile, len(queries))):
                     if place in dense:
                         whole[place - start] = dense.pop(place)
-                result.tiles.append([whole[:, part].reshape(tile, -1) for part in result._slices()])
+                result.tiles.append([whole[:, part].reshape(tile, -1) for part in result.slices])
         return result
-
-    def _slices(self) -> list[slice]:
-        outputs, inputs = self.shape
-        step = max(1, _SLICE // inputs)
-        return [slice(start, min(start + step, outputs)) for start in range(0, outputs, step)]
 
     def scores(self, parts: Sequence[tuple[Tensor, Tensor]], rows: int | None = None) -> Tensor:
         """Scores of the sequences of some batches.
@@ -119,7 +118,7 @@ class LayerQueries:
 
     def _dense(self, parts: Sequence[tuple[Tensor, Tensor]], result: Tensor) -> None:
         inputs = self.shape[1]
-        for index, part in enumerate(self._slices()):
+        for index, part in enumerate(self.slices):
             size = part.stop - part.start
             gradient = torch.zeros(len(result), size, inputs, dtype=self.dtype, device=result.device)
             at = 0
@@ -144,7 +143,7 @@ class LayerQueries:
             return ((g @ left).to(wide) * (a @ right)).sum(2)[:, :tokens]
         width = len(self.tiles[0][0])
         total = torch.zeros(a.shape[:2], dtype=wide, device=a.device)
-        for part, tile in zip(self._slices(), self.tiles[place // width], strict=True):
+        for part, tile in zip(self.slices, self.tiles[place // width], strict=True):
             query = tile[place % width].view(-1, self.shape[1])
             total += ((g[..., part] @ query).to(wide) * a).sum(2)
         return total[:, :tokens]

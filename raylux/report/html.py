@@ -63,8 +63,12 @@ def render(run: Run, k: int = 20, negative: int = 3) -> str:
 
 def visible(text: Any, limit: int = _TEXT_LIMIT) -> str:
     """The text without characters that a page cannot show or that reorder what stands beside it."""
-    kept = "".join(c if c in "\n\t" or unicodedata.category(c) not in {"Cc", "Cs", "Cf"} else "�" for c in str(text))
-    return kept if len(kept) <= limit else kept[:limit] + " …"
+    # Cut first: of a long text only what is shown is looked at.
+    whole = str(text)
+    kept = whole[:limit]
+    if not (kept.isascii() and kept.isprintable()):
+        kept = "".join(c if c in "\n\t" or unicodedata.category(c) not in {"Cc", "Cs", "Cf"} else "�" for c in kept)
+    return kept if len(whole) <= limit else kept + " …"
 
 
 def _query(run: Run, name: str, record: dict[str, Any], k: int, negative: int) -> dict[str, Any]:
