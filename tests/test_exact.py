@@ -33,6 +33,7 @@ TEXTS = tuple(
 )
 ASKED = (("anna lives in", "paris"), ("boris and carla", "very dear to rome"))
 # Small units and batches: sums over several units, batches with padding and with filler.
+LOW_RANK = ("query.max_error=0.05", "query.low_rank=always")
 PARTS = ("fit.unit_tokens=70", "engine.batch_tokens=64", "score.unit_size=7", "query.max_error=0")
 
 
@@ -253,7 +254,7 @@ class TestIdentities:
         run = attribute(
             build("llama", dtype, VOCAB),
             *overrides,
-            *(["query.max_error=0.05", "query.low_rank=always"] if low_rank else []),
+            *(LOW_RANK if low_rank else ()),
         )
         for query in run.queries:
             scores = run.scores().sel(query=query)

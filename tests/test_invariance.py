@@ -138,7 +138,7 @@ def exact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     inputs = make_inputs(base / "inputs", architecture)
 
     def run(folder: str, *overrides: str, of: Inputs = inputs) -> np.ndarray:
-        found = of.run(base / folder, DENSE, f"model.dtype={dtype}", "score.token_top=0", *overrides)
+        found = of.run(base / folder, *DENSE, f"model.dtype={dtype}", "score.token_top=0", *overrides)
         return found.scores().sortby("sequence").to_numpy()
 
     usual = run("usual")
