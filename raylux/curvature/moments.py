@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from raylux.cost.contraction import rotate_tokens_first
+
 _CHUNK_BYTES = 1 << 28
 
 
@@ -36,8 +38,3 @@ def add_second_moment(total: Tensor, a: Tensor, g: Tensor, q_a: Tensor | None, q
         gradient = gradient if q_s is None else q_s.T @ gradient
         gradient = gradient if q_a is None else gradient @ q_a
         total.add_(gradient.square_().sum(0))
-
-
-def rotate_tokens_first(tokens: int, outputs: int, inputs: int) -> bool:
-    """True where T·(M² + P²) multiplications cost no more than P·M·(P + M) for the formed gradient."""
-    return tokens * (inputs**2 + outputs**2) <= outputs * inputs * (outputs + inputs)
