@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -85,7 +86,7 @@ def _cut(layers: Layers, held: Callable[[TrackedLayer], float], room: float) -> 
     least = math.ceil(sum(map(held, layers)) / room)
     for count in range(least, len(layers) + 1):
         ends = [round(len(layers) * place / count) for place in range(count + 1)]
-        blocks = [layers[start:stop] for start, stop in zip(ends, ends[1:], strict=False)]
+        blocks = [layers[start:stop] for start, stop in itertools.pairwise(ends)]
         if all(sum(map(held, block)) <= room for block in blocks):
             return list(blocks)
     return None
