@@ -14,6 +14,7 @@ EIGENBASIS_FORM = "queries left in the eigenbasis"
 SHARED_ROTATION = "one rotation per input group"
 SYMMETRIC = "symmetric rank-k covariances"
 TOKEN_SOLVE = "a query's tokens rotated instead of its gradient"
+LAYERWISE = "queries solved a layer at a time, every basis and probe read once"
 RANGE_FINDER = "low rank by a randomised range finder"
 SPLIT = "a model over several devices"
 ENGINE: frozenset[str] = frozenset()
@@ -26,6 +27,7 @@ AHEAD = frozenset(
         SHARED_ROTATION,
         SYMMETRIC,
         TOKEN_SOLVE,
+        LAYERWISE,
         RANGE_FINDER,
         SPLIT,
     }

@@ -27,6 +27,15 @@ _MOMENT_CHUNK = 2 * (1 << 28)
 _BLOCK_OPERATIONS, LAYER_OPERATIONS = 60, 6
 
 
+# Of a node's host memory, what factor shards may take: object store, workers and page cache need the rest.
+SHARD_SHARE = 0.5
+
+
+def shard_room(cluster: Cluster) -> float:
+    """Bytes that all factor shards may hold together."""
+    return cluster.nodes * cluster.host_memory_gb * 1e9 * SHARD_SHARE
+
+
 def base_bytes(device: Device) -> float:
     """A worker before its model."""
     return _GPU_BASE if device.gpu else float(PROCESS_BYTES)
@@ -45,20 +54,28 @@ def batch_tokens(work: Workload, wanted: Layers | None = None) -> tuple[int, ...
 
 
 def passes(
-    work: Workload, device: Device, held: Callable[[TrackedLayer], float], can: frozenset[str]
+    work: Workload, cluster: Cluster, held: Callable[[TrackedLayer], float], sums: float, can: frozenset[str]
 ) -> tuple[list[Layers], int]:
     """Layers of each pass, the last of the model first, and the batch that makes the passes fewest.
+
+    Args:
+        work: what is computed.
+        cluster: its workers hold the model, a batch and what ``held`` says; its shards the sums.
+        held: bytes of a worker for a layer of the pass.
+        sums: bytes of all shards for all layers in one pass.
+        can: what may be chosen.
 
     Raises:
         UserError: not even one layer fits beside the model, or the passes are more than the engine makes.
     """
-    layers = work.model.tracked
+    layers, device = work.model.tracked, cluster.worker
+    least = math.ceil(sums / shard_room(cluster))
     best: tuple[list[Layers], int] | None = None
     short = math.inf
     for batch in batch_tokens(work):
         room = device.memory - base_bytes(device) - model_bytes(work)
         room -= batch * work.model.activation_bytes(work.itemsize, layers)
-        blocks = _cut(layers, held, room)
+        blocks = _cut(layers, held, room, least)
         if blocks is None:
             short = min(short, max(map(held, layers)) - room)
         elif best is None or len(blocks) < len(best[0]):
@@ -79,11 +96,11 @@ def passes(
     return best
 
 
-def _cut(layers: Layers, held: Callable[[TrackedLayer], float], room: float) -> list[Layers] | None:
-    """Runs of layers that fit into ``room`` bytes, about equal; None: one alone does not."""
+def _cut(layers: Layers, held: Callable[[TrackedLayer], float], room: float, least: int) -> list[Layers] | None:
+    """At least ``least`` runs of layers that fit into ``room`` bytes, about equal; None: one alone does not."""
     if max(map(held, layers)) > room:
         return None
-    least = math.ceil(sum(map(held, layers)) / room)
+    least = max(least, math.ceil(sum(map(held, layers)) / room))
     for count in range(least, len(layers) + 1):
         ends = [round(len(layers) * place / count) for place in range(count + 1)]
         blocks = [layers[start:stop] for start, stop in itertools.pairwise(ends)]
@@ -96,7 +113,7 @@ def model_work(work: Workload, device: Device, tokens: float, batch: float, bloc
     """Forward and backward of ``tokens`` tokens, once for each pass, down to the pass's lowest layer."""
     model, precision, size = work.model, work.dtype, min(batch, work.model.hidden)
     touched = tokens * model.pass_bytes(work.itemsize)
-    starting = tokens / batch * model.blocks * _BLOCK_OPERATIONS * device.operation_us * 1e-6 * len(blocks)
+    starting = device.starting(tokens / batch * model.blocks * _BLOCK_OPERATIONS * len(blocks))
     forward = tokens * model.forward_flops(work.tokens) * len(blocks)
     backward = tokens * sum(model.backward_flops(work.tokens, block[0].name) for block in blocks)
     elementwise = touched * len(blocks)
@@ -116,7 +133,7 @@ def covariance(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
         leads = layer.inputs**2 if layer.name in model.leaders else 0
         return float(itemsize * (layer.outputs**2 + leads))
 
-    blocks, batch = passes(work, device, held, can)
+    blocks, batch = passes(work, cluster, held, covariance_bytes(model.tracked, groups, 8), can)
     share = 0.5 if costs.SYMMETRIC in can else 1.0
     size = min(batch, model.hidden)
     flops = work.fit_tokens * 2.0 * sum(covariance_entries(model.tracked, groups)) * share
@@ -132,13 +149,14 @@ def covariance(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
     disk = covariance_bytes(model.tracked, groups, work.stored)
     stage = StageCost(
         "covariance", tuple(works), units * len(blocks), cluster.workers, cluster.devices, worker,
-        covariance_bytes(model.tracked, groups, 8), disk, units * sums,
+        min(shard_room(cluster), covariance_bytes(model.tracked, groups, 8)), disk, units * sums,
     )  # fmt: skip
     return stage, [
         _pass_choice("covariance passes", blocks, sum(map(held, model.tracked)), work, device, batch),
         Choice(
             "fit unit",
-            f"{work.unit_tokens:,} tokens, {units} units",
+            f"{work.unit_tokens:,} tokens, {units} units"
+            + (f"; {stage.idle:.0%} of the workers' time is idle" if stage.idle > 0.1 else ""),
             f"one set of sums is {sums / 1e9:,.2f} GB; moving it costs "
             f"{move(sums, cluster).seconds / max(1e-12, stage.work_seconds / units):.1%} of a unit's time",
         ),
@@ -182,7 +200,7 @@ def moments(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[Stag
         leads = layer.inputs**2 if layer.name in model.leaders else 0
         return float(basis * (layer.outputs**2 + leads) + work.stored * layer.parameters)
 
-    blocks, batch = passes(work, device, held, can)
+    blocks, batch = passes(work, cluster, held, layer_bytes(model.tracked, 8), can)
     shared = costs.SHARED_ROTATION in can
     tokens, sequences = work.fit_tokens, work.fit_sequences
     rotation = sum(rotation_flops(layer, work.tokens, shared and layer.name not in model.leaders)[0]
@@ -190,7 +208,7 @@ def moments(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[Stag
     forming = 2.0 * sum(layer.parameters for layer in model.tracked)
     squared = sequences * _SQUARING_PASSES * layer_bytes(model.tracked, work.stored)
     small = min(work.tokens, *(min(layer.shape) for layer in model.tracked))
-    starting = tokens / batch * len(model.tracked) * LAYER_OPERATIONS * device.operation_us * 1e-6
+    starting = device.starting(tokens / batch * len(model.tracked) * LAYER_OPERATIONS)
     units = max(1, math.ceil(tokens / work.unit_tokens))
     sums = layer_bytes(model.tracked, work.stored)
     side = min(min(layer.shape) for layer in model.tracked)
@@ -204,7 +222,7 @@ def moments(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[Stag
     worker = resident(work, device, batch, blocks, held) + min(_MOMENT_CHUNK, 2.0 * sums)
     stage = StageCost(
         "lambda", tuple(works), units * len(blocks), cluster.workers, cluster.devices, worker,
-        layer_bytes(model.tracked, 8), sums, units * sums,
+        min(shard_room(cluster), layer_bytes(model.tracked, 8)), sums, units * sums,
     )  # fmt: skip
     first = sum(rotation_flops(layer, work.tokens)[1] for layer in model.tracked)
     return stage, [

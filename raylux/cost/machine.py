@@ -57,6 +57,10 @@ class Device(Section):
         """The longer of computing and of moving ``touched`` bytes through memory."""
         return max(flops / self.rate(precision, size), touched / (self.bandwidth_gb_s * 1e9))
 
+    def starting(self, operations: float) -> float:
+        """Seconds of starting operations from Python; a GPU computes meanwhile."""
+        return 0.0 if self.gpu else operations * self.operation_us * 1e-6
+
     def eigh_seconds(self, n: int) -> float:
         """Of one symmetric n × n eigendecomposition with vectors in float64."""
         return eigh_flops(n) / (self.eigh_tflops * 1e12 * _share(self.eigh_small, n))

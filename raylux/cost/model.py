@@ -15,9 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from raylux.layers import Coverage, TrackedLayer
 
-# Numbers of the width of a block, and of its MLP, that the forward pass of a token writes or reads beside its
-# products (norms, residuals, activations); the backward pass does twice that.
-_HIDDEN_PASSES, _WIDE_PASSES = 16, 6
+# How often the numbers of a token are written or read beside the products, by forward and backward together: those
+# of the residual stream (norms, residuals, positions), and those of the MLP's wide outputs (activation, gate).
+_HIDDEN_PASSES, _WIDE_PASSES = 48, 7
+# Activations that transformers spells out in single operations instead of one.
+_SPELLED_OUT = {"gelu_new": 48, "gelu_fast": 48, "quick_gelu": 16}
 # Numbers of the vocabulary's width: the chosen logits, log-softmax and its gradient, each written and read.
 _VOCABULARY_PASSES = 10
 
@@ -35,6 +37,7 @@ class ModelShape:
         hidden: width of the residual stream.
         attention: heads × head size.
         vocabulary: V.
+        wide_passes: times that a number of the MLP's wide outputs is read or written beside the products.
     """
 
     tracked: tuple[TrackedLayer, ...]
@@ -45,6 +48,7 @@ class ModelShape:
     hidden: int
     attention: int
     vocabulary: int
+    wide_passes: int = _WIDE_PASSES
 
     @classmethod
     def of(cls, model: nn.Module, covered: Coverage, groups: Mapping[str, str]) -> ModelShape:
@@ -57,6 +61,7 @@ class ModelShape:
             if isinstance(module, nn.Linear | Conv1D) and isinstance(module.weight, nn.Parameter)
         )
         hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+        activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
         size = getattr(config, "head_dim", None) or hidden // heads
         return cls(
             covered.tracked,
@@ -67,6 +72,7 @@ class ModelShape:
             hidden,
             heads * int(size),
             int(config.vocab_size),
+            _SPELLED_OUT.get(str(activation), _WIDE_PASSES),
         )
 
     @property
@@ -91,7 +97,7 @@ class ModelShape:
     def pass_bytes(self, itemsize: int) -> float:
         """Bytes that the elementwise work of a token's forward and backward pass moves."""
         wide = self._wide()
-        block = 3 * (_HIDDEN_PASSES * self.hidden + _WIDE_PASSES * wide)
+        block = _HIDDEN_PASSES * self.hidden + self.wide_passes * wide
         return float(itemsize * self.blocks * block + 4 * _VOCABULARY_PASSES * self.vocabulary)
 
     def activation_bytes(self, itemsize: int, wanted: Sequence[TrackedLayer]) -> float:

@@ -11,9 +11,6 @@ from raylux.cost.sizes import covariance_bytes, layer_bytes
 from raylux.cost.workload import Workload
 from raylux.errors import UserError
 
-# Of a node's host memory, what factor shards may take: object store, workers and page cache need the rest.
-SHARD_SHARE = 0.5
-
 
 def plan_run(work: Workload, cluster: Cluster, can: frozenset[str] = costs.ENGINE) -> RunPlan:
     """What a run costs on a cluster.
@@ -27,7 +24,7 @@ def plan_run(work: Workload, cluster: Cluster, can: frozenset[str] = costs.ENGIN
         UserError: it cannot work; the line names the smallest change that would help.
     """
     _check_model(work, cluster, can)
-    choices = [_shards(work, cluster)] if work.basis or work.moments else []
+    choices = [_shards(work, cluster, can)] if work.basis or work.moments else []
     makers = [fit.covariance, fit.eigenbases] if work.basis else []
     makers += [fit.moments] if work.moments else []
     stages = []
@@ -62,17 +59,19 @@ def _check_model(work: Workload, cluster: Cluster, can: frozenset[str]) -> None:
     )
 
 
-def _shards(work: Workload, cluster: Cluster) -> Choice:
+def _shards(work: Workload, cluster: Cluster, can: frozenset[str]) -> Choice:
     """As many shards as workers, at most one per input group; they live in host memory."""
     layers, groups = work.model.tracked, work.model.groups
     sums = max(covariance_bytes(layers, groups, 8) if work.basis else 0, layer_bytes(layers, 8) if work.moments else 0)
-    per_node = cluster.host_memory_gb * 1e9 * SHARD_SHARE
-    if sums > cluster.nodes * per_node:
-        nodes = math.ceil(sums / per_node)
+    room, nodes = fit.shard_room(cluster), cluster.nodes
+    # In layer passes the shards hold the sums of one pass at a time.
+    least = 8 * max(layer.outputs**2 + layer.inputs**2 for layer in layers) if costs.PASSES in can else sums
+    if least > room:
+        more = math.ceil(least / (room / nodes))
         raise UserError(
-            f"the factors do not fit: their sums take {sums / 1e9:,.1f} GB, the shards of {cluster.nodes} "
-            f"node{'s' * (cluster.nodes > 1)} {cluster.nodes * per_node / 1e9:,.1f} GB; take {nodes} nodes, or "
-            f"host_memory_gb: {sums / SHARD_SHARE / cluster.nodes / 1e9:,.0f}"
+            f"the factors do not fit: their sums take {least / 1e9:,.1f} GB, the shards of {nodes} "
+            f"node{'s' * (nodes > 1)} have {room / 1e9:,.1f} GB; take {more} nodes, or "
+            f"host_memory_gb: {math.ceil(least / fit.SHARD_SHARE / nodes / 1e7) / 100:,}"
         )
     count = min(cluster.workers, len(work.model.leaders))
     return Choice(

@@ -47,13 +47,15 @@ def query(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
         Work("eigendecomposition", count * sum(map(eigh_flops, grams)), 0.0,
              count * sum(map(device.eigh_seconds, grams)))
     )  # fmt: skip
+    block = query_block(layers, work.stored)
+    blocks = 1 if costs.LAYERWISE in can else math.ceil(count / block)
     if low:
-        works += _probes(work, device, query_block(layers, work.stored))
+        works += _probes(work, device, blocks)
     disk = count * work.query_bytes()
-    bases = math.ceil(count / query_block(layers, work.stored)) * covariance_bytes(layers, model.groups, work.stored)
+    bases = blocks * (covariance_bytes(layers, model.groups, work.stored) if work.basis else 0)
     works.append(store(disk + bases, cluster))
     dense = count * layer_bytes(layers, work.stored)
-    held = min(query_block(layers, work.stored), count) * layer_bytes(layers, work.stored)
+    held = min(block, count) * layer_bytes(layers, work.stored)
     # Per layer Q_A, Q_S and Λ; the block's s_test, its factors, and what the probes are measured with.
     largest = max(2 * (layer.inputs**2 + layer.outputs**2) + 3 * layer.parameters for layer in layers) * work.stored
     parallel = min(cluster.workers, len(model.leaders))
@@ -63,12 +65,19 @@ def query(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
         float(held * (2 if low else 1) + largest), disk, disk + bases,
     )  # fmt: skip
     compressed = sum(1 for layer in layers if work.stored_rank(layer))
+    times = "read once" if blocks == 1 else f"read {blocks:,} times"
     found = "by a randomised range finder" if finder else "by Gram matrices and eigh"
     return stage, [
         Choice(
             "s_test",
             f"rank {work.rank} assumed in {compressed} of {len(layers)} layers" if compressed else "dense",
             f"{disk / 1e9:,.2f} GB at rest, {dense / 1e9:,.2f} GB dense; the run measures the rank",
+        ),
+        Choice(
+            "solve",
+            "a layer at a time" if costs.LAYERWISE in can else f"{blocks:,} blocks of {min(block, count)} queries",
+            f"bases and probes {times}: {bases / 1e9:,.2f} GB",
+            costs.LAYERWISE not in can,
         ),
         *([Choice("compression", found, _why_finder(layers), not finder)] if low else []),
     ]
@@ -90,9 +99,9 @@ def _why_finder(layers: Sequence[object]) -> str:
     return f"one decomposition per query and layer, {len(layers)} layers"
 
 
-def _probes(work: Workload, device: Device, block: int) -> list[Work]:
+def _probes(work: Workload, device: Device, blocks: int) -> list[Work]:
     """Every block of queries is scored on the probes, dense and by component."""
-    layers, blocks = work.model.tracked, math.ceil(work.queries / block)
+    layers = work.model.tracked
     tokens = blocks * work.probes * work.tokens
     ranks = [rank_limit(work.max_rank, layer) for layer in layers]
     parts = sum(rank * (layer.outputs + layer.inputs) for rank, layer in zip(ranks, layers, strict=True))
@@ -139,7 +148,7 @@ def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     forming = count * work.padding * sum(form.forming for form in chosen.forms)
     rotation = count * work.padding * sum(form.rotation for form in chosen.forms)
     dots = count * sum(form.dots + form.per_batch / _sequences(work, batch) for form in chosen.forms)
-    starting = tokens / batch * len(layers) * LAYER_OPERATIONS * device.operation_us * 1e-6
+    starting = device.starting(tokens / batch * len(layers) * LAYER_OPERATIONS)
     works = [
         *model_work(work, device, tokens * chosen.tiles, batch, [layers]),
         Work("rotation", rotation, 0.0, device.seconds(rotation, work.contraction)),
@@ -164,9 +173,14 @@ def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
 
 
 def choose_scoring(work: Workload, device: Device, can: frozenset[str]) -> Scoring:
-    """The cheapest way by FLOPs that fits: exact in one or more tiles of queries, or two stages."""
+    """The cheapest way by FLOPs that fits, with the largest batch that it fits beside."""
+    found = [_scoring(work, device, can, float(batch)) for batch in batch_tokens(work)]
+    return min(found, key=lambda scoring: scoring.flops * (1 if scoring.room > 0 else math.inf))
+
+
+def _scoring(work: Workload, device: Device, can: frozenset[str], batch: float) -> Scoring:
+    """Exact in one or more tiles of queries, or two stages, with batches of ``batch`` tokens."""
     model, layers = work.model, work.model.tracked
-    batch = float(batch_tokens(work)[-1] if work.batch_tokens is None else batch_tokens(work)[0])
     room = device.memory - base_bytes(device) - model_bytes(work)
     room -= batch * model.activation_bytes(work.itemsize, layers)
     allowed = {contraction.DENSE, contraction.TOKENS}
