@@ -152,6 +152,13 @@ def covariance(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
         min(shard_room(cluster), covariance_bytes(model.tracked, groups, 8)), disk, units * sums,
     )  # fmt: skip
     return stage, [
+        Choice(
+            "covariance products",
+            "symmetric rank-k" if share < 1 else "full",
+            f"{flops / work.fit_tokens / 1e9:,.3g} GFLOP per token for {len(model.leaders)} A and "
+            f"{len(model.tracked)} S",
+            share == 1,
+        ),
         _pass_choice("covariance passes", blocks, sum(map(held, model.tracked)), work, device, batch),
         Choice(
             "fit unit",
@@ -229,9 +236,11 @@ def moments(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[Stag
         _pass_choice("Λ passes", blocks, sum(map(held, model.tracked)), work, device, batch),
         Choice(
             "Λ rotation",
-            f"tokens first in {first} of {len(model.tracked)} layers",
+            f"tokens first in {first} of {len(model.tracked)} layers"
+            + (f", inputs once for each of {len(model.leaders)} groups" if shared else ""),
             f"{(rotation + forming) / 1e9:,.3g} GFLOP per token with forming, "
             f"{_formed_first(work) / 1e9:,.3g} if gradients were rotated",
+            not shared or len(model.leaders) == len(model.tracked),
         ),
     ]
 
