@@ -129,8 +129,13 @@ def load_config(files: ModelFiles, trust_remote_code: bool = False) -> Pretraine
         raise UserError(f"{files.folder}/config.json: transformers cannot read it ({_first_line(error)})") from None
 
 
-def load_structure(files: ModelFiles, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_structure(files: ModelFiles, trust_remote_code: bool = False, weights: bool = True) -> PreTrainedModel:
     """The model without its weights (meta device): enough for ``coverage``, costs neither time nor memory.
+
+    Args:
+        files: from ``find_model``.
+        trust_remote_code: whether code that ships with the model may run.
+        weights: hold its shapes against those of the weights' files; False: a folder with config.json alone will do.
 
     Raises:
         UserError: config.json describes no model that can be built, or not the one whose weights are there.
@@ -144,7 +149,8 @@ def load_structure(files: ModelFiles, trust_remote_code: bool = False) -> PreTra
         raise UserError(
             f"{files.folder}/config.json: no model can be built from it ({type(error).__name__}: {_first_line(error)})"
         ) from None
-    check_shapes(Path(files.folder), {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    if weights:
+        check_shapes(Path(files.folder), {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
     return model
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from raylux.batches import TokenRow, collate
 from raylux.capture import Capture, input_groups
+from raylux.cost.contraction import rotate_tokens_first
 from raylux.curvature import KINDS, Covariances, Spectral, add_second_moment, eigenbasis
-from raylux.curvature.moments import rotate_tokens_first
 from raylux.errors import NumericsError
 from raylux.layers import coverage
 from tests import reference

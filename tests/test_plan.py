@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylux.config import Config
+from raylux.cost import sizes
 from raylux.engine import demand, plan, session
 from raylux.engine.plan import GIB
 from raylux.errors import UserError
@@ -144,9 +145,9 @@ def test_moving_the_sums_of_a_unit_is_cheap() -> None:
     groups = {layer.name: layer.name for layer in layers}
     parameters = 20_000_000
     found = plan.make_plan(_config(), "cpu", layers, groups, parameters, np.full(100_000, 512))
-    moving = plan.covariance_bytes(layers, groups) / plan._BYTES["cpu"]
-    sizes = sum(plan._covariance_sizes(layers, groups))
-    computing = found.fit_unit_tokens * (4.0 * parameters + 2.0 * sizes) / plan._FLOPS["cpu"]
+    moving = plan.covariance_bytes(layers, groups) / sizes._BYTES["cpu"]
+    entries = sum(sizes.covariance_entries(layers, groups))
+    computing = found.fit_unit_tokens * (4.0 * parameters + 2.0 * entries) / sizes._FLOPS["cpu"]
     assert moving <= 0.1 * computing
 
 
@@ -160,7 +161,7 @@ def test_bytes_by_hand() -> None:
     assert plan.covariance_bytes(layers, groups) == 4 * (8 * 8 + 20 * 20 + 20 * 20 + 20 * 20 + 8 * 8)
     assert plan.layer_bytes(layers) == 4 * 3 * 160
     few, many = (plan.worker_bytes(layers, groups, 1000, 4, queries) for queries in (1, 1000))
-    assert many - plan._PROCESS_BYTES == 4000 + 1000 * plan.layer_bytes(layers)
+    assert many - sizes.PROCESS_BYTES == 4000 + 1000 * plan.layer_bytes(layers)
     assert few < many
     assert plan.shards_bytes(layers, groups, 4, 0) == plan.covariance_bytes(layers, groups, 8)
 

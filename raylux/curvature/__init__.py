@@ -6,7 +6,7 @@ such matrices. All kinds are *per sequence*: G = (1/N) Σ_i (pseudo-)gradient of
 
 from raylux.curvature.covariance import Covariances, eigenbasis
 from raylux.curvature.kinds import KINDS, Kind
-from raylux.curvature.moments import add_second_moment, add_second_moments, rotate, rotate_tokens_first
+from raylux.curvature.moments import add_second_moment, add_second_moments, rotate
 from raylux.curvature.spectral import Spectral
 
 __all__ = [
@@ -18,5 +18,4 @@ __all__ = [
     "add_second_moments",
     "eigenbasis",
     "rotate",
-    "rotate_tokens_first",
 ]

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from raylux.cost.contraction import rotate_tokens_first
+
 
 def add_second_moment(total: Tensor, a: Tensor, g: Tensor, q_a: Tensor | None, q_s: Tensor | None) -> None:
     """``total`` [P, M] += Σ_n (Q_Sᵀ G_n Q_A)², elementwise.
@@ -66,8 +68,3 @@ def add_second_moments(
 def rotate(x: Tensor, basis: Tensor | None) -> Tensor:
     """Tokens in a basis: x [N, T, D] Q [D, D]."""
     return x if basis is None else (x.reshape(-1, x.shape[-1]) @ basis).view_as(x)
-
-
-def rotate_tokens_first(tokens: float, outputs: int, inputs: int) -> bool:
-    """True where T·(M² + P²) multiplications cost no more than P·M·(P + M) for the formed gradient."""
-    return tokens * (inputs**2 + outputs**2) <= outputs * inputs * (outputs + inputs)

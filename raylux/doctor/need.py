@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from math import ceil
 
 from raylux import sources
+from raylux.cost.sizes import covariance_bytes, factor_bytes, layer_bytes
 from raylux.curvature import KINDS
 from raylux.doctor.case import Case
-from raylux.engine.plan import covariance_bytes, layer_bytes
 from raylux.errors import UserError
 
 # Token id and position in memory: int32 ids and labels, int64 keys and offsets.
@@ -48,12 +48,9 @@ def need(case: Case) -> Need:
 def _factors(case: Case) -> int:
     model, kind = case.model, KINDS[case.config.curvature.kind]
     layers = model.coverage.tracked
-    found = 0
-    if kind.basis:
-        # Covariances and their eigenvectors; beside them, while the fit runs, its running sums in float64.
-        found += 2 * covariance_bytes(layers, model.groups, case.itemsize) + covariance_bytes(layers, model.groups, 8)
-    if kind.moments:
-        found += layer_bytes(layers, case.itemsize)
+    found = factor_bytes(layers, model.groups, case.itemsize, kind.basis, kind.moments)
+    if kind.basis:  # beside them, while the fit runs, its running sums in float64
+        found += covariance_bytes(layers, model.groups, 8)
     return found
 
 

@@ -6,7 +6,6 @@ workers and shards is not, it follows the cluster.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,22 +14,38 @@ import numpy as np
 
 from raylux.batches import longest
 from raylux.config import Config
+from raylux.cost.sizes import (
+    GIB,
+    QUERY_BLOCK,
+    covariance_bytes,
+    fitted_tokens,
+    layer_bytes,
+    probe_count,
+    query_block,
+    score_unit_size,
+    shards_bytes,
+    unit_tokens,
+    worker_bytes,
+)
 from raylux.engine import choices
 from raylux.layers import TrackedLayer
 from raylux.sampling import sequence_key
 
-GIB = 1 << 30
-
-# Nominal rates by which units are sized: a unit's compute is to outweigh the moving of its sums. They are
-# constants, not measurements, so that the same run is cut alike everywhere.
-_FLOPS = {"cpu": 1e11, "cuda": 2e14}
-_BYTES = {"cpu": 5e8, "cuda": 8e9}
-_MOVE_SHARE = 20.0
-
-# A process with torch and transformers loaded, before any model.
-_PROCESS_BYTES = GIB // 2
-QUERY_BLOCK = 16
-_BLOCK_BYTES = 2 * GIB
+__all__ = [
+    "GIB",
+    "QUERY_BLOCK",
+    "Plan",
+    "assign",
+    "choose_fit_rows",
+    "covariance_bytes",
+    "fit_units",
+    "layer_bytes",
+    "make_plan",
+    "probe_count",
+    "query_block",
+    "shards_bytes",
+    "worker_bytes",
+]
 
 
 @dataclass(frozen=True)
@@ -87,11 +102,11 @@ def make_plan(
         batch = _batch_tokens(device, layers)
     unit = config.fit.unit_tokens
     if unit == "auto":
-        fitted = min(config.fit.sequences, len(lengths)) / max(1, len(lengths)) * int(lengths.sum())
-        unit = _unit_tokens(device, layers, groups, parameters, fitted, int(batch))
+        fitted = fitted_tokens(config.fit.sequences, len(lengths), int(lengths.sum()))
+        unit = unit_tokens(device, layers, groups, parameters, fitted, int(batch))
     size = config.score.unit_size
     if size == "auto":
-        size = int(min(4096, max(256, len(lengths) // 16)))
+        size = score_unit_size(len(lengths))
     chosen = choices.products(config, device, layers, groups, float(lengths.mean()), queries, len(lengths))
     return Plan(
         device,
@@ -116,63 +131,6 @@ def _batch_tokens(device: str, layers: Sequence[TrackedLayer]) -> int:
     # On a CPU a layer of half a million weights keeps a core busy with a single sequence; below that,
     # the overhead of small operations counts.
     return 128 if max(layer.parameters for layer in layers) > 400_000 else 1024
-
-
-def _unit_tokens(
-    device: str,
-    layers: Sequence[TrackedLayer],
-    groups: Mapping[str, str],
-    parameters: int,
-    fitted_tokens: float,
-    batch_tokens: int,
-) -> int:
-    flops_per_token = 4.0 * parameters + 2.0 * sum(_covariance_sizes(layers, groups))
-    moving = covariance_bytes(layers, groups) / _BYTES[device]
-    cheap = _MOVE_SHARE * moving * _FLOPS[device] / flops_per_token
-    return math.ceil(max(cheap, fitted_tokens / 64, 2 * batch_tokens))
-
-
-def _covariance_sizes(layers: Sequence[TrackedLayer], groups: Mapping[str, str]) -> list[int]:
-    """Entries of each A (one per input group) and each S."""
-    leaders = set(groups.values())
-    return [layer.inputs**2 for layer in layers if layer.name in leaders] + [layer.outputs**2 for layer in layers]
-
-
-def covariance_bytes(layers: Sequence[TrackedLayer], groups: Mapping[str, str], itemsize: int = 4) -> int:
-    """One set of sums of A and S."""
-    return itemsize * sum(_covariance_sizes(layers, groups))
-
-
-def layer_bytes(layers: Sequence[TrackedLayer], itemsize: int = 4) -> int:
-    """One gradient, or one Λ, over all tracked layers."""
-    return itemsize * sum(layer.parameters for layer in layers)
-
-
-def worker_bytes(
-    layers: Sequence[TrackedLayer], groups: Mapping[str, str], parameters: int, itemsize: int, queries: int
-) -> int:
-    """Memory of a gradient worker at its peak: the model with the largest of what it holds beside it."""
-    covariance = covariance_bytes(layers, groups, itemsize)
-    moments = covariance + layer_bytes(layers, itemsize)
-    scoring = queries * layer_bytes(layers, itemsize)
-    return _PROCESS_BYTES + parameters * itemsize + max(covariance, moments, scoring)
-
-
-def shards_bytes(layers: Sequence[TrackedLayer], groups: Mapping[str, str], itemsize: int, queries: int) -> int:
-    """Memory of all factor shards together at their peak: sums in float64, or bases with a block of s_test."""
-    sums = covariance_bytes(layers, groups, 8)
-    solving = covariance_bytes(layers, groups, itemsize) + min(_BLOCK_BYTES, queries * layer_bytes(layers, itemsize))
-    return max(sums, solving)
-
-
-def probe_count(setting: int | str, parameters: int) -> int:
-    """Sequences on which compression is measured: as many as a second or so of a small model's time allows."""
-    return setting if isinstance(setting, int) else int(min(128, max(32, 2e9 // parameters)))
-
-
-def query_block(layers: Sequence[TrackedLayer], itemsize: int) -> int:
-    """Queries that are solved together."""
-    return int(max(1, min(QUERY_BLOCK, _BLOCK_BYTES // max(1, layer_bytes(layers, itemsize)))))
 
 
 def choose_fit_rows(ids: Sequence[str], count: int, seed: int) -> np.ndarray:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from raylux.curvature import Spectral, rotate_tokens_first
+from raylux.cost.contraction import rotate_tokens_first
+from raylux.curvature import Spectral
 
 
 def solve_layer(

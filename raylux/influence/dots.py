@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from raylux.batches import ROW_BLOCK
+from raylux.cost.contraction import tokens_pay
 
 TILE = 8
 """Dense queries per matrix product, unless the plan says more."""
 
-# Low-rank factors are put against tokens while that costs no more than this many dense dot products.
-_TOKEN_CONTRACTION_LIMIT = 4.0
 # Entries of a gradient that are formed and multiplied at a time: the buffer stays small however large the layer, and
 # what is rounded to bf16 is a part of a sum, not the whole.
 _SLICE = 1 << 19
@@ -29,11 +28,6 @@ _SLICE = 1 << 19
 def sequence_gradients(a: Tensor, g: Tensor) -> Tensor:
     """G [N, P, M] from a [N, T, M] and g [N, T, P]."""
     return torch.bmm(g.mT, a)
-
-
-def tokens_pay(rank: int, outputs: int, inputs: int, tokens: float) -> bool:
-    """True where a low-rank query is cheaper put against tokens than expanded once and used dense."""
-    return tokens * rank * (outputs + inputs) <= _TOKEN_CONTRACTION_LIMIT * outputs * inputs
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from raylux.batches import TokenRow
+from raylux.cost.sizes import rank_limit
 from raylux.engine.context import Context
 from raylux.engine.numerics import Numerics, distinct
 from raylux.engine.plan import choose_fit_rows, probe_count, query_block
@@ -144,8 +145,7 @@ def _rank_limits(ctx: Context) -> dict[str, int]:
     wanted = ctx.plan.low_rank and setting.max_error > 0
     limits = {}
     for layer in ctx.coverage.tracked:
-        halves = layer.parameters // (2 * (layer.outputs + layer.inputs))
-        limits[layer.name] = min(setting.max_rank, halves) if wanted else 0
+        limits[layer.name] = rank_limit(setting.max_rank, layer) if wanted else 0
     return limits
 
 

@@ -1,0 +1,113 @@
+"""Which contraction is cheapest in a layer (DESIGN, decision 6): FLOPs and bytes of each form.
+
+Legend: T tokens of a sequence, P outputs, M inputs, Q queries, R rank of a query's s_test, r of a shared subspace.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Low-rank factors are put against tokens while that costs no more than this many dense dot products.
+_TOKEN_CONTRACTION_LIMIT = 4.0
+
+DENSE, TOKENS, EXPANDED, EIGENBASIS, SUBSPACE = "dense", "tokens", "expanded", "eigenbasis", "subspace"
+
+
+def tokens_pay(rank: int, outputs: int, inputs: int, tokens: float) -> bool:
+    """True where a low-rank query is cheaper put against tokens than expanded once and used dense."""
+    return tokens * rank * (outputs + inputs) <= _TOKEN_CONTRACTION_LIMIT * outputs * inputs
+
+
+def rotate_tokens_first(tokens: float, outputs: int, inputs: int) -> bool:
+    """True where T·(M² + P²) multiplications cost no more than P·M·(P + M) for the formed gradient."""
+    return tokens * (inputs**2 + outputs**2) <= outputs * inputs * (outputs + inputs)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What one form costs in one layer.
+
+    Attributes:
+        name: of the form.
+        forming: FLOPs per sequence for the gradient G = Σ_t g_t a_tᵀ (or its projection).
+        rotation: FLOPs per sequence for rotating or projecting tokens.
+        dots: FLOPs per sequence against all queries.
+        per_batch: FLOPs for each batch of sequences, whatever its size (expanding queries).
+        per_query: FLOPs for each query, once (rotating s_test back to the standard basis).
+        held: bytes of all queries that a worker holds.
+        exact: False for a first stage that is followed by a rescoring.
+    """
+
+    name: str
+    forming: float
+    rotation: float
+    dots: float
+    per_batch: float
+    per_query: float
+    held: float
+    exact: bool = True
+
+    def per_sequence(self, batch: float) -> float:
+        """FLOPs per sequence in batches of ``batch`` sequences."""
+        return self.forming + self.rotation + self.dots + self.per_batch / batch
+
+
+def forms(
+    outputs: int, inputs: int, tokens: float, queries: int, rank: int, subspace: int, itemsize: int
+) -> list[Form]:
+    """The five forms for a layer [P, M] and Q queries.
+
+    Args:
+        outputs: P.
+        inputs: M.
+        tokens: T, mean tokens of a sequence.
+        queries: Q.
+        rank: R of a query's s_test.
+        subspace: r, the side of the subspace that all queries share.
+        itemsize: bytes of a number of s_test.
+    """
+    dense = float(outputs * inputs)
+    sides = float(outputs + inputs)
+    rotate = 2.0 * tokens * (outputs**2 + inputs**2)
+    back = 2.0 * dense * sides
+    low = queries * rank * sides * itemsize
+    side = min(subspace, outputs, inputs)
+    form = 2.0 * tokens * dense
+    against = 2.0 * queries * dense
+    tokenwise = 2.0 * tokens * queries * rank * sides
+    return [
+        Form(DENSE, form, 0.0, against, 0.0, back, queries * dense * itemsize),
+        Form(TOKENS, 0.0, 0.0, tokenwise, 0.0, back, low),
+        Form(EXPANDED, form, 0.0, against, against * rank, back, low),
+        Form(EIGENBASIS, form, rotate, against, 0.0, 0.0, queries * dense * itemsize),
+        Form(
+            SUBSPACE,
+            2.0 * tokens * side**2,
+            2.0 * tokens * side * sides,
+            2.0 * queries * side**2,
+            0.0,
+            back,
+            (queries * side**2 + side * sides) * itemsize,
+            exact=False,
+        ),
+    ]
+
+
+def cheapest(
+    candidates: list[Form], allowed: frozenset[str], sequences: int, queries: int, batch: float, room: float
+) -> Form:
+    """The form with the fewest FLOPs over a whole run among the exact ones that fit.
+
+    Args:
+        candidates: of one layer.
+        allowed: names.
+        sequences: that are scored.
+        queries: Q.
+        batch: sequences per batch.
+        room: bytes that the layer's queries may take; where nothing fits, the smallest is taken.
+    """
+    usable = [form for form in candidates if form.exact and form.name in allowed]
+    fitting = [form for form in usable if form.held <= room]
+    if not fitting:
+        return min(usable, key=lambda form: form.held)
+    return min(fitting, key=lambda form: sequences * form.per_sequence(batch) + queries * form.per_query)

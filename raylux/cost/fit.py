@@ -1,0 +1,301 @@
+"""What the fit costs: covariances, their eigendecompositions, Λ."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+from raylux.cost import costs
+from raylux.cost.contraction import rotate_tokens_first
+from raylux.cost.costs import Choice, StageCost, Work
+from raylux.cost.machine import Cluster, Device, eigh_flops
+from raylux.cost.sizes import PROCESS_BYTES, covariance_bytes, covariance_entries, layer_bytes
+from raylux.cost.workload import Workload
+from raylux.errors import UserError
+from raylux.layers import TrackedLayer
+
+Layers = Sequence[TrackedLayer]
+_BATCHES = (16_384, 8_192, 4_096, 2_048, 1_024)
+# A context of CUDA with its libraries, beside the process's own memory on the host.
+_GPU_BASE = 1.5e9
+# Passes of the squared gradient's entries through memory: formed, squared in place, summed.
+_SQUARING_PASSES = 4
+# Λ is taken from this many bytes of formed gradients at once (curvature/moments.py), twice with the rotated ones.
+_MOMENT_CHUNK = 2 * (1 << 28)
+# Operations that start in a block's forward and backward pass, and with each tracked layer beside it.
+_BLOCK_OPERATIONS, LAYER_OPERATIONS = 60, 6
+
+
+# Of a node's host memory, what factor shards may take: object store, workers and page cache need the rest.
+SHARD_SHARE = 0.5
+
+
+def shard_room(cluster: Cluster) -> float:
+    """Bytes that all factor shards may hold together."""
+    return cluster.nodes * cluster.host_memory_gb * 1e9 * SHARD_SHARE
+
+
+def base_bytes(device: Device) -> float:
+    """A worker before its model."""
+    return _GPU_BASE if device.gpu else float(PROCESS_BYTES)
+
+
+def model_bytes(work: Workload) -> float:
+    """The weights, as a worker holds them."""
+    return float(work.model.parameters * work.itemsize)
+
+
+def batch_tokens(work: Workload, wanted: Layers | None = None) -> tuple[int, ...]:
+    """Batches that may be chosen, none smaller than one sequence."""
+    if work.batch_tokens is not None:
+        return (max(work.batch_tokens, math.ceil(work.tokens)),)
+    return tuple(max(size, math.ceil(work.tokens)) for size in _BATCHES)
+
+
+def passes(
+    work: Workload, cluster: Cluster, held: Callable[[TrackedLayer], float], sums: float, can: frozenset[str]
+) -> tuple[list[Layers], int]:
+    """Layers of each pass, the last of the model first, and the batch that makes the passes fewest.
+
+    Args:
+        work: what is computed.
+        cluster: its workers hold the model, a batch and what ``held`` says; its shards the sums.
+        held: bytes of a worker for a layer of the pass.
+        sums: bytes of all shards for all layers in one pass.
+        can: what may be chosen.
+
+    Raises:
+        UserError: not even one layer fits beside the model, or the passes are more than the engine makes.
+    """
+    layers, device = work.model.tracked, cluster.worker
+    least = math.ceil(sums / shard_room(cluster))
+    best: tuple[list[Layers], int] | None = None
+    short = math.inf
+    for batch in batch_tokens(work):
+        room = device.memory - base_bytes(device) - model_bytes(work)
+        room -= batch * work.model.activation_bytes(work.itemsize, layers)
+        blocks = _cut(layers, held, room, least)
+        if blocks is None:
+            short = min(short, max(map(held, layers)) - room)
+        elif best is None or len(blocks) < len(best[0]):
+            best = blocks, batch
+    if best is None:
+        need = (device.memory + short) / 0.9e9
+        raise UserError(
+            f"a pass does not fit: the model, one batch and the sums of one layer need a device of {need:,.1f} GB, "
+            f"there are {device.memory_gb:,.1f} GB; set engine.batch_tokens lower, or take devices of that size"
+        )
+    if len(best[0]) > 1 and costs.PASSES not in can:
+        whole = sum(map(held, layers)) + device.memory - room
+        raise UserError(
+            f"the sums of all layers beside the model need a device of {whole / 0.9e9:,.1f} GB, there are "
+            f"{device.memory_gb:,.1f} GB: {len(best[0])} layer passes, which the engine does not make yet; track "
+            "fewer model.layers, or take devices of that size"
+        )
+    return best
+
+
+def _cut(layers: Layers, held: Callable[[TrackedLayer], float], room: float, least: int) -> list[Layers] | None:
+    """At least ``least`` runs of layers that fit into ``room`` bytes, about equal; None: one alone does not."""
+    if max(map(held, layers)) > room:
+        return None
+    least = max(least, math.ceil(sum(map(held, layers)) / room))
+    for count in range(least, len(layers) + 1):
+        ends = [round(len(layers) * place / count) for place in range(count + 1)]
+        blocks = [layers[start:stop] for start, stop in itertools.pairwise(ends)]
+        if all(sum(map(held, block)) <= room for block in blocks):
+            return list(blocks)
+    return None
+
+
+def model_work(work: Workload, device: Device, tokens: float, batch: float, blocks: Sequence[Layers]) -> list[Work]:
+    """Forward and backward of ``tokens`` tokens, once for each pass, down to the pass's lowest layer."""
+    model, precision, size = work.model, work.dtype, min(batch, work.model.hidden)
+    touched = tokens * model.pass_bytes(work.itemsize)
+    starting = device.starting(tokens / batch * model.blocks * _BLOCK_OPERATIONS * len(blocks))
+    forward = tokens * model.forward_flops(work.tokens) * len(blocks)
+    backward = tokens * sum(model.backward_flops(work.tokens, block[0].name) for block in blocks)
+    elementwise = touched * len(blocks)
+    return [
+        Work("forward", forward, 0.0, device.seconds(forward, precision, size)),
+        Work("backward", backward, 0.0, device.seconds(backward, precision, size)),
+        Work("elementwise", 0.0, elementwise, elementwise / (device.bandwidth_gb_s * 1e9) + starting),
+    ]
+
+
+def covariance(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageCost, list[Choice]]:
+    """Σ a aᵀ and Σ g gᵀ over the fit's tokens."""
+    device, model, groups = cluster.worker, work.model, work.model.groups
+    itemsize = work.stored
+
+    def held(layer: TrackedLayer) -> float:
+        leads = layer.inputs**2 if layer.name in model.leaders else 0
+        return float(itemsize * (layer.outputs**2 + leads))
+
+    blocks, batch = passes(work, cluster, held, covariance_bytes(model.tracked, groups, 8), can)
+    share = 0.5 if costs.SYMMETRIC in can else 1.0
+    size = min(batch, model.hidden)
+    flops = work.fit_tokens * 2.0 * sum(covariance_entries(model.tracked, groups)) * share
+    touched = work.fit_tokens / batch * 2 * covariance_bytes(model.tracked, groups, itemsize)
+    units = max(1, math.ceil(work.fit_tokens / work.unit_tokens))
+    sums = covariance_bytes(model.tracked, groups, itemsize)
+    works = [
+        *model_work(work, device, work.fit_tokens, batch, blocks),
+        Work("covariance products", flops, touched, device.seconds(flops, work.contraction, size, touched)),
+        move(units * sums, cluster),
+    ]
+    worker = resident(work, device, batch, blocks, held)
+    disk = covariance_bytes(model.tracked, groups, work.stored)
+    stage = StageCost(
+        "covariance", tuple(works), units * len(blocks), cluster.workers, cluster.devices, worker,
+        min(shard_room(cluster), covariance_bytes(model.tracked, groups, 8)), disk, units * sums,
+    )  # fmt: skip
+    return stage, [
+        Choice(
+            "covariance products",
+            "symmetric rank-k" if share < 1 else "full",
+            f"{flops / work.fit_tokens / 1e9:,.3g} GFLOP per token for {len(model.leaders)} A and "
+            f"{len(model.tracked)} S",
+            share == 1,
+        ),
+        _pass_choice("covariance passes", blocks, sum(map(held, model.tracked)), work, device, batch),
+        Choice(
+            "fit unit",
+            f"{work.unit_tokens:,} tokens, {units} units"
+            + (f"; {stage.idle:.0%} of the workers' time is idle" if stage.idle > 0.1 else ""),
+            f"one set of sums is {sums / 1e9:,.2f} GB; moving it costs "
+            f"{move(sums, cluster).seconds / max(1e-12, stage.work_seconds / units):.1%} of a unit's time",
+        ),
+    ]
+
+
+def eigenbases(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageCost, list[Choice]]:
+    """One decomposition per A and S, spread over the devices of the shards."""
+    device, model = cluster.device, work.model
+    sides = sorted((round(math.sqrt(size)) for size in covariance_entries(model.tracked, model.groups)), reverse=True)
+    seconds = [device.eigh_seconds(n) for n in sides]
+    parallel = min(cluster.devices, len(model.leaders))
+    loads = [0.0] * parallel
+    for one in seconds:  # the longest first, to whoever is free
+        loads[loads.index(min(loads))] += one
+    disk = covariance_bytes(model.tracked, model.groups, work.stored)
+    worker = base_bytes(device) + 3 * 8 * sides[0] ** 2
+    works = (
+        Work("eigendecomposition", sum(map(eigh_flops, sides)), 0.0, sum(seconds)),
+        store(2 * disk, cluster),
+    )
+    stage = StageCost(
+        "eigenbases", works, len(sides), parallel, cluster.devices, worker, 0.0, disk, 2 * disk, max(loads)
+    )
+    return stage, [
+        Choice(
+            "eigh",
+            "float64",
+            f"{len(sides)} matrices up to n = {sides[0]:,}, {max(seconds):,.2f} s the largest; "
+            f"all of them {sum(seconds) / 3600:.3f} device-hours, so a lower precision would save little",
+        )
+    ]
+
+
+def moments(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageCost, list[Choice]]:
+    """Λ: tokens or gradients rotated, gradients formed, squared, summed."""
+    device, model = cluster.worker, work.model
+    basis = work.operand if work.basis else 0
+
+    def held(layer: TrackedLayer) -> float:
+        leads = layer.inputs**2 if layer.name in model.leaders else 0
+        return float(basis * (layer.outputs**2 + leads) + work.stored * layer.parameters)
+
+    blocks, batch = passes(work, cluster, held, layer_bytes(model.tracked, 8), can)
+    shared = costs.SHARED_ROTATION in can
+    tokens, sequences = work.fit_tokens, work.fit_sequences
+    rotation = sum(rotation_flops(layer, work.tokens, shared and layer.name not in model.leaders)[0]
+                   for layer in model.tracked) if work.basis else 0.0  # fmt: skip
+    forming = 2.0 * sum(layer.parameters for layer in model.tracked)
+    squared = sequences * _SQUARING_PASSES * layer_bytes(model.tracked, work.stored)
+    small = min(work.tokens, *(min(layer.shape) for layer in model.tracked))
+    starting = device.starting(tokens / batch * len(model.tracked) * LAYER_OPERATIONS)
+    units = max(1, math.ceil(tokens / work.unit_tokens))
+    sums = layer_bytes(model.tracked, work.stored)
+    side = min(min(layer.shape) for layer in model.tracked)
+    works = [
+        *model_work(work, device, tokens, batch, blocks),
+        Work("rotation", tokens * rotation, 0.0, device.seconds(tokens * rotation, work.contraction, min(batch, side))),
+        Work("forming", tokens * forming, 0.0, device.seconds(tokens * forming, work.contraction, small)),
+        Work("squaring", 0.0, squared, squared / (device.bandwidth_gb_s * 1e9) + starting),
+        move(units * sums, cluster),
+    ]
+    worker = resident(work, device, batch, blocks, held) + min(_MOMENT_CHUNK, 2.0 * sums)
+    stage = StageCost(
+        "lambda", tuple(works), units * len(blocks), cluster.workers, cluster.devices, worker,
+        min(shard_room(cluster), layer_bytes(model.tracked, 8)), sums, units * sums,
+    )  # fmt: skip
+    first = sum(rotation_flops(layer, work.tokens)[1] for layer in model.tracked)
+    return stage, [
+        _pass_choice("Λ passes", blocks, sum(map(held, model.tracked)), work, device, batch),
+        Choice(
+            "Λ rotation",
+            f"tokens first in {first} of {len(model.tracked)} layers"
+            + (f", inputs once for each of {len(model.leaders)} groups" if shared else ""),
+            f"{(rotation + forming) / 1e9:,.3g} GFLOP per token with forming, "
+            f"{_formed_first(work) / 1e9:,.3g} if gradients were rotated",
+            not shared or len(model.leaders) == len(model.tracked),
+        ),
+    ]
+
+
+def rotation_flops(layer: TrackedLayer, tokens: float, shared: bool = False) -> tuple[float, bool]:
+    """FLOPs per token of the cheaper rotation of a layer, and whether it is that of the tokens.
+
+    Args:
+        layer: [P, M].
+        tokens: T of a sequence, over which a formed gradient's rotation is spread.
+        shared: the layer's inputs are rotated already, with those of its group's leader.
+    """
+    outputs, inputs = layer.shape
+    if rotate_tokens_first(math.ceil(tokens), outputs, inputs):
+        return 2.0 * (outputs**2 + (0 if shared else inputs**2)), True
+    return 2.0 * outputs * inputs * (outputs + inputs) / tokens, False
+
+
+def _formed_first(work: Workload) -> float:
+    """GFLOP per token of forming and rotating every gradient."""
+    return sum(
+        2.0 * layer.parameters * ((layer.outputs + layer.inputs) / work.tokens + 1) for layer in work.model.tracked
+    )
+
+
+def resident(
+    work: Workload, device: Device, batch: float, blocks: Sequence[Layers], held: Callable[[TrackedLayer], float]
+) -> float:
+    """Bytes of a worker at the peak of its largest pass."""
+    most = max(sum(map(held, block)) + batch * work.model.activation_bytes(work.itemsize, block) for block in blocks)
+    return base_bytes(device) + model_bytes(work) + most
+
+
+def move(size: float, cluster: Cluster) -> Work:
+    """Bytes from workers to shards: through host memory, and over the network where there are several nodes."""
+    share = (cluster.nodes - 1) / cluster.nodes
+    network = size * share / (cluster.network_gb_s * 1e9) * min(cluster.per_node, cluster.devices)
+    return Work("moving sums", 0.0, size, size / (cluster.worker.host_gb_s * 1e9) + network)
+
+
+def store(size: float, cluster: Cluster) -> Work:
+    """Bytes to and from the run folder: what a node's devices share."""
+    held = min(cluster.per_node, cluster.devices)
+    return Work("run folder", 0.0, size, size / (cluster.disk_gb_s * 1e9) * held)
+
+
+def _pass_choice(
+    name: str, blocks: Sequence[Layers], whole: float, work: Workload, device: Device, batch: int
+) -> Choice:
+    count = len(blocks)
+    beside = (base_bytes(device) + model_bytes(work)) / 1e9
+    return Choice(
+        name,
+        f"{count}, batches of {batch:,} tokens",
+        f"{whole / 1e9:,.2f} GB of sums and bases beside {beside:,.2f} GB of model and a batch in "
+        f"{device.memory / 1e9:,.1f} GB",
+        in_engine=count == 1,
+    )

@@ -1,0 +1,120 @@
+"""A model's shapes, and the FLOPs and bytes of its forward and backward pass for one token.
+
+The backward pass computes gradients of outputs only (DESIGN, decision 5): a linear map costs it what it costs the
+forward pass, twice the entries of its weight, and nothing below the lowest layer that is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from raylux.layers import Coverage, TrackedLayer
+
+# How often the numbers of a token are written or read beside the products, by forward and backward together: those
+# of the residual stream (norms, residuals, positions), and those of the MLP's wide outputs (activation, gate).
+_HIDDEN_PASSES, _WIDE_PASSES = 48, 7
+# Activations that transformers spells out in single operations instead of one.
+_SPELLED_OUT = {"gelu_new": 48, "gelu_fast": 48, "quick_gelu": 16}
+# Numbers of the vocabulary's width: the chosen logits, log-softmax and its gradient, each written and read.
+_VOCABULARY_PASSES = 10
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Shapes alone.
+
+    Attributes:
+        tracked: layers, in the order in which the model runs them.
+        groups: layer -> leader of its input group.
+        parameters: of the whole model, tied ones once.
+        linears: (name, entries of its weight) of every linear map, the head included.
+        blocks: transformer blocks.
+        hidden: width of the residual stream.
+        attention: heads × head size.
+        vocabulary: V.
+        wide_passes: times that a number of the MLP's wide outputs is read or written beside the products.
+    """
+
+    tracked: tuple[TrackedLayer, ...]
+    groups: Mapping[str, str]
+    parameters: int
+    linears: tuple[tuple[str, int], ...]
+    blocks: int
+    hidden: int
+    attention: int
+    vocabulary: int
+    wide_passes: int = _WIDE_PASSES
+
+    @classmethod
+    def of(cls, model: nn.Module, covered: Coverage, groups: Mapping[str, str]) -> ModelShape:
+        """From a model that may lie on the meta device."""
+        config: Any = model.config
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        linears = tuple(
+            (name, module.weight.numel())
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and isinstance(module.weight, nn.Parameter)
+        )
+        hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+        activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
+        size = getattr(config, "head_dim", None) or hidden // heads
+        return cls(
+            covered.tracked,
+            dict(groups),
+            covered.parameters,
+            linears,
+            int(config.num_hidden_layers),
+            hidden,
+            heads * int(size),
+            int(config.vocab_size),
+            _SPELLED_OUT.get(str(activation), _WIDE_PASSES),
+        )
+
+    @property
+    def leaders(self) -> frozenset[str]:
+        return frozenset(self.groups.values())
+
+    def forward_flops(self, tokens: float) -> float:
+        """Of a token in a sequence of ``tokens``: 2 per weight, and 4·T per head coordinate and block."""
+        return 2.0 * sum(size for _, size in self.linears) + 4.0 * tokens * self.attention * self.blocks
+
+    def backward_flops(self, tokens: float, lowest: str | None = None) -> float:
+        """Of a token, down to the layer ``lowest`` (default: the lowest tracked one), without weight gradients."""
+        lowest = lowest or self.tracked[0].name
+        names = [name for name, _ in self.linears]
+        # Neither the lowest layer nor those that share its input hand a gradient further down.
+        members = {name for name, leader in self.groups.items() if leader == self.groups[lowest]}
+        above = self.linears[names.index(lowest) :]
+        linear = sum(size for name, size in above if name not in members)
+        blocks = self.blocks - 1 - block_of(lowest)
+        return 2.0 * linear + 8.0 * tokens * self.attention * blocks
+
+    def pass_bytes(self, itemsize: int) -> float:
+        """Bytes that the elementwise work of a token's forward and backward pass moves."""
+        wide = self._wide()
+        block = _HIDDEN_PASSES * self.hidden + self.wide_passes * wide
+        return float(itemsize * self.blocks * block + 4 * _VOCABULARY_PASSES * self.vocabulary)
+
+    def activation_bytes(self, itemsize: int, wanted: Sequence[TrackedLayer]) -> float:
+        """Bytes of a token at the peak of a pass: what backward needs, the logits, and the captured a and g."""
+        saved = self.blocks * (8 * self.hidden + 3 * self._wide()) * itemsize
+        logits = self.vocabulary * (itemsize + 8)
+        captured = itemsize * sum(
+            layer.outputs + (layer.inputs if layer.name in self.leaders else 0) for layer in wanted
+        )
+        return float(saved + logits + captured)
+
+    def _wide(self) -> float:
+        """Outputs of all tracked layers of a block that are wider than the residual stream, or that stream."""
+        wide = sum(layer.outputs for layer in self.tracked if layer.outputs > self.hidden)
+        return max(float(self.hidden), wide / self.blocks)
+
+
+def block_of(name: str) -> int:
+    """The number in a module's path: its block."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), 0)

@@ -1,0 +1,97 @@
+"""A plan of a whole run: every stage, the choices, and refusals in one line that name the smallest change."""
+
+from __future__ import annotations
+
+import math
+
+from raylux.cost import costs, fit, serve
+from raylux.cost.costs import Choice, RunPlan
+from raylux.cost.machine import USABLE, Cluster
+from raylux.cost.sizes import covariance_bytes, layer_bytes
+from raylux.cost.workload import Workload
+from raylux.errors import UserError
+
+
+def plan_run(work: Workload, cluster: Cluster, can: frozenset[str] = costs.ENGINE) -> RunPlan:
+    """What a run costs on a cluster.
+
+    Args:
+        work: what is to be computed.
+        cluster: where.
+        can: what may be chosen beyond what the engine does today (``costs.AHEAD``: everything).
+
+    Raises:
+        UserError: it cannot work; the line names the smallest change that would help.
+    """
+    _check_model(work, cluster, can)
+    choices = [_shards(work, cluster, can)] if work.basis or work.moments else []
+    makers = [fit.covariance, fit.eigenbases] if work.basis else []
+    makers += [fit.moments] if work.moments else []
+    stages = []
+    for make in (*makers, serve.query, serve.prefilter, serve.score):
+        stage, chosen = make(work, cluster, can)
+        stages.append(stage)
+        choices += chosen
+    plan = RunPlan(tuple(stages), tuple(choices), cluster.price_per_device_hour)
+    _check_disk(plan, cluster)
+    return plan
+
+
+def _check_model(work: Workload, cluster: Cluster, can: frozenset[str]) -> None:
+    device = cluster.worker
+    sequence = work.tokens * work.model.activation_bytes(work.itemsize, work.model.tracked)
+    need = fit.base_bytes(device) + fit.model_bytes(work) + sequence
+    if need <= device.memory:
+        return
+    per = 1
+    while fit.base_bytes(device) + fit.model_bytes(work) + sequence > cluster.device.memory * per:
+        per *= 2
+    change = "devices of that size"
+    half = fit.base_bytes(device) + fit.model_bytes(work) * 2 / work.itemsize + sequence
+    if work.itemsize > 2 and half <= device.memory:
+        change = "model.dtype=bfloat16"
+    elif per <= cluster.per_node:
+        change = f"devices_per_worker: {per} in the cluster file"
+        change += "" if costs.SPLIT in can else " (which the engine does not do yet)"
+    raise UserError(
+        f"the model does not fit: weights and one sequence need {need / USABLE / 1e9:,.1f} GB, a worker has "
+        f"{device.memory_gb:,.1f} GB; take {change}"
+    )
+
+
+def _shards(work: Workload, cluster: Cluster, can: frozenset[str]) -> Choice:
+    """As many shards as workers, at most one per input group; they live in host memory."""
+    layers, groups = work.model.tracked, work.model.groups
+    sums = max(covariance_bytes(layers, groups, 8) if work.basis else 0, layer_bytes(layers, 8) if work.moments else 0)
+    room, nodes = fit.shard_room(cluster), cluster.nodes
+    # In layer passes the shards hold the sums of one pass at a time.
+    least = 8 * max(layer.outputs**2 + layer.inputs**2 for layer in layers) if costs.PASSES in can else sums
+    if least > room:
+        more = math.ceil(least / (room / nodes))
+        raise UserError(
+            f"the factors do not fit: their sums take {least / 1e9:,.1f} GB, the shards of {nodes} "
+            f"node{'s' * (nodes > 1)} have {room / 1e9:,.1f} GB; take {more} nodes, or "
+            f"host_memory_gb: {math.ceil(least / fit.SHARD_SHARE / nodes / 1e7) / 100:,}"
+        )
+    count = min(cluster.workers, len(work.model.leaders))
+    return Choice(
+        "shards",
+        str(count),
+        f"{sums / count / 1e9:,.2f} GB of sums in float64 each; one per worker, at most one per input group "
+        f"({len(work.model.leaders)})",
+    )
+
+
+def _check_disk(plan: RunPlan, cluster: Cluster) -> None:
+    room = cluster.disk_tb * 1e12
+    if plan.disk_bytes > room:
+        largest = max(plan.stages, key=lambda stage: stage.disk_bytes)
+        advice = {
+            "score": "ask fewer queries, or lower prefilter.top",
+            "query": "ask fewer queries, or allow a lower rank (query.max_rank)",
+        }.get(largest.name, "track fewer model.layers")
+        raise UserError(
+            f"the disk is too small: the run leaves {plan.disk_bytes / 1e9:,.1f} GB ({largest.name} "
+            f"{largest.disk_bytes / 1e9:,.1f} GB of it), there are {room / 1e9:,.1f} GB; {advice}, "
+            f"or take disk_tb: {math.ceil(plan.disk_bytes / 1e10) / 100}"
+        )

@@ -1,0 +1,289 @@
+"""What queries cost: solving and compressing them, choosing candidates, scoring."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from raylux.cost import contraction, costs
+from raylux.cost.contraction import Form
+from raylux.cost.costs import Choice, StageCost, Work
+from raylux.cost.fit import LAYER_OPERATIONS, base_bytes, batch_tokens, model_bytes, model_work, store
+from raylux.cost.machine import Cluster, Device, eigh_flops
+from raylux.cost.sizes import PROCESS_BYTES, covariance_bytes, layer_bytes, query_block, rank_limit
+from raylux.cost.workload import Workload
+
+# Passes of s_test's entries through memory in a solve: divided by Λ + λ, widened, written.
+_SOLVE_PASSES = 4
+# Products with a block of R + 8 vectors in a range finder with two power iterations, and the projection.
+_FINDER_PRODUCTS, _OVERSAMPLING = 6, 8
+# Tokens that one core turns into a row of the prefilter's matrix per second, and how often the corpus is read.
+_PREFILTER_TOKENS = 5e6
+_TOKEN_BYTES = 8
+
+
+def query(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageCost, list[Choice]]:
+    """(G + λI)⁻¹ ∇f of every query in every layer, compressed; and what compression is measured on."""
+    device, model, count = cluster.worker, work.model, work.queries
+    layers, tokens = model.tracked, work.query_tokens
+    low = [layer for layer in layers if work.max_error > 0 and rank_limit(work.max_rank, layer) > 0]
+    tokenwise = costs.TOKEN_SOLVE in can
+    solve = sum(_solve_flops(layer.outputs, layer.inputs, tokens, tokenwise) for layer in layers) if work.basis else 0.0
+    solve += 2.0 * tokens * sum(layer.parameters for layer in layers)
+    touched = count * _SOLVE_PASSES * layer_bytes(layers, work.stored)
+    finder = costs.RANGE_FINDER in can
+    products = sum(_factorise_flops(*layer.shape, rank_limit(work.max_rank, layer), finder) for layer in low)
+    side = min(min(layer.shape) for layer in layers)
+    # A shard solves in the precision of the sums, products in that of contractions where the engine allows it.
+    precision = work.contraction if tokenwise else ("float64" if work.dtype == "float64" else "float32")
+    works = [
+        *model_work(work, device, count * tokens, tokens, [layers]),
+        Work("solve", count * solve, touched, device.seconds(count * solve, precision, side, touched)),
+        Work("low rank", count * products, 0.0, device.seconds(count * products, precision, side)),
+    ]
+    grams = [] if finder else [min(layer.shape) for layer in low]
+    works.append(
+        Work("eigendecomposition", count * sum(map(eigh_flops, grams)), 0.0,
+             count * sum(map(device.eigh_seconds, grams)))
+    )  # fmt: skip
+    block = query_block(layers, work.stored)
+    blocks = 1 if costs.LAYERWISE in can else math.ceil(count / block)
+    if low:
+        works += _probes(work, device, blocks)
+    disk = count * work.query_bytes()
+    bases = blocks * (covariance_bytes(layers, model.groups, work.stored) if work.basis else 0)
+    works.append(store(disk + bases, cluster))
+    dense = count * layer_bytes(layers, work.stored)
+    held = min(block, count) * layer_bytes(layers, work.stored)
+    # Per layer Q_A, Q_S and Λ; the block's s_test, its factors, and what the probes are measured with.
+    largest = max(2 * (layer.inputs**2 + layer.outputs**2) + 3 * layer.parameters for layer in layers) * work.stored
+    parallel = min(cluster.workers, len(model.leaders))
+    stage = StageCost(
+        "query", tuple(works), count * parallel, parallel, cluster.devices,
+        base_bytes(device) + model_bytes(work) + tokens * model.activation_bytes(work.itemsize, layers),
+        float(held * (2 if low else 1) + largest), disk, disk + bases,
+    )  # fmt: skip
+    compressed = sum(1 for layer in layers if work.stored_rank(layer))
+    times = "read once" if blocks == 1 else f"read {blocks:,} times"
+    found = "by a randomised range finder" if finder else "by Gram matrices and eigh"
+    return stage, [
+        Choice(
+            "s_test",
+            f"rank {work.rank} assumed in {compressed} of {len(layers)} layers" if compressed else "dense",
+            f"{disk / 1e9:,.2f} GB at rest, {dense / 1e9:,.2f} GB dense; the run measures the rank",
+        ),
+        Choice(
+            "solve",
+            "a layer at a time" if costs.LAYERWISE in can else f"{blocks:,} blocks of {min(block, count)} queries",
+            f"bases and probes {times}: {bases / 1e9:,.2f} GB",
+            costs.LAYERWISE not in can,
+        ),
+        *([Choice("compression", found, _why_finder(layers), not finder)] if low else []),
+    ]
+
+
+def _solve_flops(outputs: int, inputs: int, tokens: float, tokenwise: bool) -> float:
+    """Into the eigenbasis, by the gradient or by its tokens where that is cheaper, and back."""
+    back = 2.0 * outputs * inputs * (outputs + inputs)
+    return back + (min(back, 2.0 * tokens * (outputs**2 + inputs**2)) if tokenwise else back)
+
+
+def _factorise_flops(outputs: int, inputs: int, rank: int, finder: bool) -> float:
+    if finder:
+        return 2.0 * outputs * inputs * (rank + _OVERSAMPLING) * _FINDER_PRODUCTS
+    return 2.0 * outputs * inputs * (min(outputs, inputs) + rank)
+
+
+def _why_finder(layers: Sequence[object]) -> str:
+    return f"one decomposition per query and layer, {len(layers)} layers"
+
+
+def _probes(work: Workload, device: Device, blocks: int) -> list[Work]:
+    """Every block of queries is scored on the probes, dense and by component."""
+    layers = work.model.tracked
+    tokens = blocks * work.probes * work.tokens
+    ranks = [rank_limit(work.max_rank, layer) for layer in layers]
+    parts = sum(rank * (layer.outputs + layer.inputs) for rank, layer in zip(ranks, layers, strict=True))
+    flops = 2.0 * tokens * sum(layer.parameters for layer in layers)
+    flops += 2.0 * work.probes * work.queries * work.tokens * parts
+    touched = work.probes * work.queries * 2.0 * layer_bytes(layers, work.stored)
+    passes = model_work(work, device, tokens, work.tokens, [layers])
+    precision = "float64" if work.dtype == "float64" else "float32"
+    seconds = device.seconds(flops, precision, min(ranks), touched) + sum(one.seconds for one in passes)
+    return [Work("probes", flops + sum(one.flops for one in passes), touched, seconds)]
+
+
+def prefilter(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageCost, list[Choice]]:
+    """TF-IDF on the driver's CPU: no device is held."""
+    tokens = work.corpus * work.tokens if work.prefilter else 0.0
+    size = tokens * _TOKEN_BYTES
+    seconds = tokens / _PREFILTER_TOKENS + size / (cluster.disk_gb_s * 1e9)
+    scores = work.queries * min(work.corpus, work.candidates) * 16.0 if work.prefilter else 0.0
+    stage = StageCost(
+        "prefilter", (Work("term counts", 0.0, size, seconds),), 1, 1, 0, PROCESS_BYTES + size, 0.0, scores, size
+    )
+    return stage, []
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How candidates are scored: a form per layer, how often the candidates are run, and what is rescored."""
+
+    forms: tuple[Form, ...]
+    tiles: int
+    rescored: int
+    flops: float
+    room: float
+    batch: float
+
+
+def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageCost, list[Choice]]:
+    """All queries against all candidates."""
+    device, model = cluster.worker, work.model
+    chosen = choose_scoring(work, device, can)
+    layers, tokens = model.tracked, work.candidates * work.tokens * work.padding
+    count, batch = float(work.candidates), chosen.batch
+    small = min(work.tokens, *(min(layer.shape) for layer in layers))
+    forming = count * work.padding * sum(form.forming for form in chosen.forms)
+    rotation = count * work.padding * sum(form.rotation for form in chosen.forms)
+    dots = count * sum(form.dots + form.per_batch / _sequences(work, batch) for form in chosen.forms)
+    starting = device.starting(tokens / batch * len(layers) * LAYER_OPERATIONS)
+    works = [
+        *model_work(work, device, tokens * chosen.tiles, batch, [layers]),
+        Work("rotation", rotation, 0.0, device.seconds(rotation, work.contraction)),
+        Work("forming", forming, 0.0, device.seconds(forming, work.contraction, small)),
+        Work("dots", dots, _dot_bytes(work, chosen), device.seconds(
+            dots, work.contraction, max(work.tile, 64), _dot_bytes(work, chosen)) + starting),
+    ]  # fmt: skip
+    if chosen.rescored:
+        works.append(_rescoring(work, device, chosen))
+    disk = float(work.queries * work.candidates * work.stored)
+    read = cluster.workers * work.queries * work.query_bytes() / max(1, cluster.workers / cluster.nodes)
+    works.append(store(disk + read + tokens * 4, cluster))
+    held = sum(form.held for form in chosen.forms) / chosen.tiles
+    units = max(1, math.ceil(work.candidates / work.score_unit))
+    stage = StageCost(
+        "score", tuple(works), units, cluster.workers, cluster.devices,
+        base_bytes(device) + model_bytes(work) + batch * model.activation_bytes(work.itemsize, layers) + held
+        + max(layer.parameters for layer in layers) * work.stored * _sequences(work, batch),
+        0.0, disk, disk + read,
+    )  # fmt: skip
+    return stage, _score_choices(work, cluster, chosen, stage)
+
+
+def choose_scoring(work: Workload, device: Device, can: frozenset[str]) -> Scoring:
+    """The cheapest way by FLOPs that fits, with the largest batch that it fits beside."""
+    found = [_scoring(work, device, can, float(batch)) for batch in batch_tokens(work)]
+    return min(found, key=lambda scoring: scoring.flops * (1 if scoring.room > 0 else math.inf))
+
+
+def _scoring(work: Workload, device: Device, can: frozenset[str], batch: float) -> Scoring:
+    """Exact in one or more tiles of queries, or two stages, with batches of ``batch`` tokens."""
+    model, layers = work.model, work.model.tracked
+    room = device.memory - base_bytes(device) - model_bytes(work)
+    room -= batch * model.activation_bytes(work.itemsize, layers)
+    allowed = {contraction.DENSE, contraction.TOKENS}
+    allowed |= {contraction.EXPANDED} if costs.EXPANDED_FORM in can else set()
+    allowed |= {contraction.EIGENBASIS} if costs.EIGENBASIS_FORM in can and work.basis else set()
+    bytes_each = work.operand
+    sequences = _sequences(work, batch)
+    all_forms = [
+        contraction.forms(*layer.shape, work.tokens, work.queries, work.stored_rank(layer) or min(layer.shape),
+                          work.subspace, bytes_each)
+        for layer in layers
+    ]  # fmt: skip
+    model_flops = work.tokens * (model.forward_flops(work.tokens) + model.backward_flops(work.tokens))
+    options = []
+    for names in ({contraction.DENSE}, allowed, allowed - {contraction.DENSE, contraction.EIGENBASIS}):
+        picked = tuple(
+            contraction.cheapest(forms, frozenset(names), work.candidates, work.queries, sequences, math.inf)
+            for forms in all_forms
+        )
+        tiles = max(1, math.ceil(sum(form.held for form in picked) / max(room, 1.0)))
+        flops = work.candidates * (sum(form.per_sequence(sequences) for form in picked) + tiles * model_flops)
+        options.append(Scoring(picked, tiles, 0, flops, room, batch))
+    if costs.SUBSPACE_FORM in can and work.queries * work.rescored < work.queries * work.candidates:
+        picked = tuple(forms[-1] for forms in all_forms)
+        flops = work.candidates * (sum(form.per_sequence(sequences) for form in picked) + model_flops)
+        again = distinct(work.candidates, work.queries, work.rescored)
+        flops += again * model_flops + _pair_flops(work) * work.queries * work.rescored
+        if sum(form.held for form in picked) <= room:
+            options.append(Scoring(picked, 1, again, flops, room, batch))
+    return min(options, key=lambda option: option.flops)
+
+
+def distinct(candidates: int, queries: int, each: int) -> int:
+    """Expected number of different sequences among ``each`` best of every query, if queries chose independently."""
+    share = min(1.0, each / candidates)
+    return round(candidates * -math.expm1(queries * math.log1p(-share))) if share < 1 else candidates
+
+
+def _pair_flops(work: Workload) -> float:
+    """One query on one sequence by the cheapest exact form."""
+    return sum(
+        min(2.0 * work.tokens * rank * (layer.outputs + layer.inputs), 2.0 * (work.tokens + 1) * layer.parameters)
+        for layer in work.model.tracked
+        for rank in [work.stored_rank(layer) or min(layer.shape)]
+    )
+
+
+def _rescoring(work: Workload, device: Device, chosen: Scoring) -> Work:
+    """The best of the first stage once more: forward, backward, exact dots, their queries from host memory."""
+    passes = model_work(work, device, chosen.rescored * work.tokens * work.padding, chosen.batch, [work.model.tracked])
+    pairs = work.queries * work.rescored
+    flops = pairs * _pair_flops(work)
+    loaded = pairs * work.query_bytes() * work.operand / work.stored
+    seconds = device.seconds(flops, work.contraction, work.rank) + loaded / (device.host_gb_s * 1e9)
+    return Work("rescoring", flops + sum(one.flops for one in passes), loaded,
+                seconds + sum(one.seconds for one in passes))  # fmt: skip
+
+
+def _sequences(work: Workload, batch: float) -> float:
+    return max(1.0, batch / (work.tokens * work.padding))
+
+
+def _dot_bytes(work: Workload, chosen: Scoring) -> float:
+    """Formed gradients are read once per tile of queries, each tile once per batch."""
+    total = 0.0
+    tiles, batches = math.ceil(work.queries / work.tile), work.candidates / _sequences(work, chosen.batch)
+    for form, layer in zip(chosen.forms, work.model.tracked, strict=True):
+        if form.name in (contraction.DENSE, contraction.EXPANDED, contraction.EIGENBASIS):
+            total += layer.parameters * work.operand * (work.candidates * tiles + batches * tiles * work.tile)
+    return total
+
+
+def _score_choices(work: Workload, cluster: Cluster, chosen: Scoring, stage: StageCost) -> list[Choice]:
+    names = [form.name for form in chosen.forms]
+    counted = ", ".join(f"{name} in {names.count(name)} layers" for name in dict.fromkeys(names))
+    held = sum(form.held for form in chosen.forms) / 1e9
+    engine = set(names) <= {contraction.DENSE, contraction.TOKENS} and chosen.tiles == 1
+    per_token = sum(form.per_sequence(_sequences(work, chosen.batch)) for form in chosen.forms) / work.tokens
+    found = [
+        Choice(
+            "contraction",
+            counted,
+            f"{per_token / 1e9:,.3g} GFLOP per token; queries take {held:,.2f} GB of {chosen.room / 1e9:,.2f} GB free",
+            engine,
+        )
+    ]
+    if chosen.tiles > 1:
+        found.append(
+            Choice("query tiles", str(chosen.tiles), "the queries do not fit beside the model at once", in_engine=False)
+        )
+    if chosen.rescored:
+        found.append(
+            Choice(
+                "rescoring",
+                f"{work.rescored} best of each query, about {chosen.rescored:,} sequences",
+                f"a subspace of side {work.subspace} ranks all candidates first, exact scores decide among the best",
+                in_engine=False,
+            )
+        )
+    if stage.idle > 0.1:
+        wanted = max(1, work.candidates // (4 * cluster.workers))
+        found.append(
+            Choice("score unit", f"{work.score_unit:,} sequences, {stage.tasks} units",
+                   f"{stage.idle:.0%} of {cluster.workers} workers' time is idle; set score.unit_size={wanted}")
+        )  # fmt: skip
+    return found

@@ -1,0 +1,102 @@
+"""Bytes of sums, factors, queries and workers, and how long a fit unit is: what the engine is sized by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from raylux.layers import TrackedLayer
+
+GIB = 1 << 30
+# A process with torch and transformers loaded, before any model.
+PROCESS_BYTES = GIB // 2
+QUERY_BLOCK = 16
+_BLOCK_BYTES = 2 * GIB
+
+# Nominal rates by which units are sized: a unit's compute is to outweigh the moving of its sums. They are
+# constants, not measurements, so that the same run is cut alike everywhere.
+_FLOPS = {"cpu": 1e11, "cuda": 2e14}
+_BYTES = {"cpu": 5e8, "cuda": 8e9}
+_MOVE_SHARE = 20.0
+_MOST_UNITS = 64
+
+
+def covariance_entries(layers: Sequence[TrackedLayer], groups: Mapping[str, str]) -> list[int]:
+    """Entries of each A (one per input group) and each S."""
+    leaders = set(groups.values())
+    return [layer.inputs**2 for layer in layers if layer.name in leaders] + [layer.outputs**2 for layer in layers]
+
+
+def covariance_bytes(layers: Sequence[TrackedLayer], groups: Mapping[str, str], itemsize: int = 4) -> int:
+    """One set of sums of A and S."""
+    return itemsize * sum(covariance_entries(layers, groups))
+
+
+def layer_bytes(layers: Sequence[TrackedLayer], itemsize: int = 4) -> int:
+    """One gradient, or one Λ, over all tracked layers."""
+    return itemsize * sum(layer.parameters for layer in layers)
+
+
+def worker_bytes(
+    layers: Sequence[TrackedLayer], groups: Mapping[str, str], parameters: int, itemsize: int, queries: int
+) -> int:
+    """Memory of a gradient worker at its peak: the model with the largest of what it holds beside it."""
+    covariance = covariance_bytes(layers, groups, itemsize)
+    moments = covariance + layer_bytes(layers, itemsize)
+    scoring = queries * layer_bytes(layers, itemsize)
+    return PROCESS_BYTES + parameters * itemsize + max(covariance, moments, scoring)
+
+
+def shards_bytes(layers: Sequence[TrackedLayer], groups: Mapping[str, str], itemsize: int, queries: int) -> int:
+    """Memory of all factor shards together at their peak: sums in float64, or bases with a block of s_test."""
+    sums = covariance_bytes(layers, groups, 8)
+    solving = covariance_bytes(layers, groups, itemsize) + min(_BLOCK_BYTES, queries * layer_bytes(layers, itemsize))
+    return max(sums, solving)
+
+
+def query_block(layers: Sequence[TrackedLayer], itemsize: int) -> int:
+    """Queries that are solved together."""
+    return int(max(1, min(QUERY_BLOCK, _BLOCK_BYTES // max(1, layer_bytes(layers, itemsize)))))
+
+
+def probe_count(setting: int | str, parameters: int) -> int:
+    """Sequences on which compression is measured: as many as a second or so of a small model's time allows."""
+    return setting if isinstance(setting, int) else int(min(128, max(32, 2e9 // parameters)))
+
+
+def rank_limit(setting: int, layer: TrackedLayer) -> int:
+    """Largest rank of a layer's s_test that is no larger than ``setting`` and still halves its memory."""
+    return min(setting, layer.parameters // (2 * (layer.outputs + layer.inputs)))
+
+
+def unit_tokens(
+    device: str,
+    layers: Sequence[TrackedLayer],
+    groups: Mapping[str, str],
+    parameters: int,
+    fitted_tokens: float,
+    batch_tokens: int,
+) -> int:
+    """Tokens of a fit unit: computing its sums takes ``_MOVE_SHARE`` times as long as moving them."""
+    flops_per_token = 4.0 * parameters + 2.0 * sum(covariance_entries(layers, groups))
+    moving = covariance_bytes(layers, groups) / _BYTES[device]
+    cheap = _MOVE_SHARE * moving * _FLOPS[device] / flops_per_token
+    return math.ceil(max(cheap, fitted_tokens / _MOST_UNITS, 2 * batch_tokens))
+
+
+def fitted_tokens(sequences: int, corpus_sequences: int, corpus_tokens: float) -> float:
+    """Tokens of the sequences of a fit, by the corpus's mean."""
+    return min(sequences, corpus_sequences) / max(1, corpus_sequences) * corpus_tokens
+
+
+def score_unit_size(corpus_sequences: int) -> int:
+    """Corpus rows of a score unit."""
+    return int(min(4096, max(256, corpus_sequences // 16)))
+
+
+def factor_bytes(
+    layers: Sequence[TrackedLayer], groups: Mapping[str, str], itemsize: int, basis: bool, moments: bool
+) -> int:
+    """Factors at rest: covariances and eigenvectors where there is a basis (eigenvalues are left out), and Λ."""
+    found = 2 * covariance_bytes(layers, groups, itemsize) if basis else 0
+    return found + (layer_bytes(layers, itemsize) if moments else 0)

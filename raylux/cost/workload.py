@@ -1,0 +1,100 @@
+"""What is to be computed, as numbers: model, data, queries and the settings that reach the cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raylux.cost.model import ModelShape
+from raylux.cost.sizes import rank_limit
+from raylux.layers import TrackedLayer
+
+ITEMSIZE = {"float32": 4, "float64": 8, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One run.
+
+    Attributes:
+        model: its shapes.
+        dtype: of the model's forward and backward pass.
+        contraction: precision of the products of a and g (DESIGN, decision 9).
+        basis: the curvature has eigenbases.
+        moments: and Λ.
+        fit_sequences: that the curvature is fitted on.
+        corpus: sequences of the corpus, which the prefilter reads.
+        candidates: sequences that are scored.
+        tokens: mean length of a sequence.
+        queries: Q.
+        query_tokens: mean length of a query.
+        batch_tokens: padded tokens of a batch; None: the planner's choice.
+        unit_tokens: tokens of a fit unit.
+        score_unit: sequences of a score unit.
+        padding: padded tokens over tokens in scoring.
+        prefilter: whether there is one.
+        max_error: allowed error of low rank; 0: dense.
+        max_rank: largest rank that is tried.
+        rank: assumed where s_test is kept in low rank; the run measures it.
+        probes: sequences on which compression is measured.
+        subspace: side r of the subspace that all queries share in a first stage.
+        rescored: best sequences of a query that are scored again exactly after a first stage.
+        tile: dense queries per product.
+    """
+
+    model: ModelShape
+    dtype: str
+    contraction: str
+    basis: bool
+    moments: bool
+    fit_sequences: int
+    corpus: int
+    candidates: int
+    tokens: float
+    queries: int
+    query_tokens: float
+    batch_tokens: int | None
+    unit_tokens: int
+    score_unit: int
+    padding: float = 1.0
+    prefilter: bool = True
+    max_error: float = 0.01
+    max_rank: int = 256
+    rank: int = 64
+    probes: int = 32
+    subspace: int = 256
+    rescored: int = 200
+    tile: int = 8
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in the model."""
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def stored(self) -> int:
+        """Bytes of a number in sums, factors and s_test."""
+        return 8 if self.dtype == "float64" else 4
+
+    @property
+    def operand(self) -> int:
+        """Bytes of a number that goes into a contraction."""
+        return ITEMSIZE[self.contraction]
+
+    @property
+    def fit_tokens(self) -> float:
+        return self.fit_sequences * self.tokens
+
+    def stored_rank(self, layer: TrackedLayer) -> int:
+        """The assumed rank of a layer's s_test; 0: dense, as low rank would not halve its memory."""
+        if self.max_error <= 0:
+            return 0
+        limit = rank_limit(self.max_rank, layer)
+        return self.rank if self.rank <= limit else 0
+
+    def query_bytes(self) -> int:
+        """One s_test over all layers at rest."""
+        total = 0
+        for layer in self.model.tracked:
+            rank = self.stored_rank(layer)
+            total += rank * (layer.outputs + layer.inputs) if rank else layer.parameters
+        return total * self.stored

@@ -1,0 +1,153 @@
+"""From a config to the numbers that the cost model wants: no weights, and no corpus where its size is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from raylux import models
+from raylux.batches import bucket
+from raylux.capture import input_groups
+from raylux.config import Config
+from raylux.corpus import load_corpus
+from raylux.cost import calibrate, costs
+from raylux.cost.costs import RunPlan
+from raylux.cost.machine import Cluster
+from raylux.cost.model import ModelShape
+from raylux.cost.planner import plan_run
+from raylux.cost.workload import Workload
+from raylux.curvature import KINDS
+from raylux.engine.plan import Plan, make_plan, probe_count
+from raylux.queries import load_queries
+from raylux.store import CorpusReader, RunFolder
+
+# Tokens of a query, where queries are only counted.
+QUERY_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is given instead of being read: sequences of the corpus, their mean tokens, queries, candidates."""
+
+    sequences: int | None = None
+    tokens: int | None = None
+    queries: int | None = None
+    candidates: int | None = None
+
+
+def find_shape(config: Config) -> tuple[ModelShape, models.ModelFiles, int | None]:
+    """Shapes of a config's model, its files, and its context; a folder that holds config.json alone will do.
+
+    Raises:
+        UserError: the model cannot be found or built.
+    """
+    setting = config.model
+    local = Path(setting.path).expanduser()
+    weights = bool(list(local.glob("*.safetensors"))) or not (local / "config.json").is_file()
+    if not weights:
+        files = models.ModelFiles(str(local), setting.tokenizer or str(local))
+    else:
+        files = models.find_model(setting)
+    structure = models.load_structure(files, setting.trust_remote_code, weights)
+    covered = models.coverage(structure, setting.layers)
+    shape = ModelShape.of(structure, covered, input_groups(structure, covered.tracked))
+    return shape, files, models.context_length(structure.config)
+
+
+def plan_here(config: Config, sizes: Sizes, refresh: bool = False) -> tuple[RunPlan, Cluster]:
+    """A plan of what the engine does today, on this machine, by the run's own frozen choices."""
+    device = models.resolve_device(config.model.device)
+    work, plan = _workload(config, sizes, device)
+    workers = _workers(config, device, plan.threads)
+    cluster = calibrate.here(plan.threads, workers, device, config.run.folder, refresh)
+    return plan_run(work, cluster), cluster
+
+
+def plan_on(config: Config, sizes: Sizes, cluster: Cluster, can: frozenset[str] = costs.AHEAD) -> RunPlan:
+    """A plan on a cluster that need not be here; it may count on what the engine does not do yet, and says so."""
+    work, _ = _workload(config, sizes, "cuda" if cluster.device.gpu else "cpu")
+    return plan_run(work, cluster, can)
+
+
+def _workload(config: Config, sizes: Sizes, device: str) -> tuple[Workload, Plan]:
+    shape, files, context = find_shape(config)
+    lengths, query_lengths = _lengths(config, sizes, files, shape, context)
+    plan = make_plan(config, device, shape.tracked, dict(shape.groups), shape.parameters, lengths, context)
+    corpus, queries = len(lengths), len(query_lengths)
+    tokens = float(lengths.mean())
+    padded = np.array([bucket(int(length), plan.longest) for length in np.unique(lengths)])
+    counts = np.unique(lengths, return_counts=True)[1]
+    candidates = corpus if config.prefilter.kind == "none" else min(corpus, queries * config.prefilter.top)
+    if sizes.candidates is not None:
+        candidates = min(corpus, sizes.candidates)
+    kind = KINDS[config.curvature.kind]
+    dtype = config.model.dtype
+    work = Workload(
+        model=shape,
+        dtype=dtype,
+        contraction=_contraction(config, device),
+        basis=kind.basis,
+        moments=kind.moments,
+        fit_sequences=min(config.fit.sequences, corpus),
+        corpus=corpus,
+        candidates=candidates,
+        tokens=tokens,
+        queries=queries,
+        query_tokens=float(query_lengths.mean()),
+        # On a GPU the planner weighs batches against passes.
+        batch_tokens=None if device == "cuda" and config.engine.batch_tokens == "auto" else plan.batch_tokens,
+        unit_tokens=plan.fit_unit_tokens,
+        score_unit=plan.score_unit_size,
+        padding=float((padded * counts).sum() / lengths.sum()),
+        prefilter=config.prefilter.kind != "none",
+        max_error=config.query.max_error,
+        max_rank=config.query.max_rank,
+        rank=min(64, config.query.max_rank),
+        probes=probe_count(config.query.probes, shape.parameters),
+        tile=8 if device == "cpu" else 256,
+    )
+    return work, plan
+
+
+def _contraction(config: Config, device: str) -> str:
+    """Precision of contractions: float64 for a float64 model, bfloat16 on a GPU unless the config says otherwise."""
+    if config.model.dtype == "float64":
+        return "float64"
+    setting = str(getattr(config.engine, "contraction_dtype", "auto"))
+    return setting if setting != "auto" else ("bfloat16" if device == "cuda" else "float32")
+
+
+def _workers(config: Config, device: str, threads: int) -> int:
+    import psutil
+    import torch
+
+    if config.engine.backend == "local":
+        return 1
+    if isinstance(config.engine.workers, int):
+        return config.engine.workers
+    return torch.cuda.device_count() if device == "cuda" else max(1, (psutil.cpu_count() or 1) // threads)
+
+
+def _lengths(
+    config: Config, sizes: Sizes, files: models.ModelFiles, shape: ModelShape, context: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each sequence and of each query: given, stored in the run folder, or read."""
+    trusted = config.model.trust_remote_code
+    if sizes.queries is None:
+        tokenizer = models.load_tokenizer(files, trusted)
+        asked = load_queries(config.queries.path, tokenizer, shape.vocabulary, context)
+        query_lengths = np.array([sum(len(part.tokens) for part in query.parts) for query in asked])
+    else:
+        query_lengths = np.full(sizes.queries, QUERY_TOKENS)
+    if sizes.sequences is not None:
+        return np.full(sizes.sequences, sizes.tokens or config.corpus.max_length), query_lengths
+    folder = RunFolder(config.run.folder)
+    if folder.exists and folder.committed("corpus"):
+        lengths = CorpusReader(folder).lengths
+    else:
+        lengths = load_corpus(config.corpus, models.load_tokenizer(files, trusted), shape.vocabulary, context).lengths()
+    if sizes.tokens is not None:
+        lengths = np.full(len(lengths), sizes.tokens)
+    return np.asarray(lengths), query_lengths

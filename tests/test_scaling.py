@@ -1,0 +1,26 @@
+"""docs/scaling.md holds what the cost model says today, and the plan that issue 4 bounds keeps its bound."""
+
+from __future__ import annotations
+
+from jobs import scaling
+
+
+def test_the_page_is_what_the_job_writes() -> None:
+    text = scaling.PAGE.read_text(encoding="utf-8")
+    assert text == scaling.page(text), "run python jobs/scaling.py --write"
+
+
+def test_llama_3_8b_on_eight_devices_keeps_within_its_floor() -> None:
+    found = scaling.plan("llama-3-8b", 8)
+    assert found.device_hours <= scaling.FLOOR
+    # Running the model over the candidates is a bound from below at any utilisation.
+    shape, _, _ = scaling.find_shape(scaling.config("llama-3-8b"))
+    bare = 512e6 * (shape.forward_flops(512) + shape.backward_flops(512))
+    assert found.stage("score").device_hours > bare / 989e12 / 3600
+
+
+def test_more_devices_take_less_time_and_no_fewer_device_hours() -> None:
+    for model in scaling.SPLIT:
+        plans = [scaling.plan(model, devices) for devices in scaling.DEVICES]
+        assert [plan.seconds for plan in plans] == sorted((plan.seconds for plan in plans), reverse=True)
+        assert [plan.device_hours for plan in plans] == sorted(plan.device_hours for plan in plans)
