@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from raylux.batches import IGNORED, Batch
 from raylux.errors import NumericsError
 from raylux.layers import TrackedLayer
+from raylux.profiling import of
 
 Labeller = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(logits [n, V], keys [n], positions [n]) -> labels [n] int64"""
@@ -75,20 +76,22 @@ class Capture:
                 are summed, by layer and unit.
         """
         with self._recording(batch) as record:
-            logits = self._logits(batch)
-            counted = batch.labels[:, 1:] != IGNORED
-            row, position = counted.nonzero(as_tuple=True)
-            # A label's place in its sequence, not in the padded row: draws must not depend on the padding.
-            place = _positions(batch)[:, 1:][counted]
-            chosen = logits[:, :-1][counted]
-            chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
+            with of("forward"):
+                logits = self._logits(batch)
+                counted = batch.labels[:, 1:] != IGNORED
+                row, position = counted.nonzero(as_tuple=True)
+                # A label's place in its sequence, not in the padded row: draws must not depend on the padding.
+                place = _positions(batch)[:, 1:][counted]
+                chosen = logits[:, :-1][counted]
+                chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
             labels = batch.labels.clone()
             if labeller is not None:
-                with torch.no_grad():
+                with of("label"), torch.no_grad():
                     labels[row, position + 1] = labeller(chosen, batch.keys[row], place)
-            token_loss = nn.functional.cross_entropy(chosen, labels[row, position + 1], reduction="none")
-            if token_loss.requires_grad:
-                token_loss.sum().backward()
+            with of("backward"):
+                token_loss = nn.functional.cross_entropy(chosen, labels[row, position + 1], reduction="none")
+                if token_loss.requires_grad:
+                    token_loss.sum().backward()
         loss = torch.zeros(len(batch.mask), dtype=token_loss.dtype, device=token_loss.device)
         loss.index_add_(0, row, token_loss.detach())
         if not torch.isfinite(loss).all():

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from raylux.profiling import of
+
 _CHUNK_BYTES = 1 << 28
 
 
@@ -27,15 +29,19 @@ def add_second_moment(total: Tensor, a: Tensor, g: Tensor, q_a: Tensor | None, q
     """
     tokens = a.shape[1]
     if rotate_tokens_first(tokens, g.shape[2], a.shape[2]):
-        a = a if q_a is None else a @ q_a
-        g = g if q_s is None else g @ q_s
+        with of("rotate"):
+            a = a if q_a is None else a @ q_a
+            g = g if q_s is None else g @ q_s
         q_a = q_s = None
     rows = max(1, _CHUNK_BYTES // (total.numel() * total.element_size()))
     for start in range(0, len(a), rows):
-        gradient = torch.bmm(g[start : start + rows].mT, a[start : start + rows])
-        gradient = gradient if q_s is None else q_s.T @ gradient
-        gradient = gradient if q_a is None else gradient @ q_a
-        total.add_(gradient.square_().sum(0))
+        with of("form"):
+            gradient = torch.bmm(g[start : start + rows].mT, a[start : start + rows])
+        with of("rotate"):
+            gradient = gradient if q_s is None else q_s.T @ gradient
+            gradient = gradient if q_a is None else gradient @ q_a
+        with of("square"):
+            total.add_(gradient.square_().sum(0))
 
 
 def rotate_tokens_first(tokens: int, outputs: int, inputs: int) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raylux import profiling
 from raylux.curvature import KINDS, Spectral, eigenbasis
 from raylux.engine import numerics
 from raylux.engine.records import FactorFiles, input_matrix, output_matrix, query_arrays, read_basis, tensor
@@ -53,6 +54,7 @@ class FactorShard:
         self.folder = RunFolder(spec.folder)
         self.layers = {layer.name: layer for layer in spec.layers}
         self.compute = torch.float64 if spec.dtype == "float64" else torch.float32
+        self.clock = profiling.Clock(torch.cuda.synchronize if spec.device == "cuda" else None)
         self._sums: dict[str, np.ndarray] = {}
         self._counts: dict[str, int] = {}
         self._next = 0
@@ -63,6 +65,10 @@ class FactorShard:
     def pid(self) -> int:
         """The process it lives in."""
         return os.getpid()
+
+    def timed(self, method: str, *args: Any) -> Any:
+        """Call one of the other methods; its value comes as ``profiling.Timed``."""
+        return profiling.timed(self, self.clock, method, False, args)
 
     # sums
 
@@ -97,7 +103,8 @@ class FactorShard:
         while self._next in self._ahead:
             due = self._ahead.pop(self._next)
             if due is not None:
-                self._add(self._next, due)
+                with profiling.of("add"):
+                    self._add(self._next, due)
             self._next += 1
         return self._next
 
@@ -151,7 +158,8 @@ class FactorShard:
     def decompose(self, name: str, key: str) -> tuple[str, Objects, numerics.Numerics]:
         """Eigenvalues and eigenvectors of a written covariance, computed in float64; any shard may do it."""
         matrix = tensor(self.folder.group(key).read("matrix"), torch.float64, self.spec.device)
-        values, vectors = eigenbasis(matrix, name)
+        with profiling.of("eigendecomposition"):
+            values, vectors = eigenbasis(matrix, name)
         arrays = {"values": values.cpu().numpy(), "vectors": vectors.cpu().numpy().astype(self._storage())}
         return *self.folder.write(f"factors/{_tidy(name)}/eigen", arrays), numerics.here(self.spec.device)
 
@@ -183,11 +191,13 @@ class FactorShard:
             curvature = self._curvature(name, files, moments, rows_per_sequence)
             damping[name] = curvature.damping(self.spec.damping)
             try:
-                self._block[name] = [curvature.solve(self._gradient(part, name), damping[name]) for part in parts]
+                with profiling.of("solve"):
+                    self._block[name] = [curvature.solve(self._gradient(part, name), damping[name]) for part in parts]
             except NumericsError as error:
                 raise NumericsError(f"layer '{name}': {error}") from None
             if rank_limit[name]:
-                self._factors[name] = [factorise(s_test, rank_limit[name]) for s_test in self._block[name]]
+                with profiling.of("compress"):
+                    self._factors[name] = [factorise(s_test, rank_limit[name]) for s_test in self._block[name]]
         return damping
 
     def measure(self, part: Mapping[str, Any], places: Sequence[int]) -> dict[str, Measured]:
@@ -200,16 +210,18 @@ class FactorShard:
         result = {}
         for name, queries in self._block.items():
             a, g = self._tokens(part, name)
-            gradient = sequence_gradients(a, g)[0]
-            result[name] = {
-                place: (
-                    float((queries[place] * gradient).sum(dtype=torch.float64)),
-                    component_scores(*self._factors[name][place], a, g)[0].cpu().numpy()
-                    if name in self._factors
-                    else None,
-                )
-                for place in places
-            }
+            with profiling.of("form"):
+                gradient = sequence_gradients(a, g)[0]
+            with profiling.of("dot"):
+                result[name] = {
+                    place: (
+                        float((queries[place] * gradient).sum(dtype=torch.float64)),
+                        component_scores(*self._factors[name][place], a, g)[0].cpu().numpy()
+                        if name in self._factors
+                        else None,
+                    )
+                    for place in places
+                }
         return result
 
     def write_block(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raylux import fingerprints, models
+from raylux import fingerprints, models, profiling
 from raylux.batches import Batch, TokenRow, collate, fit_batches, score_batches
 from raylux.capture import Capture, Captured
 from raylux.curvature import Covariances, add_second_moment
@@ -74,6 +74,7 @@ class GradientWorker:
         self.device = spec.plan.device
         self.folder = RunFolder(spec.folder)
         self.compute = torch.float64 if spec.plan.dtype == "float64" else torch.float32
+        self.clock = profiling.Clock(torch.cuda.synchronize if self.device == "cuda" else None)
         self._capture: Capture | None = None
         self._reader: CorpusReader | None = None
         self._bases: dict[str, tuple[Tensor | None, Tensor | None]] = {}
@@ -90,7 +91,8 @@ class GradientWorker:
         """
         spec = self.spec
         torch.set_num_threads(spec.plan.threads)
-        model = models.load_model(spec.files, spec.plan.dtype, self.device, spec.trust_remote_code)
+        with profiling.of("load"):
+            model = models.load_model(spec.files, spec.plan.dtype, self.device, spec.trust_remote_code)
         self._capture = Capture(model, spec.layers, spec.groups)
         return {
             "pid": os.getpid(),
@@ -98,6 +100,10 @@ class GradientWorker:
             "weights": fingerprints.of_weights(spec.files.folder),
             "numerics": numerics.here(self.device),
         }
+
+    def timed(self, method: str, parts: bool, *args: Any) -> Any:
+        """Call one of the other methods; its value, or the head of its ``parts``, comes as ``profiling.Timed``."""
+        return profiling.timed(self, self.clock, method, parts, args)
 
     @property
     def reader(self) -> CorpusReader:
@@ -119,7 +125,8 @@ class GradientWorker:
         for batch in fit_batches(sequences, self.spec.plan.batch_tokens):
             captured = self._run(batch, sampled)
             inputs, grads = self._widened(captured)
-            sums.add(inputs, grads, batch.mask.to(self.device))
+            with profiling.of("covariance"):
+                sums.add(inputs, grads, batch.mask.to(self.device))
             drawn = captured.labels.cpu().numpy()
             for place, row in enumerate(batch.rows):
                 labels[row] = drawn[place, : len(sequences[row].tokens)].astype(np.int32)
@@ -192,7 +199,8 @@ class GradientWorker:
             value -= weight * float(captured.loss[0])
         joined = {name: torch.cat(parts, 1) for name, parts in inputs.items()}
         weighted = {name: torch.cat(parts, 1) for name, parts in grads.items()}
-        norm = float(squared_norms(joined, weighted, self.spec.groups).sqrt())
+        with profiling.of("square"):
+            norm = float(squared_norms(joined, weighted, self.spec.groups).sqrt())
         head = {"measurement": value, "norm": norm}
         return (head, *self._token_parts(joined, weighted, shards))
 
@@ -248,7 +256,8 @@ class GradientWorker:
                     by_layer[:, index, places] = _array(part)[:count, columns].T
             total[:, places] = _array(whole)[:count, columns].T
             if norms:
-                norm[places] = _array(squared_norms(inputs, grads, self.spec.groups).sqrt())[:count]
+                with profiling.of("square"):
+                    norm[places] = _array(squared_norms(inputs, grads, self.spec.groups).sqrt())[:count]
         if not np.isfinite(total).all():
             bad = rows[~np.isfinite(total).all(0)]
             raise NumericsError(f"score unit {name}: NaN or infinity in the scores of corpus rows {bad[:5].tolist()}")
@@ -321,6 +330,8 @@ class GradientWorker:
 
     def _run(self, batch: Batch, sampled: bool) -> Captured:
         assert self._capture is not None, "prepare() comes first"
+        # Where the mask still is on the CPU, so that nothing is waited for; filler rows stand last and do not count.
+        profiling.count(tokens=int(batch.mask[: len(batch.rows)].sum()))
         seed = self.spec.seed
         labeller = (lambda logits, keys, places: sample_labels(logits, keys, places, seed)) if sampled else None
         return self._capture.run(batch.to(self.device), labeller)

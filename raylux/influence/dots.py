@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from raylux.batches import ROW_BLOCK
+from raylux.profiling import of
 
 TILE = 8
 """Dense queries per matrix product; a shorter tile is filled with zeros."""
@@ -88,23 +89,27 @@ class LayerQueries:
         a, g = _whole_blocks(a), _whole_blocks(g)
         result = torch.zeros(len(a), self.count, dtype=a.dtype, device=a.device)
         if self.tiles:
-            gradient = sequence_gradients(a, g).reshape(len(a), -1)
-            for index, tile in enumerate(self.tiles):
-                columns = result[:, index * TILE : (index + 1) * TILE]
-                columns += (gradient @ tile.T)[:, : columns.shape[1]]
-        for place, (left, right) in self.factors.items():
-            result[:, place] += ((g @ left) * (a @ right)).sum((1, 2))
+            with of("form"):
+                gradient = sequence_gradients(a, g).reshape(len(a), -1)
+            with of("dot"):
+                for index, tile in enumerate(self.tiles):
+                    columns = result[:, index * TILE : (index + 1) * TILE]
+                    columns += (gradient @ tile.T)[:, : columns.shape[1]]
+        with of("dot"):
+            for place, (left, right) in self.factors.items():
+                result[:, place] += ((g @ left) * (a @ right)).sum((1, 2))
         return result
 
     def token_scores(self, place: int, a: Tensor, g: Tensor) -> Tensor:
         """Each token's share of the score of query ``place``: [N, T]; they sum to the sequence's score."""
         tokens = a.shape[1]
         a, g = _whole_blocks(a), _whole_blocks(g)
-        if place in self.factors:
-            left, right = self.factors[place]
-            return ((g @ left) * (a @ right)).sum(2)[:, :tokens]
-        tile = self.tiles[place // TILE][place % TILE].reshape(self.shape)
-        return ((g @ tile) * a).sum(2)[:, :tokens]
+        with of("dot"):
+            if place in self.factors:
+                left, right = self.factors[place]
+                return ((g @ left) * (a @ right)).sum(2)[:, :tokens]
+            tile = self.tiles[place // TILE][place % TILE].reshape(self.shape)
+            return ((g @ tile) * a).sum(2)[:, :tokens]
 
 
 def _whole_blocks(x: Tensor) -> Tensor:
