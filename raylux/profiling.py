@@ -32,9 +32,11 @@ KINDS = (
     "write",
     "other",
     "wait",
+    "ask",
     "commit",
 )
-"""What work is called. ``other``: within a stretch, outside of every section. The last two are the driver's."""
+"""What work is called. ``other``: within a stretch, outside of every section. The last three are the driver's: waiting
+for workers, waiting for the answers of factor shards, committing."""
 
 OTHER = "other"
 

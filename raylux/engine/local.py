@@ -63,14 +63,14 @@ class LocalBackend:
         return {shard: self._asked(method, call) for shard, call in args.items()}
 
     def _asked(self, method: str, args: tuple[Any, ...]) -> Any:
-        with profiling.of("wait"):
+        with profiling.of("ask"):
             value, spent = profiling.untimed(self._shard.timed(method, *args))
         profiling.helped(spent)
         return value
 
     def shard_stream(self, method: str, jobs: Iterable[tuple[Any, ...]]) -> Iterator[tuple[tuple[Any, ...], Any]]:
         for args in jobs:
-            with profiling.of("wait"):
+            with profiling.of("ask"):
                 value, spent = profiling.untimed(self._shard.timed(method, *args))
             self._notify("unit", method=method, unit=args[0], shard=0, **profiling.facts(spent))
             yield args, value

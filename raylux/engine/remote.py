@@ -216,7 +216,7 @@ class RayBackend:
             while waiting and idle:
                 shard, job = idle.popleft(), waiting.popleft()
                 running[self._call(shard, method, job)] = shard, job, time.monotonic()
-            with profiling.of("wait"):
+            with profiling.of("ask"):
                 ready, _ = ray.wait(list(running), num_returns=1, timeout=_POLL, fetch_local=False)
             late = [ref for ref, (_, _, since) in running.items() if time.monotonic() - since > self._timeout]
             for ref in dict.fromkeys([*ready, *late]):
@@ -252,7 +252,7 @@ class RayBackend:
         """A shard's answer; ``Lost`` where it died (a new one stands in its place) or an argument is gone."""
         node = False
         try:
-            with profiling.of("wait"):
+            with profiling.of("ask"):
                 return profiling.untimed(ray.get(ref, timeout=timeout))
         except RayTaskError as error:
             if isinstance(error.cause, RayluxError):

@@ -118,16 +118,27 @@ class SimulatedCluster:
     Args:
         places: workers that each node takes.
         behaviour: of calls.
-        seed: of everything that is drawn; equal seeds give equal histories.
+        seed: of everything that is drawn.
         elastic: whether the number of workers follows the nodes (``engine.workers: auto``).
+        driver: a clock of what the driver itself takes, in seconds; as much of the virtual time goes by between two
+            waits. None: the driver takes no time, and equal seeds give equal histories.
     """
 
-    def __init__(self, places: Sequence[int], behaviour: Behaviour, seed: int = 0, elastic: bool = True) -> None:
+    def __init__(
+        self,
+        places: Sequence[int],
+        behaviour: Behaviour,
+        seed: int = 0,
+        elastic: bool = True,
+        driver: Callable[[], float] | None = None,
+    ) -> None:
         self.behaviour, self.draw = behaviour, random.Random(seed)
         self.seconds = Seconds()
         self.nodes: dict[int, Node] = {}
         self.started = 0
         self._elastic = elastic
+        self._driver = driver
+        self._driven = driver() if driver else 0.0
         self._now = 0.0
         self._count = itertools.count()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -171,11 +182,15 @@ class SimulatedCluster:
         self._ready.pop(ref, None)
 
     def wait(self, timeout: float) -> list[Ref]:
+        if self._driver is not None:
+            self.sleep(self._driver() - self._driven)
         deadline = self._now + timeout
         while not self._ready and self._step(deadline):
             pass
         if self._ready and self.behaviour.tick:
             self.sleep(self.behaviour.tick)
+        if self._driver is not None:
+            self._driven = self._driver()
         return list(self._ready)
 
     def get(self, ref: Ref) -> Any:

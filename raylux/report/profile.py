@@ -15,7 +15,7 @@ _NAMED = 0.03
 # Hues that stay apart for most eyes, on white and on black; the kinds of ``KINDS`` take them in turn.
 _COLOURS = (
     "#b07aa1", "#9c755f", "#4e79a7", "#76b7b2", "#f28e2b", "#e15759", "#edc948", "#59a14f", "#86bc86",
-    "#3b5b92", "#ff9da7", "#8c564b", "#17a2a2", "#c5b0d5", "#7f7f7f", "#bab0ac", "#aaaa55", "#555599",
+    "#3b5b92", "#ff9da7", "#8c564b", "#17a2a2", "#c5b0d5", "#7f7f7f", "#bab0ac", "#aaaa55", "#555599", "#d37295",
 )  # fmt: skip
 
 
