@@ -27,6 +27,7 @@ from raylux.batches import IGNORED, Batch
 from raylux.errors import NumericsError
 from raylux.layers import TrackedLayer
 from raylux.loss import LogitLoss, logit_loss
+from raylux.profiling import of
 
 Labeller = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(probabilities [n, V], keys [n], positions [n]) -> labels [n] int64"""
@@ -104,13 +105,16 @@ class Capture:
                 are summed, by layer and unit.
         """
         with self._recording(batch) as record:
-            logits = self._logits(batch)
-            losses = self._losses(logits, batch, labeller, both)
+            with of("forward"):
+                logits = self._logits(batch)
+            with of("label"):
+                losses = self._losses(logits, batch, labeller, both)
             taken = []
             for index, one in enumerate(losses):
                 record.grads = {}
                 if logits.requires_grad:
-                    logits.backward(one.gradient.view_as(logits), retain_graph=index + 1 < len(losses))
+                    with of("backward"):
+                        logits.backward(one.gradient.view_as(logits), retain_graph=index + 1 < len(losses))
                 taken.append(self._gradients(record, batch))
         first = losses[0]
         labels = batch.labels.clone()

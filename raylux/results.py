@@ -19,6 +19,7 @@ from raylux.engine.stages.queries import records
 from raylux.engine.stages.score import token_rows
 from raylux.errors import MissingStageError, UserError
 from raylux.health import Quarantined
+from raylux.report.profile import StageTime, parsed, stage_times
 from raylux.shown import redacted
 from raylux.store import RunFolder, ScoreBlock, lazy_scores, read_table, score_blocks
 
@@ -295,6 +296,14 @@ class Run:
     def _given_up(self, stage: str) -> set[str]:
         """Ids of what was quarantined in a stage."""
         return {name for unit in self.quarantined if unit.stage == stage for name in unit.sequences}
+
+    def profile(self) -> list[StageTime]:
+        """Where the time went, by stage and kind of work; empty where progress.jsonl is not there."""
+        try:
+            raw = self._store.files.get("progress.jsonl")
+        except FileNotFoundError:
+            return []
+        return stage_times(parsed(raw))
 
     def mixed_numerics(self) -> dict[str, list[str]]:
         """What differed between the machines that computed the run's units, as torch -> its versions; empty: nothing.

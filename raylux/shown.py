@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import lru_cache
 from typing import Any
 
 HIDDEN = "***"
@@ -59,8 +60,11 @@ def redacted(text: object) -> str:
     query string), bearer tokens, and the value of every environment variable whose name says that it is secret
     (``HF_TOKEN``, ``AWS_SECRET_ACCESS_KEY``, ``RAY_AUTH_TOKEN``).
     """
-    shown = str(text)
-    for secret in _secrets():
+    return _without(str(text), _secrets())
+
+
+def _without(shown: str, secrets: list[str]) -> str:
+    for secret in secrets:
         shown = shown.replace(secret, HIDDEN)
     for pattern in _PATTERNS:
         shown = pattern.sub(lambda found: f"{found['head']}{HIDDEN}{'@' if found[0].endswith('@') else ''}", shown)
@@ -69,23 +73,30 @@ def redacted(text: object) -> str:
 
 def redacted_values(data: Any) -> Any:
     """Mappings and lists as they are, each text in them ``redacted``: what a config looks like in a file."""
+    return _values_without(data, _secrets())
+
+
+def _values_without(data: Any, secrets: list[str]) -> Any:
     if isinstance(data, str):
-        return redacted(data)
+        return _without(data, secrets)
     if isinstance(data, dict):
-        return {key: redacted_values(value) for key, value in data.items()}
+        return {key: _values_without(value, secrets) for key, value in data.items()}
     if isinstance(data, list | tuple):
-        return type(data)(redacted_values(value) for value in data)
+        return type(data)(_values_without(value, secrets) for value in data)
     return data
 
 
 def _secrets() -> list[str]:
     """Values of the environment that are not to be seen, longest first; paths of files are no secrets."""
-    found = {
-        value
-        for name, value in os.environ.items()
-        if len(value) >= _SECRET_LENGTH and _SECRET_NAME.search(name) and not os.path.exists(value)
-    }
+    values = {os.environ.get(name, "") for name in os.environ if _is_secret(name)}
+    found = {value for value in values if len(value) >= _SECRET_LENGTH and not os.path.exists(value)}
     return sorted(found, key=len, reverse=True)
+
+
+@lru_cache(maxsize=1024)
+def _is_secret(name: str) -> bool:
+    """Whether a variable's name says so; asked for every line of a run's log, of the same names."""
+    return _SECRET_NAME.search(name) is not None
 
 
 def _escape(character: str) -> str:

@@ -330,7 +330,10 @@ def test_a_worker_that_is_gone_answers_at_once() -> None:
     worker = scene.cluster.start()
     scene.cluster.crash(worker, "memory")
     (ref,) = scene.cluster.call(worker, "work", (1,), 1)
-    assert scene.cluster.wait([ref], 10) == [ref]
+    scene.cluster.watch(ref)
+    assert scene.cluster.wait(10) == [ref]
+    scene.cluster.unwatch(ref)
+    assert scene.cluster.wait(10) == []
     with pytest.raises(WorkerDied) as caught:
         scene.cluster.get(ref)
     assert caught.value.cause == "memory"

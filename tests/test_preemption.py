@@ -51,10 +51,10 @@ def test_ten_thousand_workers_are_simulated_in_few_turns() -> None:
     turns = 0
 
     class Counted(SimulatedCluster):
-        def wait(self, refs, timeout):  # type: ignore[no-untyped-def]
+        def wait(self, timeout):  # type: ignore[no-untyped-def]
             nonlocal turns
             turns += 1
-            return super().wait(refs, timeout)
+            return super().wait(timeout)
 
     behaviour = Behaviour(service=lambda draw, method, args: draw.uniform(30, 90), tick=1.0)
     cluster = Counted([100] * (workers // 100), behaviour)

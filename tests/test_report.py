@@ -78,6 +78,7 @@ def stub_run(unit: str = "nats", kind: str = "ekfac", frame: pd.DataFrame | None
         unit=unit,
         train_size=1234,
         quarantined=[],
+        profile=list,
         top=lambda query, k=10, by="sequence": shown.head(k),
     )
 

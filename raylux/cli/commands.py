@@ -87,7 +87,9 @@ def top(
 
     Says too which units were given up (quarantined) with their sequences and the reason, and whether units were
     computed on unlike machines, so that equal bits are not promised. With --verify every object is read and
-    compared with the checksum of its manifest; one line per problem, exit code 2 if there is any.
+    compared with the checksum of its manifest; one line per problem, exit code 2 if there is any. With --profile also
+    where the time went, by stage and kind of work, over all commands that worked on the run: what workers and shards
+    did, and what the driver did meanwhile.
 
     Reads the run folder, writes nothing.
 
@@ -95,11 +97,13 @@ def top(
     Examples:
       raylux inspect runs/quickstart
       raylux inspect runs/quickstart --verify
+      raylux inspect runs/quickstart --profile
     """),
 )
 def inspect(
     run: RunArgument,
     verify: Annotated[bool, typer.Option("--verify", help="read every object and compare its checksum")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="show where the time went")] = False,
 ) -> None:
     """Print ``Run.status``, and what is wrong with the run if that is asked."""
     from raylux import api
@@ -113,6 +117,8 @@ def inspect(
     output.print_status(opened)
     output.print_quarantine(opened.quarantined)
     output.print_numerics(opened.mixed_numerics())
+    if profile:
+        output.print_profile(opened)
 
 
 @app.command(

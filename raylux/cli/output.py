@@ -53,6 +53,17 @@ def say(line: str) -> None:
         print(f"raylux: {plain(redacted(line))}", file=sys.stderr, flush=True)
 
 
+def print_profile(run: Run) -> None:
+    """Where the time of a run went."""
+    from raylux.report import tables
+
+    stages = run.profile()
+    if stages:
+        console().print(tables.profile_table(stages))
+    else:
+        console().print(f"{plain(run.folder)}: no profile; a run folder at a URL keeps no progress.jsonl")
+
+
 def print_status(run: Run) -> None:
     """The stages of a run, and the command that makes the first missing one."""
     from raylux.report import tables

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from raylux.cost.contraction import rotate_tokens_first
+from raylux.profiling import of
 
 
 def add_second_moment(total: Tensor, a: Tensor, g: Tensor, q_a: Tensor | None, q_s: Tensor | None) -> None:
@@ -33,13 +34,16 @@ def add_second_moment(total: Tensor, a: Tensor, g: Tensor, q_a: Tensor | None, q
     # One sequence at a time: its gradient is squared while it is still in the processor's cache.
     gradient = torch.empty(total.shape, dtype=a.dtype, device=a.device)
     for n in range(len(a)):
-        torch.mm(g[n].T, a[n], out=gradient)
-        rotated = gradient if q_s is None else q_s.T @ gradient
-        rotated = rotated if q_a is None else rotated @ q_a
-        if rotated.dtype == total.dtype:
-            total.addcmul_(rotated, rotated)
-        else:
-            total.add_(rotated.square_())
+        with of("form"):
+            torch.mm(g[n].T, a[n], out=gradient)
+        with of("rotate"):
+            rotated = gradient if q_s is None else q_s.T @ gradient
+            rotated = rotated if q_a is None else rotated @ q_a
+        with of("square"):
+            if rotated.dtype == total.dtype:
+                total.addcmul_(rotated, rotated)
+            else:
+                total.add_(rotated.square_())
 
 
 Basis = tuple[Tensor | None, Tensor | None]
@@ -67,4 +71,7 @@ def add_second_moments(
 
 def rotate(x: Tensor, basis: Tensor | None) -> Tensor:
     """Tokens in a basis: x [N, T, D] Q [D, D]."""
-    return x if basis is None else (x.reshape(-1, x.shape[-1]) @ basis).view_as(x)
+    if basis is None:
+        return x
+    with of("rotate"):
+        return (x.reshape(-1, x.shape[-1]) @ basis).view_as(x)

@@ -100,7 +100,7 @@ class Context:
         if engine.backend == "local":
             check_memory_here(demand)
             self._assignment = assign(layers, self.groups, 1)
-            return LocalBackend(worker, self._shard_specs())
+            return LocalBackend(worker, self._shard_specs(), self.reporter.event)
         # Ray is imported where it is used: a run in process loads nothing of it.
         from raylux.engine import session
         from raylux.engine.remote import RayBackend

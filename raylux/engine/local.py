@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from raylux import profiling
+from raylux.engine.pool import Notify
 from raylux.engine.shard import FactorShard, ShardSpec
 from raylux.engine.work import Job, Result, Work
 from raylux.engine.worker import GradientWorker, WorkerSpec
@@ -20,7 +22,8 @@ class LocalBackend:
     workers = 1
     shards = 1
 
-    def __init__(self, worker: WorkerSpec, shards: Sequence[ShardSpec]) -> None:
+    def __init__(self, worker: WorkerSpec, shards: Sequence[ShardSpec], notify: Notify = lambda *_, **__: None) -> None:
+        self._notify = notify
         self._threads = _Threads(worker.plan.threads)
         self._threads.__enter__()
         self._worker_spec = worker
@@ -33,7 +36,9 @@ class LocalBackend:
     def worker(self) -> GradientWorker:
         if self._worker is None:
             self._worker = GradientWorker(self._worker_spec)
-            self._numerics = self._worker.prepare()["numerics"]
+            facts, spent = profiling.untimed(self._worker.timed("prepare", False))
+            self._numerics = facts["numerics"]
+            self._notify("worker", slot=0, state="started", **facts, **profiling.facts(spent))
         return self._worker
 
     @contextmanager
@@ -41,8 +46,11 @@ class LocalBackend:
         yield _Inline(self, method, parts)
 
     def run(self, job: Job, method: str, parts: bool) -> Result:
-        value = getattr(self.worker, method)(*job.args)
-        head, tail = (value[0], list(value[1:])) if parts else (value, [])
+        with profiling.of("wait"):
+            answer = self.worker.timed(method, parts, *job.args)
+        first, tail = (answer[0], list(answer[1:])) if parts else (answer, [])
+        head, spent = profiling.untimed(first)
+        self._notify("unit", method=method, unit=job.name, slot=0, **profiling.facts(spent))
         return Result(job, head, tail, self._numerics)
 
     def share(self, value: Any) -> Any:
@@ -52,11 +60,20 @@ class LocalBackend:
         return [False] * len(handles)
 
     def ask(self, method: str, args: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
-        return {shard: getattr(self._shard, method)(*call) for shard, call in args.items()}
+        return {shard: self._asked(method, call) for shard, call in args.items()}
+
+    def _asked(self, method: str, args: tuple[Any, ...]) -> Any:
+        with profiling.of("ask"):
+            value, spent = profiling.untimed(self._shard.timed(method, *args))
+        profiling.helped(spent)
+        return value
 
     def shard_stream(self, method: str, jobs: Iterable[tuple[Any, ...]]) -> Iterator[tuple[tuple[Any, ...], Any]]:
         for args in jobs:
-            yield args, getattr(self._shard, method)(*args)
+            with profiling.of("ask"):
+                value, spent = profiling.untimed(self._shard.timed(method, *args))
+            self._notify("unit", method=method, unit=args[0], shard=0, **profiling.facts(spent))
+            yield args, value
 
     def tasks(self, function: Any, jobs: Iterable[tuple[Any, ...]]) -> list[Any]:
         return [function(*args) for args in jobs]

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
+from raylux import profiling
+from raylux.engine.roster import Flight, Roster, Slot
 from raylux.engine.transport import Transport, WorkerDied
 from raylux.engine.work import Failure, Job, Result
 from raylux.errors import RayluxError
@@ -29,30 +30,6 @@ _POLL = 2.0
 _TEND_EVERY = 5.0
 
 Notify = Callable[..., None]
-
-
-@dataclass
-class _Flight:
-    """A call on its way; ``forgotten`` once nobody wants its result any more."""
-
-    head: Any
-    parts: list[Any]
-    job: Job
-    forgotten: bool = False
-
-
-@dataclass
-class _Slot:
-    """A worker's place in the pool; the process in it changes."""
-
-    number: int
-    handle: Any
-    ready: Any
-    since: float
-    facts: dict[str, Any] | None = None
-    flights: deque[_Flight] = field(default_factory=deque)
-    fresh: bool = True
-    alone: bool = False
 
 
 class Pool:
@@ -85,9 +62,11 @@ class Pool:
         # Jobs that are not yet returned, and calls that are on their way.
         self._pending, self._flying = 0, 0
         self._seconds: float | None = None
-        self._watched: dict[Any, _Slot] = {}
+        self._watched: dict[Any, Slot] = {}
         self._moved = self._tended = transport.now()
-        self._slots = [self._slot(number) for number in range(workers)]
+        self._slots = Roster(WINDOW)
+        for number in range(workers):
+            self._slots.sort(self._slot(number))
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -95,7 +74,7 @@ class Pool:
     def close(self) -> None:
         for slot in self._slots:
             self._transport.kill(slot.handle)
-        self._slots, self._watched = [], {}
+        self._slots, self._watched = Roster(WINDOW), {}
 
     @contextmanager
     def open(self, method: str, returns: int) -> Iterator[Pool]:
@@ -112,6 +91,7 @@ class Pool:
                 for flight in slot.flights:
                     flight.forgotten = True
                 slot.alone = False
+                self._slots.sort(slot)
             for held in (self._queue, self._suspects, self._results):
                 held.clear()
             self._deaths.clear()
@@ -151,7 +131,8 @@ class Pool:
                 return None
             self._tend()
             self._fill()
-            ready = dict.fromkeys(self._transport.wait(list(self._watched), _POLL))
+            with profiling.of("wait"):
+                ready = dict.fromkeys(self._transport.wait(_POLL))
             for ref in ready:
                 slot = self._watched.get(ref)
                 if slot is not None:
@@ -161,29 +142,38 @@ class Pool:
 
     # workers
 
-    def _slot(self, number: int) -> _Slot:
+    def _watch(self, ref: Any, slot: Slot) -> None:
+        self._watched[ref] = slot
+        self._transport.watch(ref)
+
+    def _unwatch(self, ref: Any) -> None:
+        if self._watched.pop(ref, None) is not None:
+            self._transport.unwatch(ref)
+
+    def _slot(self, number: int) -> Slot:
         handle = self._transport.start()
         (ready,) = self._transport.call(handle, "prepare", (), 1)
-        slot = _Slot(number, handle, ready, self._transport.now())
-        self._watched[ready] = slot
+        slot = Slot(number, handle, ready, self._transport.now())
+        self._watch(ready, slot)
         return slot
 
-    def _end(self, slot: _Slot) -> None:
+    def _end(self, slot: Slot) -> None:
         """End a slot's process, and wait for nothing of it any more."""
         self._transport.kill(slot.handle)
         for ref in (slot.ready, *(flight.head for flight in slot.flights)):
-            self._watched.pop(ref, None)
+            self._unwatch(ref)
         self._flying -= len(slot.flights)
         slot.flights.clear()
 
-    def _replace(self, slot: _Slot) -> None:
+    def _replace(self, slot: Slot) -> None:
         self._end(slot)
         new = self._slot(slot.number)
         slot.handle, slot.ready, slot.since = new.handle, new.ready, new.since
         slot.facts, slot.fresh, slot.alone = None, True, False
         self._watched[slot.ready] = slot
+        self._slots.sort(slot)
 
-    def _look(self, slot: _Slot, ready: Container[Any]) -> None:
+    def _look(self, slot: Slot, ready: Container[Any]) -> None:
         """Take what a worker has finished, or notice that it died."""
         try:
             if slot.facts is None:
@@ -196,30 +186,37 @@ class Pool:
         except WorkerDied as death:
             self._died(slot, death)
 
-    def _started(self, slot: _Slot, facts: dict[str, Any]) -> None:
+    def _started(self, slot: Slot, answer: Any) -> None:
+        facts, spent = profiling.untimed(answer)
         self._welcome(facts)
-        self._watched.pop(slot.ready, None)
+        self._unwatch(slot.ready)
         slot.facts, slot.since = facts, self._transport.now()
+        self._slots.sort(slot)
         self._moved, self._failed_starts = slot.since, 0
-        self._notify("worker", slot=slot.number, state="started", **facts)
+        self._notify("worker", slot=slot.number, state="started", **facts, **profiling.facts(spent))
 
-    def _done(self, slot: _Slot, value: Any) -> None:
+    def _done(self, slot: Slot, answer: Any) -> None:
         flight = slot.flights.popleft()
-        del self._watched[flight.head]
+        value, spent = profiling.untimed(answer)
+        self._unwatch(flight.head)
         self._flying -= 1
+        slot.alone = False
+        self._slots.sort(slot)
         now = self._transport.now()
         seconds, slot.since, self._moved = now - slot.since, now, now
         if flight.forgotten:
             return
         self._seconds = seconds if self._seconds is None else 0.9 * self._seconds + 0.1 * seconds
-        self._notify("unit", method=self._method, unit=flight.job.name, slot=slot.number, seconds=seconds)
-        slot.alone = False
+        self._notify(
+            "unit", method=self._method, unit=flight.job.name, slot=slot.number, seconds=seconds,
+            **profiling.facts(spent),
+        )  # fmt: skip
         self._finished += 1
         self._deaths.pop(flight.job, None)
         assert slot.facts is not None
         self._results.append(Result(flight.job, value, flight.parts, slot.facts["numerics"]))
 
-    def _died(self, slot: _Slot, death: WorkerDied) -> None:
+    def _died(self, slot: Slot, death: WorkerDied) -> None:
         running, *waiting = [None if flight.forgotten else flight.job for flight in slot.flights] or [None]
         self._notify(
             "worker", slot=slot.number, state="died", cause=death.cause, reason=death.reason,
@@ -261,33 +258,33 @@ class Pool:
         """Hand out jobs: suspects alone to fresh workers, the rest evenly."""
         if not self._suspects and not self._queue:
             return
-        if self._suspects and not any(self._soon_fresh(slot) for slot in self._slots):
-            idle = next((slot for slot in self._slots if slot.facts is not None and not slot.flights), None)
+        if self._suspects and not self._soon_fresh:
+            idle = self._slots.holding(0)
             if idle is not None:
                 self._replace(idle)
-        ready = [slot for slot in self._slots if slot.facts is not None and not slot.alone]
-        for slot in ready:
-            if self._suspects and slot.fresh and not slot.flights:
-                slot.alone = True
-                self._call(slot, self._suspects.popleft())
+        while self._suspects and (slot := self._slots.fresh):
+            slot.alone = True
+            self._call(slot, self._suspects.popleft())
         for held in range(self._window):
-            for slot in ready:
-                if self._queue and not slot.alone and len(slot.flights) == held:
-                    self._call(slot, self._queue.popleft())
+            while self._queue and (slot := self._slots.holding(held)):
+                self._call(slot, self._queue.popleft())
 
-    def _soon_fresh(self, slot: _Slot) -> bool:
-        """Whether a process that has done nothing stands here or is to come: one that finds no place does not count."""
-        late = slot.facts is None and self._transport.now() - slot.since > self._timeout
-        return slot.fresh and not late
+    @property
+    def _soon_fresh(self) -> bool:
+        """Whether a process that has done nothing is there or is to come: those that find no place do not count."""
+        newest = self._slots.newest
+        coming = newest is not None and self._transport.now() - newest.since <= self._timeout
+        return coming or self._slots.fresh is not None
 
-    def _call(self, slot: _Slot, job: Job) -> None:
+    def _call(self, slot: Slot, job: Job) -> None:
         if not slot.flights:
             slot.since = self._transport.now()
         slot.fresh = False
         head, *parts = self._transport.call(slot.handle, self._method, job.args, self._returns)
-        slot.flights.append(_Flight(head, parts, job))
-        self._watched[head] = slot
+        slot.flights.append(Flight(head, parts, job))
+        self._watch(head, slot)
         self._flying += 1
+        self._slots.sort(slot)
 
     def _tend(self) -> None:
         """Every few seconds: look for what hangs, and for what came or went."""
@@ -302,23 +299,23 @@ class Pool:
         capacity = self._transport.capacity()
         if capacity is None:
             return
-        while len(self._slots) > max(1, capacity) and any(slot.facts is None for slot in self._slots):
-            waiting = next(slot for slot in reversed(self._slots) if slot.facts is None)
+        while len(self._slots) > max(1, capacity) and (waiting := self._slots.newest):
             self._end(waiting)
             self._slots.remove(waiting)
             self._notify("worker", slot=waiting.number, state="released")
         if len(self._slots) < capacity:
             first = 1 + max(slot.number for slot in self._slots)
-            self._slots += [self._slot(first + more) for more in range(capacity - len(self._slots))]
+            for more in range(capacity - len(self._slots)):
+                self._slots.sort(self._slot(first + more))
 
     def _check_time(self, now: float) -> None:
         """Replace a worker that hangs; give up where nothing at all moves."""
-        for slot in self._slots:
+        for slot in list(self._slots):
             if slot.facts is not None and slot.flights and now - slot.since > self._timeout:
                 name = slot.flights[0].job.name
                 self._moved = now
                 self._died(slot, WorkerDied("timeout", f"unit {name} did not finish in {self._timeout:.0f} s"))
-        if now - self._moved > self._timeout and all(slot.facts is None for slot in self._slots):
+        if now - self._moved > self._timeout and self._slots.none_started:
             raise RayluxError(
                 f"no gradient worker was ready after {self._timeout:.0f} s while {self.pending} jobs of {self._method} "
                 f"wait ({self._transport.supply()}); add nodes or free some, and run the same command again "

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from raylux import profiling
 from raylux.shown import plain, redacted, redacted_values
 from raylux.store import RunFolder
 
@@ -63,6 +64,8 @@ class Reporter:
     """Tells of a run's progress; ``quiet`` keeps the terminal clean, the file is written all the same."""
 
     def __init__(self, folder: RunFolder, quiet: bool = False) -> None:
+        self.clock = profiling.Clock()
+        self._task: Task | None = None
         self._file = None if folder.files.remote else Path(folder.files.where("progress.jsonl"))
         self.console = Console(stderr=True, quiet=quiet)
         self._bar: Progress | None = None
@@ -74,25 +77,35 @@ class Reporter:
         task = Task(self, stage, total, what)
         live = self.console.is_terminal and not self.console.quiet
         self._write(task, "started")
+        self._task = task
+        try:
+            with self.clock.running(), self._shown(task, live):
+                yield task
+            self._write(task, "done")
+            if not live:
+                self.say(f"{stage}: {task.done} {what} in {task.seconds:.1f} s")
+        finally:
+            self._spent(task)
+            self._task = None
+
+    @contextmanager
+    def _shown(self, task: Task, live: bool) -> Iterator[None]:
         try:
             if live:
                 columns = (
                     TextColumn("{task.description:<11}"),
                     BarColumn(bar_width=28),
                     MofNCompleteColumn(),
-                    TextColumn(what),
+                    TextColumn(task.what),
                     TimeElapsedColumn(),
                     TextColumn("left"),
                     TimeRemainingColumn(),
                 )
                 with Progress(*columns, console=self.console) as bar:
-                    self._bar, self._id = bar, bar.add_task(stage, total=total)
-                    yield task
+                    self._bar, self._id = bar, bar.add_task(task.stage, total=task.total)
+                    yield
             else:
-                yield task
-            self._write(task, "done")
-            if not live:
-                self.say(f"{stage}: {task.done} {what} in {task.seconds:.1f} s")
+                yield
         finally:
             self._bar = None
 
@@ -101,6 +114,7 @@ class Reporter:
             self._bar.update(self._id, completed=task.done)  # type: ignore[arg-type]
         if task.due():
             self._write(task, "running")
+            self._spent(task)
             if self._bar is None and task.left is not None:
                 self.say(f"{task.stage}: {task.done} of {task.total} {task.what}, about {task.left:.0f} s left")
 
@@ -111,10 +125,18 @@ class Reporter:
         """A line of progress.jsonl: what happened, when."""
         if self._file is None:
             return
+        if self._task is not None:
+            facts.setdefault("task", self._task.stage)
         record = redacted_values({"time": round(time.time(), 3), "event": kind, **facts})
         # One write to a file opened for appending: lines of two processes do not mix.
         with contextlib.suppress(OSError), self._file.open("ab", buffering=0) as file:
             file.write(json.dumps(record, default=str).encode() + b"\n")
+
+    def _spent(self, task: Task) -> None:
+        """Tell what the driver, and the shards that it asked, have spent on a task since this was last told."""
+        for who, spent in (("driver", self.clock.take()), ("shard", self.clock.take_helped())):
+            if spent.kinds:
+                self.event("spent", task=task.stage, who=who, **profiling.facts(spent))
 
     def _write(self, task: Task, state: str) -> None:
         self.event(

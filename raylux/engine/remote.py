@@ -21,6 +21,7 @@ from ray.exceptions import (
 )
 from ray.experimental import get_object_locations
 
+from raylux import profiling
 from raylux.engine.pool import Notify, Pool
 from raylux.engine.shard import FactorShard, ShardSpec
 from raylux.engine.transport import WorkerDied
@@ -34,15 +35,21 @@ _POLL = 5.0
 
 
 class RayTransport:
-    """Gradient workers as actors. Ray restarts nothing by itself: the pool knows what a death means."""
+    """Gradient workers as actors. Ray restarts nothing by itself: the pool knows what a death means.
 
-    def __init__(self, spec: WorkerSpec, capacity: Callable[[], int | None]) -> None:
+    Args:
+        spec: what a worker is made from.
+        capacity: how many fit the cluster as it is now; None: their number is fixed.
+        kind: of the workers; something with ``GradientWorker``'s ``prepare`` and ``timed``.
+    """
+
+    def __init__(self, spec: WorkerSpec, capacity: Callable[[], int | None], kind: type = GradientWorker) -> None:
         plan = spec.plan
-        self._make = ray.remote(GradientWorker).options(
-            num_cpus=plan.threads, num_gpus=1 if plan.device == "cuda" else 0
-        )
+        self._name = kind.__name__
+        self._make: Any = ray.remote(kind).options(num_cpus=plan.threads, num_gpus=1 if plan.device == "cuda" else 0)
         self._spec = ray.put(spec)
         self._capacity = capacity
+        self._watched: dict[Any, None] = {}
 
     def now(self) -> float:
         return time.monotonic()
@@ -51,16 +58,27 @@ class RayTransport:
         return self._make.remote(self._spec)
 
     def call(self, worker: Any, method: str, args: tuple[Any, ...], returns: int) -> list[Any]:
-        refs = getattr(worker, method).options(num_returns=returns).remote(*args)
+        # Named, so that Ray's dashboard tells calls apart: they all go through one method.
+        timed = worker.timed.options(num_returns=returns, name=f"{self._name}.{method}")
+        refs = timed.remote(method, returns > 1, *args)
         return list(refs) if returns > 1 else [refs]
 
-    def wait(self, refs: Sequence[Any], timeout: float) -> list[Any]:
-        ready, _ = ray.wait(list(refs), num_returns=1, timeout=timeout, fetch_local=False)
-        if not ready:
+    def watch(self, ref: Any) -> None:
+        self._watched[ref] = None
+
+    def unwatch(self, ref: Any) -> None:
+        self._watched.pop(ref, None)
+
+    def wait(self, timeout: float) -> list[Any]:
+        refs = list(self._watched)
+        if not refs:
+            time.sleep(timeout)
             return []
-        # Those that are ready by now too, without waiting.
-        more, _ = ray.wait(list(refs), num_returns=len(refs), timeout=0, fetch_local=False)
-        return list(more)
+        # All that are ready by now, without waiting: the more a busy driver finds at once, the fewer times it looks.
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
+        if not ready:
+            ready, _ = ray.wait(refs, num_returns=1, timeout=timeout, fetch_local=False)
+        return list(ready)
 
     def get(self, ref: Any) -> Any:
         try:
@@ -135,7 +153,9 @@ class RayBackend:
         capacity: Callable[[], int | None],
         notify: Notify,
         welcome: Callable[[dict[str, Any]], None],
+        kind: type = GradientWorker,
     ) -> None:
+        self._kind = kind
         self._planned, self.shards = workers, len(shards)
         self._timeout, self._started = timeout, started
         self._worker_spec, self._shard_specs = worker, list(shards)
@@ -149,7 +169,7 @@ class RayBackend:
 
     def open(self, method: str, parts: bool = False) -> AbstractContextManager[Work]:
         if self._pool is None:
-            transport = RayTransport(self._worker_spec, self._capacity)
+            transport = RayTransport(self._worker_spec, self._capacity, self._kind)
             self._pool = Pool(transport, self._planned, self._timeout, self._notify, self._welcome)
         return self._pool.open(method, 1 + self.shards if parts else 1)
 
@@ -184,7 +204,7 @@ class RayBackend:
         return ray.remote(FactorShard).options(num_cpus=0, scheduling_strategy="SPREAD").remote(spec)
 
     def ask(self, method: str, args: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
-        refs = {shard: getattr(self._shard(shard), method).remote(*call) for shard, call in args.items()}
+        refs = {shard: self._call(shard, method, call) for shard, call in args.items()}
         return {shard: self._answer(shard, ref, method, self._timeout) for shard, ref in refs.items()}
 
     def shard_stream(self, method: str, jobs: Iterable[tuple[Any, ...]]) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -195,15 +215,19 @@ class RayBackend:
         while waiting or running:
             while waiting and idle:
                 shard, job = idle.popleft(), waiting.popleft()
-                running[getattr(self._shard(shard), method).remote(*job)] = shard, job, time.monotonic()
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=_POLL, fetch_local=False)
+                running[self._call(shard, method, job)] = shard, job, time.monotonic()
+            with profiling.of("ask"):
+                ready, _ = ray.wait(list(running), num_returns=1, timeout=_POLL, fetch_local=False)
             late = [ref for ref, (_, _, since) in running.items() if time.monotonic() - since > self._timeout]
             for ref in dict.fromkeys([*ready, *late]):
                 shard, job, since = running.pop(ref)
                 idle.append(shard)
-                answer = self._answer(shard, ref, f"{method} of {job[0]}", _POLL)
+                answer, spent = self._timed(shard, ref, f"{method} of {job[0]}", _POLL)
                 if not isinstance(answer, Lost):
-                    self._notify("unit", method=method, unit=job[0], shard=shard, seconds=time.monotonic() - since)
+                    self._notify(
+                        "unit", method=method, unit=job[0], shard=shard, seconds=time.monotonic() - since,
+                        **profiling.facts(spent),
+                    )  # fmt: skip
                     yield job, answer
                     continue
                 deaths[job] = deaths.get(job, 0) + (not answer.node)
@@ -215,19 +239,29 @@ class RayBackend:
                 # Behind the others: what dies by chance beside it is not counted against it again at once.
                 waiting.append(job)
 
+    def _call(self, shard: int, method: str, args: tuple[Any, ...]) -> Any:
+        return self._shard(shard).timed.options(name=f"FactorShard.{method}").remote(method, *args)
+
     def _answer(self, shard: int, ref: Any, what: str, timeout: float) -> Any:
+        """As ``_timed``, its time told to the driver's clock."""
+        answer, spent = self._timed(shard, ref, what, timeout)
+        profiling.helped(spent)
+        return answer
+
+    def _timed(self, shard: int, ref: Any, what: str, timeout: float) -> tuple[Any, profiling.Spent | None]:
         """A shard's answer; ``Lost`` where it died (a new one stands in its place) or an argument is gone."""
         node = False
         try:
-            return ray.get(ref, timeout=timeout)
+            with profiling.of("ask"):
+                return profiling.untimed(ray.get(ref, timeout=timeout))
         except RayTaskError as error:
             if isinstance(error.cause, RayluxError):
                 raise error.cause from None
             if isinstance(error.cause, ObjectLostError):
-                return Lost(False, first_line(error.cause))
+                return Lost(False, first_line(error.cause)), None
             raise
         except ObjectLostError as error:
-            return Lost(False, first_line(error))
+            return Lost(False, first_line(error)), None
         except GetTimeoutError:
             reason = f"{what} did not answer in {timeout:.0f} s (engine.timeout sets the limit)"
         except (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
@@ -236,7 +270,7 @@ class RayBackend:
         ray.kill(self._shards[shard])
         self._notify("shard", shard=shard, state="died", reason=reason, method=what)
         self._shards[shard] = self._start_shard(self._shard_specs[shard])
-        return Lost(True, reason, node)
+        return Lost(True, reason, node), None
 
     # the rest
 
@@ -254,7 +288,8 @@ class RayBackend:
 
     def _task(self, ref: Any, what: str) -> Any:
         try:
-            return ray.get(ref, timeout=self._timeout)
+            with profiling.of("wait"):
+                return ray.get(ref, timeout=self._timeout)
         except RayTaskError as error:
             if isinstance(error.cause, RayluxError):
                 raise error.cause from None

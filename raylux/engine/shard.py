@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raylux import profiling
 from raylux.curvature import KINDS, Spectral, eigenbasis
 from raylux.engine import numerics
 from raylux.engine.records import (
@@ -62,6 +63,7 @@ class FactorShard:
         self.folder = RunFolder(spec.folder)
         self.layers = {layer.name: layer for layer in spec.layers}
         self.compute = torch.float64 if spec.dtype == "float64" else torch.float32
+        self.clock = profiling.Clock(torch.cuda.synchronize if spec.device == "cuda" else None)
         self._sums: dict[str, np.ndarray] = {}
         self._counts: dict[str, int] = {}
         self._next = 0
@@ -72,6 +74,10 @@ class FactorShard:
     def pid(self) -> int:
         """The process it lives in."""
         return os.getpid()
+
+    def timed(self, method: str, *args: Any) -> Any:
+        """Call one of the other methods; its value comes as ``profiling.Timed``."""
+        return profiling.timed(self, self.clock, method, False, args)
 
     # sums
 
@@ -106,7 +112,8 @@ class FactorShard:
         while self._next in self._ahead:
             due = self._ahead.pop(self._next)
             if due is not None:
-                self._add(self._next, due)
+                with profiling.of("add"):
+                    self._add(self._next, due)
             self._next += 1
         return self._next
 
@@ -163,7 +170,8 @@ class FactorShard:
         Any shard may do it.
         """
         matrix = tensor(self.folder.group(key).read("matrix"), self.compute, self.spec.device)
-        values, vectors = eigenbasis(matrix, name, quick and self.compute is torch.float32)
+        with profiling.of("eigendecomposition"):
+            values, vectors = eigenbasis(matrix, name, quick and self.compute is torch.float32)
         arrays = {"values": values.cpu().numpy(), "vectors": vectors.cpu().numpy().astype(self._storage())}
         return *self.folder.write(f"factors/{_tidy(name)}/eigen", arrays), numerics.here(self.spec.device)
 
@@ -201,12 +209,14 @@ class FactorShard:
             damping[name] = curvature.damping(self.spec.damping)
             tokens = [self._tokens(part, name, dtype) for part in parts]
             try:
-                self._block[name], more = solve_layer(curvature, tokens, damping[name], dtype, eigen)
+                with profiling.of("solve"):
+                    self._block[name], more = solve_layer(curvature, tokens, damping[name], dtype, eigen)
             except NumericsError as error:
                 raise NumericsError(f"layer '{name}': {error}") from None
             norms = [norm + own for norm, own in zip(norms, more, strict=True)]
             if rank_limit[name]:
-                self._factors[name] = [factorise(s_test, rank_limit[name]) for s_test in self._block[name]]
+                with profiling.of("compress"):
+                    self._factors[name] = [factorise(s_test, rank_limit[name]) for s_test in self._block[name]]
         return damping, norms
 
     def measure(self, part: Mapping[str, Any], places: Sequence[int]) -> dict[str, Measured]:
@@ -219,16 +229,18 @@ class FactorShard:
         result = {}
         for name, queries in self._block.items():
             a, g = (x.unsqueeze(0) for x in self._tokens(part, name, self.compute))
-            gradient = sequence_gradients(a, g)[0]
-            result[name] = {
-                place: (
-                    float((queries[place] * gradient).sum(dtype=torch.float64)),
-                    component_scores(*self._factors[name][place], a, g)[0].cpu().numpy()
-                    if name in self._factors
-                    else None,
-                )
-                for place in places
-            }
+            with profiling.of("form"):
+                gradient = sequence_gradients(a, g)[0]
+            with profiling.of("dot"):
+                result[name] = {
+                    place: (
+                        float((queries[place] * gradient).sum(dtype=torch.float64)),
+                        component_scores(*self._factors[name][place], a, g)[0].cpu().numpy()
+                        if name in self._factors
+                        else None,
+                    )
+                    for place in places
+                }
         return result
 
     def write_block(

@@ -83,6 +83,7 @@ class Ref:
 
     inline: bool
     done: bool = False
+    watched: bool = False
     value: Any = None
     error: Exception | None = None
     node: Node | None = None
@@ -117,21 +118,34 @@ class SimulatedCluster:
     Args:
         places: workers that each node takes.
         behaviour: of calls.
-        seed: of everything that is drawn; equal seeds give equal histories.
+        seed: of everything that is drawn.
         elastic: whether the number of workers follows the nodes (``engine.workers: auto``).
+        driver: a clock of what the driver itself takes, in seconds; as much of the virtual time goes by between two
+            waits. None: the driver takes no time, and equal seeds give equal histories.
     """
 
-    def __init__(self, places: Sequence[int], behaviour: Behaviour, seed: int = 0, elastic: bool = True) -> None:
+    def __init__(
+        self,
+        places: Sequence[int],
+        behaviour: Behaviour,
+        seed: int = 0,
+        elastic: bool = True,
+        driver: Callable[[], float] | None = None,
+    ) -> None:
         self.behaviour, self.draw = behaviour, random.Random(seed)
         self.seconds = Seconds()
         self.nodes: dict[int, Node] = {}
         self.started = 0
         self._elastic = elastic
+        self._driver = driver
+        self._driven = driver() if driver else 0.0
         self._now = 0.0
         self._count = itertools.count()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._waiting: deque[Worker] = deque()
         self._free: dict[Node, None] = {}
+        # Watched references that are done.
+        self._ready: dict[Ref, None] = {}
         self._numbers = itertools.count()
         for size in places:
             self.join(size)
@@ -151,22 +165,33 @@ class SimulatedCluster:
     def call(self, worker: Worker, method: str, args: tuple[Any, ...], returns: int) -> list[Ref]:
         call = _Call(method, args, [Ref(inline=place == 0) for place in range(returns)])
         if worker.dead is not None:
-            _fail(call, worker.dead)
+            self._fail(call, worker.dead)
             return call.refs
         worker.calls.append(call)
         if worker.node is not None and len(worker.calls) == 1:
             self._begin(worker)
         return call.refs
 
-    def wait(self, refs: Sequence[Ref], timeout: float) -> list[Ref]:
+    def watch(self, ref: Ref) -> None:
+        ref.watched = True
+        if ref.done:
+            self._ready[ref] = None
+
+    def unwatch(self, ref: Ref) -> None:
+        ref.watched = False
+        self._ready.pop(ref, None)
+
+    def wait(self, timeout: float) -> list[Ref]:
+        if self._driver is not None:
+            self.sleep(self._driver() - self._driven)
         deadline = self._now + timeout
-        ready = [ref for ref in refs if ref.done]
-        while not ready and self._step(deadline):
-            ready = [ref for ref in refs if ref.done]
-        if ready and self.behaviour.tick:
+        while not self._ready and self._step(deadline):
+            pass
+        if self._ready and self.behaviour.tick:
             self.sleep(self.behaviour.tick)
-            ready = [ref for ref in refs if ref.done]
-        return ready
+        if self._driver is not None:
+            self._driven = self._driver()
+        return list(self._ready)
 
     def get(self, ref: Ref) -> Any:
         assert ref.done, "it was not waited for"
@@ -284,7 +309,8 @@ class SimulatedCluster:
         except Exception as raised:  # as Ray does, it goes to whoever asks for the value
             error = raised
         for ref, value in itertools.zip_longest(call.refs, values):
-            ref.value, ref.error, ref.node, ref.done = value, error, worker.node, True
+            ref.value, ref.error, ref.node = value, error, worker.node
+            self._is_done(ref)
         if worker.calls:
             self._begin(worker)
 
@@ -309,11 +335,16 @@ class SimulatedCluster:
             if worker.node.alive:
                 self._free[worker.node] = None
         for call in worker.calls:
-            _fail(call, death)
+            self._fail(call, death)
         worker.calls.clear()
         self._place()
 
+    def _fail(self, call: _Call, death: WorkerDied) -> None:
+        for ref in call.refs:
+            ref.error = death
+            self._is_done(ref)
 
-def _fail(call: _Call, death: WorkerDied) -> None:
-    for ref in call.refs:
-        ref.error, ref.done = death, True
+    def _is_done(self, ref: Ref) -> None:
+        ref.done = True
+        if ref.watched:
+            self._ready[ref] = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 Cause = Literal["process", "node", "timeout", "memory"]
@@ -36,8 +35,16 @@ class Transport(Protocol):
         """Queue a call behind the worker's earlier ones; one reference per returned value."""
         ...
 
-    def wait(self, refs: Sequence[Any], timeout: float) -> list[Any]:
-        """The references that are ready, waiting up to ``timeout`` seconds for the first."""
+    def watch(self, ref: Any) -> None:
+        """Have ``wait`` tell of a reference until ``unwatch``."""
+        ...
+
+    def unwatch(self, ref: Any) -> None:
+        """Tell of it no more."""
+        ...
+
+    def wait(self, timeout: float) -> list[Any]:
+        """The watched references that are ready, waiting up to ``timeout`` seconds for the first."""
         ...
 
     def get(self, ref: Any) -> Any:

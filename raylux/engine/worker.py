@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raylux import fingerprints, models
+from raylux import fingerprints, models, profiling
 from raylux.batches import Batch, TokenRow, collate, fit_batches, is_scored_so, score_batches
 from raylux.capture import Capture, Captured
 from raylux.curvature import Covariances, add_second_moments
@@ -76,6 +76,7 @@ class GradientWorker:
         self.device = spec.plan.device
         self.folder = RunFolder(spec.folder)
         self.compute = torch.float64 if spec.plan.dtype == "float64" else torch.float32
+        self.clock = profiling.Clock(torch.cuda.synchronize if self.device == "cuda" else None)
         self._capture: Capture | None = None
         self._reader: CorpusReader | None = None
         self._bases = Bases(self.folder, spec.layers, spec.groups, self.device)
@@ -91,7 +92,8 @@ class GradientWorker:
         """
         spec = self.spec
         torch.set_num_threads(spec.plan.threads)
-        model = models.load_model(spec.files, spec.plan.dtype, self.device, spec.trust_remote_code)
+        with profiling.of("load"):
+            model = models.load_model(spec.files, spec.plan.dtype, self.device, spec.trust_remote_code)
         self._capture = Capture(model, spec.layers, spec.groups)
         return {
             "pid": os.getpid(),
@@ -99,6 +101,10 @@ class GradientWorker:
             "weights": fingerprints.of_weights(spec.files.folder),
             "numerics": numerics.here(self.device),
         }
+
+    def timed(self, method: str, parts: bool, *args: Any) -> Any:
+        """Call one of the other methods; its value, or the head of its ``parts``, comes as ``profiling.Timed``."""
+        return profiling.timed(self, self.clock, method, parts, args)
 
     @property
     def reader(self) -> CorpusReader:
@@ -145,8 +151,10 @@ class GradientWorker:
             both = contraction.scored and is_scored_so(batch, plan.batch_tokens, plan.longest)
             captured = self._run(batch, sampled, both)
             inputs, grads = self._widened(captured)
-            sums.add(inputs, grads, batch.mask.to(self.device))
-            self._keep(rows, batch, captured, contraction)
+            with profiling.of("covariance"):
+                sums.add(inputs, grads, batch.mask.to(self.device))
+            with profiling.of("keep"):
+                self._keep(rows, batch, captured, contraction)
             drawn = captured.labels.cpu().numpy()
             for place, row in enumerate(batch.rows):
                 labels[row] = drawn[place, : len(sequences[row].tokens)].astype(np.int32)
@@ -320,7 +328,8 @@ class GradientWorker:
                     by_layer[:, index, places] = _array(part[counted])[:, columns].T
             total[:, places] = _array(whole[counted])[:, columns].T
             if norms:
-                norm[places] = _array(pack.norms(self.spec.groups)[counted])
+                with profiling.of("square"):
+                    norm[places] = _array(pack.norms(self.spec.groups)[counted])
         if not np.isfinite(total).all():
             bad = rows[~np.isfinite(total).all(0)]
             raise NumericsError(f"score unit {name}: NaN or infinity in the scores of corpus rows {bad[:5].tolist()}")
@@ -379,6 +388,8 @@ class GradientWorker:
 
     def _run(self, batch: Batch, sampled: bool, both: bool = False) -> Captured:
         assert self._capture is not None, "prepare() comes first"
+        # Where the mask still is on the CPU, so that nothing is waited for; filler rows stand last and do not count.
+        profiling.count(tokens=int(batch.mask[: len(batch.rows)].sum()))
         seed = self.spec.seed
         labeller = (lambda p, keys, places: sample_labels(p, keys, places, seed)) if sampled else None
         return self._capture.run(batch.to(self.device), labeller, both)

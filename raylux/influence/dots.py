@@ -16,6 +16,7 @@ from torch import Tensor
 
 from raylux.batches import ROW_BLOCK
 from raylux.cost.contraction import tokens_pay
+from raylux.profiling import of
 
 TILE = 8
 """Dense queries per matrix product, unless the plan says more."""
@@ -106,8 +107,9 @@ class LayerQueries:
         if self.tiles:
             self._dense(parts, result)
         for place, (left, right) in self.factors.items():
-            shares = [((g @ left).to(result.dtype) * (a @ right)).sum((1, 2)) for a, g in parts]
-            result[:count, place] += torch.cat(shares)
+            with of("dot"):
+                shares = [((g @ left).to(result.dtype) * (a @ right)).sum((1, 2)) for a, g in parts]
+                result[:count, place] += torch.cat(shares)
         return result[:count]
 
     def _dense(self, parts: Sequence[tuple[Tensor, Tensor]], result: Tensor) -> None:
@@ -116,16 +118,18 @@ class LayerQueries:
             size = part.stop - part.start
             gradient = torch.zeros(len(result), size, inputs, dtype=self.dtype, device=result.device)
             at = 0
-            for a, g in parts:
-                # One by one: a sequence's gradient must not depend on how many stand in its batch.
-                for n in range(len(a)):
-                    torch.mm(g[n, :, part].T, a[n], out=gradient[at + n])
-                at += len(a)
+            with of("form"):
+                for a, g in parts:
+                    # One by one: a sequence's gradient must not depend on how many stand in its batch.
+                    for n in range(len(a)):
+                        torch.mm(g[n, :, part].T, a[n], out=gradient[at + n])
+                    at += len(a)
             flat = gradient.view(len(result), -1)
             width = len(self.tiles[0][index])
-            for number, tile in enumerate(self.tiles):
-                columns = result[:, number * width : (number + 1) * width]
-                columns += (flat @ tile[index].T)[:, : columns.shape[1]]
+            with of("dot"):
+                for number, tile in enumerate(self.tiles):
+                    columns = result[:, number * width : (number + 1) * width]
+                    columns += (flat @ tile[index].T)[:, : columns.shape[1]]
 
     def token_scores(self, place: int, a: Tensor, g: Tensor) -> Tensor:
         """Each token's share of the score of query ``place``: [N, T]; they sum to the sequence's score."""

@@ -10,6 +10,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from raylux.errors import MissingStageError
+from raylux.report.profile import bars
 from raylux.report.tables import number
 from raylux.shown import redacted
 from raylux.store import Files
@@ -57,6 +58,7 @@ def render(run: Run, k: int = 20, negative: int = 3) -> str:
         unit=run.unit,
         train_size=run.train_size,
         given_up=len(run.quarantined),
+        bars=bars(run.profile()),
         queries=[_query(run, name, records.get(name, {}), k, negative) for name in run.queries],
     )
 

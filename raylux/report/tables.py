@@ -14,12 +14,14 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from raylux.report import profile
 from raylux.shown import plain, visible
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from raylux.layers import Coverage
+    from raylux.report.profile import StageTime
 
 _TEXT_WIDTH = 180
 _KEPT_WIDTH = 40
@@ -109,6 +111,29 @@ def status_table(stages: Iterable[Any]) -> Table:
         command = "" if stage.done else plain(stage.command)
         table.add_row(Text(plain(stage.name)), state, Text(plain(stage.detail)), Text(command))
     return table
+
+
+def profile_table(stages: Sequence[StageTime]) -> Table:
+    """Where the time of a run went: per stage the kinds of work of workers and shards, then what the driver did."""
+    work, clock = profile.total(stages)
+    table = _table(f"{_seconds(work)} s of workers and shards, {_seconds(clock)} s on the driver's clock")
+    for name in ("stage", "work", "seconds", "CPU s", "share", "units", "tokens/s"):
+        table.add_column(name, justify="left" if name in ("stage", "work") else "right")
+    for stage in stages:
+        cpu = sum(cpu for _, _, cpu in profile.by_size(stage.work))
+        rate = "–" if math.isnan(stage.rate) else f"{stage.rate:,.0f}"
+        share = f"{stage.seconds / work:.1%}" if work else "–"
+        whole = (_seconds(stage.seconds), _seconds(cpu), share, f"{stage.units:,}", rate)
+        table.add_row(Text(plain(stage.stage)), "all", *whole, style="bold")
+        for kind, wall, cpu in profile.by_size(stage.work):
+            table.add_row("", kind, _seconds(wall), _seconds(cpu), f"{wall / work:.1%}" if work else "–")
+        for kind, wall, cpu in profile.by_size(stage.driver):
+            table.add_row("", f"driver: {kind}", _seconds(wall), _seconds(cpu), style="dim")
+    return table
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.1f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 else "<0.001"
 
 
 def split_table(rows: Iterable[tuple[str, bool, int]]) -> Table:

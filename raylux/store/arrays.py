@@ -19,6 +19,7 @@ from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import Buffer, BufferPrototype
 
 from raylux.errors import RayluxError
+from raylux.profiling import of
 from raylux.store.damage import UNSEALED, broken_seal, damaged, read_whole, seal
 from raylux.store.files import Batch, Files, Objects
 
@@ -104,13 +105,14 @@ class Group:
         Raises:
             DamagedError: an object of it is missing or is not what was written.
         """
-        array = self._array(name)
-        try:
-            return np.asarray(array[where])
-        except (RayluxError, MemoryError):
-            raise
-        except Exception as error:
-            raise damaged(self._files, f"{self._key}/{name}", f"cannot be read ({error})") from None
+        with of("read"):
+            array = self._array(name)
+            try:
+                return np.asarray(array[where])
+            except (RayluxError, MemoryError):
+                raise
+            except Exception as error:
+                raise damaged(self._files, f"{self._key}/{name}", f"cannot be read ({error})") from None
 
     def _array(self, name: str) -> zarr.Array:
         if name not in self:

@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from raylux.errors import UserError
+from raylux.profiling import of
 from raylux.store import upkeep
 from raylux.store.arrays import Group, write_group
 from raylux.store.damage import UNSEALED, DamagedError, broken_seal, damaged, read_whole, seal, seal_json
@@ -110,7 +111,8 @@ class RunFolder:
         key = _ledger_key(stage, unit)
         sealed = seal_json(key, data)
         self._guarded()
-        self.files.put(key, sealed)
+        with of("commit"):
+            self.files.put(key, sealed)
         return manifest
 
     def units(self, stage: str) -> dict[str, Manifest]:
@@ -173,7 +175,8 @@ class RunFolder:
             The key, and the objects written with size and checksum, for ``commit``.
         """
         key = fresh(prefix)
-        return key, write_group(self.files, key, arrays, attrs or {})
+        with of("write"):
+            return key, write_group(self.files, key, arrays, attrs or {})
 
     def put(self, prefix: str, suffix: str, data: bytes) -> tuple[str, Objects]:
         """Write one plain object under a fresh key; returns as ``write`` does."""
@@ -184,7 +187,8 @@ class RunFolder:
 
     def group(self, key: str) -> Group:
         """A written group. Raises DamagedError where it is missing or is not what was written."""
-        return Group(self.files, key)
+        with of("read"):
+            return Group(self.files, key)
 
     def read(self, manifest: Manifest, key: str) -> bytes:
         """A plain object that a manifest names, checked against it. Raises DamagedError."""
