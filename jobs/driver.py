@@ -278,12 +278,8 @@ def simulate(settings: Settings) -> Outcome:
         with patch.object(os, "fsync", lambda handle: None):
             work(settings.kind, backend, folder, reporter, settings.units, cluster.now)
     spent, whole = cluster.seconds, settings.workers * cluster.now()
-    shares = {
-        "idle": 1 - spent.total / whole,
-        "before the end": last[0],
-        "starting": spent.starting / whole,
-        "lost": spent.lost / whole,
-    }
+    shares = {"idle": 1 - spent.total / whole, "before the end": last[0]}
+    shares |= {"starting": spent.starting / whole, "lost": spent.lost / whole}
     return Outcome(time.process_time() - cpu, cluster.now() / 3600, shares, begun[0], _peak() - before)
 
 
@@ -322,9 +318,10 @@ def real_row(found: Measured) -> list[str]:
 
 def simulated_row(settings: Settings, found: Outcome) -> list[str]:
     """A line of the second table."""
+    idle, before, starting, lost = (found.shares[name] for name in ("idle", "before the end", "starting", "lost"))
     return [
         settings.kind, f"{settings.workers:,}", f"{settings.unit:g}", f"{settings.spread:g}", f"{settings.units:,}",
-        f"**{found.shares['idle']:.1%}**", f"{found.shares['before the end']:.1%}", f"{found.shares['starting']:.1%}", f"{found.shares['lost']:.1%}",
+        f"**{idle:.1%}**", f"{before:.1%}", f"{starting:.1%}", f"{lost:.1%}",
         f"{1000 * found.cpu / settings.units:.2f} ms", f"{settings.units / found.cpu:,.0f}",
         f"{found.memory / 2**20:.0f} MiB", f"{found.hours:.2f}",
     ]  # fmt: skip

@@ -22,6 +22,8 @@ import raylux
 from raylux.cli import main
 from raylux.errors import MissingStageError, NumericsError, UserError
 from raylux.health import Quarantined
+from raylux.profiling import Spent
+from raylux.report.profile import StageTime
 from raylux.shown import plain
 
 COMMANDS = ("run", "fit", "prefilter", "query", "score", "report", "top", "inspect", "models", "demo", "doctor")
@@ -41,6 +43,10 @@ class StubRun:
     quarantined: list[Quarantined] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
     mixed: dict[str, list[str]] = field(default_factory=dict)
+    times: list[StageTime] = field(default_factory=list)
+
+    def profile(self) -> list[StageTime]:
+        return self.times
 
     def problems(self, checksums: bool) -> list[str]:
         assert checksums
@@ -334,6 +340,17 @@ def test_inspect_names_the_command_that_makes_what_is_missing(api: StubApi, caps
     assert all(name in text for name in STAGES)
     assert "next: raylux query stub.yaml" in text
     assert "quarantined" not in text and "not promised" not in text and "verified" not in text
+
+
+def test_inspect_shows_where_the_time_went(api: StubApi, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "RUN", "--profile"]) == 0
+    assert "runs/stub: no profile" in capsys.readouterr().out
+    api.run.times = [StageTime("score", Spent({"forward": [3.0, 2.5], "dot": [1.0, 1.0]}, 40), Spent({"wait": [5, 1]}))]
+    assert main(["inspect", "RUN"]) == 0
+    assert "forward" not in capsys.readouterr().out
+    assert main(["inspect", "RUN", "--profile"]) == 0
+    rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "score all 4 3.5 100.0% 0 8" in rows and "forward 3 2.5 75.0%" in rows and "driver: wait 5 1" in rows
 
 
 def test_inspect_lists_what_was_given_up_and_unlike_machines(api: StubApi, capsys: pytest.CaptureFixture[str]) -> None:

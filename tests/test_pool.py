@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections import Counter
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -268,6 +271,42 @@ def test_a_cluster_that_is_gone_for_a_while_is_waited_for() -> None:
 
 
 # ------------------------------------------------------------------------------------------- dispatch
+
+
+def _steps(workers: int) -> float:
+    """Steps of the interpreter that the pool takes for a result, once all workers are at work."""
+    scene = Scene((workers,), service=lambda draw, method, args: draw.uniform(30, 90))
+    steps = [0]
+
+    def step(frame: FrameType, event: str, what: Any) -> Any:
+        if "/engine/pool" not in frame.f_code.co_filename and "/engine/roster" not in frame.f_code.co_filename:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        steps[0] += event == "opcode"
+        return step
+
+    with scene.backend.open("work") as work:
+        for unit in range(3 * workers):
+            work.submit(Job(f"u{unit}", (unit,), unit))
+        for _ in range(workers):
+            work.next()
+        pool = scene.backend._pool
+        assert pool is not None
+        pool._tended = math.inf  # what is looked at every few seconds does not count
+        before = sys.gettrace()
+        sys.settrace(step)
+        try:
+            for _ in range(100):
+                work.next()
+        finally:
+            sys.settrace(before)
+    return steps[0] / 100
+
+
+def test_a_result_costs_the_same_among_many_workers() -> None:
+    few, many = _steps(100), _steps(1000)
+    assert few > 100, "nothing was counted"
+    assert many <= 1.2 * few
 
 
 def test_results_in_order_and_in_a_bounded_window() -> None:

@@ -22,9 +22,18 @@ from raylux.doctor import Finding
 from raylux.errors import MissingStageError, NumericsError, UserError
 from raylux.health import Quarantined
 from raylux.layers import Coverage, SkippedLayer, TrackedLayer
+from raylux.profiling import Spent
 from raylux.queries import QueryPart
 from raylux.report.html import render
-from raylux.report.tables import comparison_table, coverage_table, split_table, status_table, top_table
+from raylux.report.profile import StageTime
+from raylux.report.tables import (
+    comparison_table,
+    coverage_table,
+    profile_table,
+    split_table,
+    status_table,
+    top_table,
+)
 from raylux.shown import plain, redacted, redacted_values, visible
 
 STEERING = {
@@ -109,10 +118,11 @@ def _tables(text: str) -> list[Any]:
         status_table([stage]),
         split_table([(text, True, 0)]),
         comparison_table([{"method": text, text: text}], text),
+        profile_table([StageTime(text, Spent({"dot": [1.0, 1.0]}, 1), Spent(), 1)]),
     ]
 
 
-@pytest.mark.parametrize("place", range(5))
+@pytest.mark.parametrize("place", range(6))
 def test_tables_neither_steer_nor_read_markup(place: int) -> None:
     text = _printed(_tables(HOSTILE)[place])
     assert _steers(text) == []
@@ -212,6 +222,7 @@ def _run(text: str) -> Any:
         queries=[text],
         query_records={text: record},
         config=config.model_copy(update=hostile),
+        profile=lambda: [StageTime(text, Spent({"dot": [1.0, 1.0]}, 1), Spent(), 1)],
         unit="nats",
         train_size=7,
         quarantined=[],
