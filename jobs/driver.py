@@ -14,7 +14,6 @@ import math
 import multiprocessing
 import os
 import random
-import resource
 import sys
 import tempfile
 import time
@@ -288,8 +287,9 @@ def _adds(seconds: float) -> Callable[[str, tuple[Any, ...]], float]:
 
 
 def _peak() -> int:
-    """Most bytes that this process has held so far."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Most bytes that this process has held so far; ``getrusage`` would count those of the process it came from."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 def apart(settings: Settings) -> Outcome:

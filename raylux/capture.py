@@ -107,7 +107,7 @@ class Capture:
         with self._recording(batch) as record:
             with of("forward"):
                 logits = self._logits(batch)
-            with of("label"):
+            with of("backward"):
                 losses = self._losses(logits, batch, labeller, both)
             taken = []
             for index, one in enumerate(losses):
@@ -144,7 +144,8 @@ class Capture:
             place, keys = place.reshape(-1), batch.keys.repeat_interleave(targets.shape[1])
 
             def draw(probabilities: Tensor, at: Tensor) -> Tensor:
-                return labeller(probabilities, keys[at], place[at])
+                with of("label"):
+                    return labeller(probabilities, keys[at], place[at])
 
         return logit_loss(flat, targets.reshape(-1), draw, both)
 
