@@ -131,6 +131,7 @@ def run_raylux(model: PreTrainedModel, case: Case, folder: Path, kind: str = "ek
         for row, prompt in zip(case.queries, case.prompts, strict=True)
     ]
     overrides = ["fit.labels=dataset", "score.unit=raw", "query.max_error=0", f"curvature.kind={kind}"]
+    overrides += ["engine.contraction_dtype=float32"]
     overrides += [f"score.token_top={token_top}", "score.layers=true"]
     train = [{"input_ids": row} for row in case.train]
     return raylux.attribute(model, tokenizer, train, queries, folder=folder / "run", overrides=overrides)

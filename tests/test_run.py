@@ -437,7 +437,10 @@ def test_a_packed_corpus_has_no_documents(inputs: Inputs, tmp_path: Path) -> Non
 def test_low_rank_keeps_within_the_error_on_every_query(inputs: Inputs, tmp_path: Path) -> None:
     wide = make_inputs(tmp_path / "wide", "llama", hidden_size=48, intermediate_size=96)
     scores = {
-        bound: wide.run(tmp_path / str(bound), f"query.max_error={bound}").scores().to_numpy().astype(float)
+        bound: wide.run(tmp_path / str(bound), f"query.max_error={bound}", "query.low_rank=always")
+        .scores()
+        .to_numpy()
+        .astype(float)
         for bound in (0, 0.02, 0.1)
     }
     for bound in (0.02, 0.1):
