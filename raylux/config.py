@@ -98,7 +98,8 @@ class FitSection(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     unit_tokens: Count | Auto = Field("auto", description="tokens in a fit unit")
     eigh: Literal["auto", "float32", "float64"] = Field(
-        "auto", description="precision of eigendecompositions; auto: float32 where it passes a check (not for kfac)"
+        "auto",
+        description="of eigendecompositions; auto: float32 beside bf16 products, where it passes a check, else float64",
     )
     snapshot: NotNegative | Auto = Field(
         "auto", description="seconds between snapshots of the sums; 0: after every unit; auto: by their cost"

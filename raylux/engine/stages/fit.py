@@ -124,8 +124,10 @@ def _eigenbases(ctx: Context) -> None:
     # The largest first: what is begun last is done soon.
     sizes = {input_matrix(layer.name): layer.inputs for layer in ctx.coverage.tracked}
     sizes |= {output_matrix(layer.name): layer.outputs for layer in ctx.coverage.tracked}
-    # K-FAC takes the eigenvalues as they are; EK-FAC measures them anew in whatever basis it gets.
-    quick = {"auto": ctx.kind.moments, "float32": True, "float64": False}[ctx.config.fit.eigh]
+    # EK-FAC measures Λ in whatever basis it gets, but within a nearly degenerate eigenspace another basis is another
+    # Λ: the last digits of float32 move scores by a thousandth, as bf16 products do. K-FAC takes the eigenvalues.
+    rounded = ctx.kind.moments and precision.resolve(ctx).dtype == "bfloat16"
+    quick = {"auto": rounded, "float32": True, "float64": False}[ctx.config.fit.eigh]
     jobs = [(name, keys[name], quick) for name in sorted(todo, key=lambda name: (-sizes[name], name))]
     with ctx.reporter.task("eigenbases", len(todo), "matrices") as task:
         for (name, *_), (key, objects, numerics) in ctx.backend.shard_stream("decompose", jobs):
