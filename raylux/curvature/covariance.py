@@ -84,8 +84,8 @@ def _controller() -> ThreadpoolController:
 
 
 def _whole(total: Tensor) -> Tensor:
-    """Both triangles of a sum of which the lower one was computed."""
-    return total if total.device.type != "cpu" else total.tril() + total.tril(-1).T
+    """Both triangles of a sum of which the lower one was computed; in place, since sums are large."""
+    return total if total.device.type != "cpu" else total.tril_().add_(total.tril(-1).T)
 
 
 def eigenbasis(covariance: Tensor, name: str, quick: bool = False) -> tuple[Tensor, Tensor]:

@@ -70,6 +70,7 @@ class FactorShard:
         self._ahead: dict[int, Mapping[str, Any] | None] = {}
         self._block: dict[str, list[Tensor]] = {}
         self._factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._written: dict[str, tuple[str, Objects]] = {}
 
     def pid(self) -> int:
         """The process it lives in."""
@@ -185,6 +186,7 @@ class FactorShard:
         rank_limit: Mapping[str, int],
         contraction: Contraction,
         eigen: bool,
+        block: str,
         *parts: Mapping[str, Any],
     ) -> tuple[dict[str, float], list[float]]:
         """s_test of a block of queries in every layer of this shard, kept until ``write_block``.
@@ -196,12 +198,14 @@ class FactorShard:
             rank_limit: layer -> largest rank to try; 0: dense only.
             contraction: how products are taken; layers that may be compressed take them in full precision.
             eigen: leave s_test in the eigenbases.
+            block: its name; layers that cannot be compressed are written under it at once, so that s_test of one
+                layer is held at a time.
             *parts: per query, ``inputs`` [T, M] by group and ``grads`` [T, P] by layer.
 
         Returns:
             layer -> the damping λ that was used; and per query ‖∇f‖² over the layers of this shard.
         """
-        self._block, self._factors = {}, {}
+        self._block, self._factors, self._written = {}, {}, {}
         damping, norms = {}, [0.0] * len(parts)
         for name in self.layers:
             dtype = self.compute if rank_limit[name] else contraction.torch_dtype
@@ -210,13 +214,19 @@ class FactorShard:
             tokens = [self._tokens(part, name, dtype) for part in parts]
             try:
                 with profiling.of("solve"):
-                    self._block[name], more = solve_layer(curvature, tokens, damping[name], dtype, eigen)
+                    solved, more = solve_layer(curvature, tokens, damping[name], dtype, eigen)
             except NumericsError as error:
                 raise NumericsError(f"layer '{name}': {error}") from None
             norms = [norm + own for norm, own in zip(norms, more, strict=True)]
             if rank_limit[name]:
+                self._block[name] = solved
                 with profiling.of("compress"):
-                    self._factors[name] = [factorise(s_test, rank_limit[name]) for s_test in self._block[name]]
+                    self._factors[name] = [factorise(s_test, rank_limit[name]) for s_test in solved]
+            elif any(rank_limit.values()):
+                self._block[name] = solved  # its scores on the probes are part of what is measured
+            else:
+                arrays = query_arrays(solved, [], [True] * len(solved))
+                self._written[name] = self.folder.write(f"queries/{name}/{block}", arrays)
         return damping, norms
 
     def measure(self, part: Mapping[str, Any], places: Sequence[int]) -> dict[str, Measured]:
@@ -253,6 +263,9 @@ class FactorShard:
         """
         keys: dict[str, str] = {}
         objects: Objects = {}
+        for name, (key, more) in self._written.items():
+            keys[name] = key
+            objects |= more
         for name, queries in self._block.items():
             chosen = [rank.get(name, -1) for rank in ranks]
             dense = [s_test for s_test, rank in zip(queries, chosen, strict=True) if rank < 0]
@@ -264,7 +277,7 @@ class FactorShard:
             arrays = query_arrays(dense, factors, [rank < 0 for rank in chosen])
             keys[name], more = self.folder.write(f"queries/{name}/{block}", arrays)
             objects |= more
-        self._block, self._factors = {}, {}
+        self._block, self._factors, self._written = {}, {}, {}
         return keys, objects, numerics.here(self.spec.device)
 
     def _curvature(

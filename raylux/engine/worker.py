@@ -23,7 +23,7 @@ from raylux.curvature import Covariances, add_second_moments
 from raylux.engine import numerics
 from raylux.engine.kept import Kept
 from raylux.engine.plan import Plan
-from raylux.engine.records import Contraction, FactorFiles
+from raylux.engine.records import Contraction, FactorFiles, numpy_array
 from raylux.engine.scorer import Bases, LoadedQueries, Pack, PackPart, Scorer, packs
 from raylux.errors import NumericsError
 from raylux.influence.dots import sequence_gradients
@@ -255,8 +255,15 @@ class GradientWorker:
 
     # queries
 
-    def query_gradient(self, query: QuerySpec, shards: Sequence[Sequence[str]]) -> tuple[Any, ...]:
+    def query_gradient(
+        self, query: QuerySpec, shards: Sequence[Sequence[str]], contraction: Contraction
+    ) -> tuple[Any, ...]:
         """a and g of a query's tokens, g carrying the weights: Σ_t g_t a_tᵀ is −∇f.
+
+        Args:
+            query: its parts.
+            shards: layer names of each shard.
+            contraction: in the precision of which they are sent.
 
         Returns:
             {"measurement": f}, then a part per shard with ``inputs`` [T, M] by group and ``grads`` [T, P] by layer.
@@ -274,22 +281,28 @@ class GradientWorker:
             value -= weight * float(captured.loss[0])
         joined = {name: torch.cat(parts, 1) for name, parts in inputs.items()}
         weighted = {name: torch.cat(parts, 1) for name, parts in grads.items()}
-        return ({"measurement": value}, *self._token_parts(joined, weighted, shards))
+        return ({"measurement": value}, *self._token_parts(joined, weighted, shards, contraction.torch_dtype))
 
     def probe(self, row: int, shards: Sequence[Sequence[str]]) -> tuple[Any, ...]:
         """a and g of one corpus sequence, for measuring what compression loses; parts as ``query_gradient``."""
         (sequence,) = self.reader.rows([row])
         inputs, grads = self._widened(self._run(collate([sequence], [0], len(sequence.tokens)), sampled=False))
-        return (None, *self._token_parts(inputs, grads, shards))
+        return (None, *self._token_parts(inputs, grads, shards, self.compute))
 
     def _token_parts(
-        self, inputs: Mapping[str, Tensor], grads: Mapping[str, Tensor], shards: Sequence[Sequence[str]]
+        self,
+        inputs: Mapping[str, Tensor],
+        grads: Mapping[str, Tensor],
+        shards: Sequence[Sequence[str]],
+        dtype: torch.dtype,
     ) -> list[Part]:
         groups = self.spec.groups
         return [
             {
-                "inputs": {name: _array(inputs[name][0]) for name in sorted({groups[name] for name in names})},
-                "grads": {name: _array(grads[name][0]) for name in names},
+                "inputs": {
+                    name: numpy_array(inputs[name][0].to(dtype)) for name in sorted({groups[name] for name in names})
+                },
+                "grads": {name: numpy_array(grads[name][0].to(dtype)) for name in names},
             }
             for names in shards
         ]
