@@ -1,0 +1,131 @@
+"""Each saving against the plain path: kept tensors, bf16 products, queries in the eigenbases, float32 eigenbases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raylux.config import Config
+from raylux.engine import choices
+from raylux.engine.records import CONTRACTION
+from raylux.engine.stages import precision
+from raylux.layers import TrackedLayer
+from raylux.store import RunFolder
+from tests.small import Inputs, contents, differing, error, make_inputs
+
+# One batch shape is filled often enough that sequences of the fit are scored from what was kept of them.
+DENSE = ("query.max_error=0", "fit.unit_tokens=2000", "engine.batch_tokens=64")
+BF16 = "engine.contraction_dtype=bfloat16"
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def inputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return make_inputs(tmp_path_factory.mktemp(request.param), request.param, hidden_size=32, intermediate_size=64)
+
+
+def scores(inputs: Inputs, folder: Path, *overrides: str) -> np.ndarray:
+    return inputs.run(folder, *DENSE, *overrides).scores().to_numpy().astype(float)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_kept_changes_no_bit(
+    inputs: Inputs, tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raylux.engine.worker import GIVEN, GradientWorker
+
+    served: list[str] = []
+    kept_batch = GradientWorker._kept_batch
+
+    def watched(self: GradientWorker, rows: np.ndarray, batch: object, which: str, kind: object) -> object:
+        found = kept_batch(self, rows, batch, which, kind)  # type: ignore[arg-type]
+        served.extend([which] * (found is not None))
+        return found
+
+    monkeypatch.setattr(GradientWorker, "_kept_batch", watched)
+    how = ("prefilter.kind=none", f"engine.contraction_dtype={dtype}")
+    scores(inputs, tmp_path / "kept", *how)
+    assert GIVEN in served and served.count("fit") > 2, "nothing was served from the disk: nothing is tested"
+    served.clear()
+    scores(inputs, tmp_path / "never", *how, "engine.keep_captured=never")
+    assert served == []
+    assert differing(contents(tmp_path / "kept"), contents(tmp_path / "never")) == []
+    scores(inputs, tmp_path / "little", *how, "engine.keep_captured=20000")
+    assert differing(contents(tmp_path / "little"), contents(tmp_path / "never")) == []
+
+
+def test_the_eigenbases_give_the_same_scores(inputs: Inputs, tmp_path: Path) -> None:
+    """In float64, total, by layer and by token: a rotation on either side of a product changes nothing."""
+    plain, eigen = (
+        inputs.run(tmp_path / basis, *DENSE, "model.dtype=float64", "score.layers=true", f"query.basis={basis}")
+        for basis in ("standard", "eigen")
+    )
+    assert error(eigen.scores().to_numpy(), plain.scores().to_numpy()) <= 1e-9
+    for query in plain.queries:
+        assert error(eigen.layer_scores(query).to_numpy(), plain.layer_scores(query).to_numpy()) <= 1e-9
+
+
+def test_bf16_products_are_near(inputs: Inputs, tmp_path: Path) -> None:
+    exact = scores(inputs, tmp_path / "exact", "engine.contraction_dtype=float32")
+    for basis in ("standard", "eigen"):
+        found = scores(inputs, tmp_path / basis, BF16, f"query.basis={basis}", "fit.eigh=float64")
+        assert np.corrcoef(found.ravel(), exact.ravel())[0, 1] >= 0.9999
+        assert np.linalg.norm(found - exact) / np.linalg.norm(exact) < 0.01
+
+
+@pytest.mark.parametrize(("limit", "dtype"), [(1.0, "bfloat16"), (0.0, "float32")])
+def test_bf16_is_held_against_a_measured_error(
+    inputs: Inputs, tmp_path: Path, limit: float, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the plan proposes is used where its error keeps the limit; the choice is kept with the folder."""
+    monkeypatch.setattr(choices, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(choices, "_BF16_FROM", 0)
+    monkeypatch.setattr(precision, "LIMIT", limit)
+    found = scores(inputs, tmp_path / "auto", "fit.eigh=float64")
+    manifest = RunFolder(str(tmp_path / "auto")).units(CONTRACTION)["products"]
+    assert manifest.meta["dtype"] == dtype and 0 < manifest.meta["error"] < 0.05
+    asked = scores(inputs, tmp_path / "asked", f"engine.contraction_dtype={dtype}", "fit.eigh=float64")
+    assert np.array_equal(found, asked)
+    monkeypatch.setattr(precision, "LIMIT", 1.0 - limit)
+    assert np.array_equal(scores(inputs, tmp_path / "auto", "fit.eigh=float64"), found), "decided once"
+
+
+class TestChoices:
+    LAYERS = (TrackedLayer("up", 256, 1024, False, False), TrackedLayer("down", 1024, 256, False, False))
+    GROUPS = {"up": "up", "down": "down"}  # noqa: RUF012
+
+    @staticmethod
+    def config(*overrides: str) -> Config:
+        required = {"run": {"folder": "r"}, "model": {"path": "m"}, "corpus": {"path": "c"}, "queries": {"path": "q"}}
+        return Config.parse(required, overrides)
+
+    def products(self, queries: int, sequences: int, *overrides: str) -> choices.Products:
+        config = self.config("prefilter.kind=none", *overrides)
+        return choices.products(config, "cpu", self.LAYERS, self.GROUPS, 128.0, queries, sequences)
+
+    def test_queries_stay_in_the_eigenbases_where_they_outnumber_candidates(self) -> None:
+        # Per candidate 128·(256² + 1024²)·2, per query 256·1024·1280·2: the border is at 128/301 queries each.
+        assert self.products(40, 100).query_basis == "standard"
+        assert self.products(45, 100).query_basis == "eigen"
+        assert self.products(45, 100, "query.basis=standard").query_basis == "standard"
+        assert self.products(45, 100, "curvature.kind=identity").query_basis == "standard"
+
+    def test_compressed_only_where_dense_ones_are_too_many(self) -> None:
+        few, many = self.products(100, 10_000), self.products(3000, 10**6)
+        assert (few.low_rank, many.low_rank) == (False, True)
+        assert self.products(100, 10_000, "query.low_rank=always").low_rank
+        assert not self.products(3000, 10**6, "query.max_error=0").low_rank
+        assert self.products(9000, 100).query_basis == "standard", "compressed queries stay in the standard basis"
+
+    def test_tiles_follow_the_number_of_queries(self) -> None:
+        assert [self.products(count, 10**6).tile for count in (1, 63, 64, 255, 256, 999)] == [8, 8, 64, 64, 256, 256]
+
+    def test_the_dtype_follows_config_model_and_hardware(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        large = (TrackedLayer("up", 1024, 1024, False, False),)
+        for has in (True, False):
+            monkeypatch.setattr(choices, "has_bfloat16", lambda device, has=has: has)
+            assert choices.contraction(self.config(), "cpu", large) == ("bfloat16" if has else "float32")
+            assert choices.contraction(self.config(), "cpu", self.LAYERS[:1]) == "float32"
+            assert choices.contraction(self.config(BF16), "cpu", self.LAYERS[:1]) == "bfloat16"
+            assert choices.contraction(self.config("model.dtype=float64", BF16), "cpu", large) == "float64"
