@@ -160,7 +160,7 @@ def covariance(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
             "symmetric rank-k" if share < 1 else "full",
             f"{flops / work.fit_tokens / 1e9:,.3g} GFLOP per token for {len(model.leaders)} A and "
             f"{len(model.tracked)} S",
-            share == 1,
+            share == 1 or not device.gpu,
         ),
         _pass_choice("covariance passes", blocks, sum(map(held, model.tracked)), work, device, batch),
         Choice(
@@ -245,7 +245,6 @@ def moments(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[Stag
             + (f", inputs once for each of {len(model.leaders)} groups" if shared else ""),
             f"{(rotation + forming) / 1e9:,.3g} GFLOP per token with forming, "
             f"{_formed_first(work) / 1e9:,.3g} if gradients were rotated",
-            not shared or len(model.leaders) == len(model.tracked),
         ),
     ]
 
