@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,8 @@ from raylux.engine.plan import Plan, make_plan, probe_count
 from raylux.queries import load_queries
 from raylux.store import CorpusReader, RunFolder
 
+# Of the free disk, what workers keep captured tensors on (engine/kept.py).
+_KEPT_SHARE = 0.25
 # Tokens of a query, where queries are only counted.
 QUERY_TOKENS = 64
 
@@ -62,7 +64,12 @@ def plan_here(config: Config, sizes: Sizes, refresh: bool = False) -> tuple[RunP
     work, plan = _workload(config, sizes, device)
     workers = _workers(config, device, plan.threads)
     cluster = calibrate.here(plan.threads, workers, device, config.run.folder, refresh)
-    return plan_run(work, cluster), cluster
+    share = {"auto": None, "never": 0}.get(str(config.engine.keep_captured), config.engine.keep_captured)
+    disk = cluster.disk_tb * 1e12 * _KEPT_SHARE / cluster.workers if share is None else float(share)
+    everyone = config.prefilter.kind == "none" or config.prefilter.top >= work.corpus
+    scored = everyone and config.fit.labels == "sampled" and disk > 0
+    work = replace(work, keep_bytes=disk, scores_fit=scored, query_basis=plan.query_basis, tile=plan.tile)
+    return plan_run(work, cluster, costs.ENGINE if cluster.device.gpu else costs.ENGINE_CPU), cluster
 
 
 def plan_on(config: Config, sizes: Sizes, cluster: Cluster, can: frozenset[str] = costs.AHEAD) -> RunPlan:
@@ -74,7 +81,9 @@ def plan_on(config: Config, sizes: Sizes, cluster: Cluster, can: frozenset[str] 
 def _workload(config: Config, sizes: Sizes, device: str) -> tuple[Workload, Plan]:
     shape, files, context = find_shape(config)
     lengths, query_lengths = _lengths(config, sizes, files, shape, context)
-    plan = make_plan(config, device, shape.tracked, dict(shape.groups), shape.parameters, lengths, context)
+    plan = make_plan(
+        config, device, shape.tracked, dict(shape.groups), shape.parameters, lengths, context, len(query_lengths)
+    )
     corpus, queries = len(lengths), len(query_lengths)
     tokens = float(lengths.mean())
     padded = np.array([bucket(int(length), plan.longest) for length in np.unique(lengths)])
@@ -87,7 +96,7 @@ def _workload(config: Config, sizes: Sizes, device: str) -> tuple[Workload, Plan
     work = Workload(
         model=shape,
         dtype=dtype,
-        contraction=_contraction(config, device),
+        contraction=plan.contraction if device == "cpu" else _contraction(config, device),
         basis=kind.basis,
         moments=kind.moments,
         fit_sequences=min(config.fit.sequences, corpus),
@@ -102,7 +111,8 @@ def _workload(config: Config, sizes: Sizes, device: str) -> tuple[Workload, Plan
         score_unit=plan.score_unit_size,
         padding=float((padded * counts).sum() / lengths.sum()),
         prefilter=config.prefilter.kind != "none",
-        max_error=config.query.max_error,
+        # On a GPU of a file the planner weighs dense against low rank by what fits.
+        max_error=config.query.max_error if plan.low_rank or device == "cuda" else 0.0,
         max_rank=config.query.max_rank,
         rank=min(64, config.query.max_rank),
         probes=probe_count(config.query.probes, shape.parameters),

@@ -5,7 +5,10 @@ Legend: T tokens of a sequence, P outputs, M inputs, Q queries, R rank of a quer
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from raylux.layers import TrackedLayer
 
 # Low-rank factors are put against tokens while that costs no more than this many dense dot products.
 _TOKEN_CONTRACTION_LIMIT = 4.0
@@ -21,6 +24,22 @@ def tokens_pay(rank: int, outputs: int, inputs: int, tokens: float) -> bool:
 def rotate_tokens_first(tokens: float, outputs: int, inputs: int) -> bool:
     """True where T·(M² + P²) multiplications cost no more than P·M·(P + M) for the formed gradient."""
     return tokens * (inputs**2 + outputs**2) <= outputs * inputs * (outputs + inputs)
+
+
+def captured_width(layer: TrackedLayer, groups: Mapping[str, str]) -> int:
+    """Numbers that are captured of a token at a layer: g, and a where it leads its input group."""
+    return layer.outputs + (layer.inputs if groups[layer.name] == layer.name else 0)
+
+
+def candidate_rotation(layers: Sequence[TrackedLayer], groups: Mapping[str, str], tokens: float) -> float:
+    """Multiplications that put a and g of one sequence into the eigenbases: T·(M² + P²)."""
+    leaders = sum(layer.inputs**2 for layer in layers if groups[layer.name] == layer.name)
+    return tokens * (leaders + sum(layer.outputs**2 for layer in layers))
+
+
+def query_rotation(layers: Sequence[TrackedLayer]) -> float:
+    """Multiplications that bring one s_test back from the eigenbases: P·M·(P + M)."""
+    return float(sum(layer.parameters * (layer.outputs + layer.inputs) for layer in layers))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ TOKEN_SOLVE = "a query's tokens rotated instead of its gradient"
 LAYERWISE = "queries solved a layer at a time, every basis and probe read once"
 RANGE_FINDER = "low rank by a randomised range finder"
 SPLIT = "a model over several devices"
-ENGINE: frozenset[str] = frozenset()
+# The engine's symmetric updates are those of a CPU's BLAS: on a GPU they are ahead.
+ENGINE = frozenset({SHARED_ROTATION})
+ENGINE_CPU = ENGINE | {SYMMETRIC}
 AHEAD = frozenset(
     {
         PASSES,

@@ -23,6 +23,8 @@ _GPU_BASE = 1.5e9
 _SQUARING_PASSES = 4
 # Λ is taken from this many bytes of formed gradients at once (curvature/moments.py), twice with the rotated ones.
 _MOMENT_CHUNK = 2 * (1 << 28)
+# Of captured a, g and g on true labels, about what one use reads.
+_ONE_OF_TWO = 0.7
 # Operations that start in a block's forward and backward pass, and with each tracked layer beside it.
 _BLOCK_OPERATIONS, LAYER_OPERATIONS = 60, 6
 
@@ -142,6 +144,7 @@ def covariance(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
     sums = covariance_bytes(model.tracked, groups, itemsize)
     works = [
         *model_work(work, device, work.fit_tokens, batch, blocks),
+        *_keeping(work, cluster, batch, blocks),
         Work("covariance products", flops, touched, device.seconds(flops, work.contraction, size, touched)),
         move(units * sums, cluster),
     ]
@@ -157,7 +160,7 @@ def covariance(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
             "symmetric rank-k" if share < 1 else "full",
             f"{flops / work.fit_tokens / 1e9:,.3g} GFLOP per token for {len(model.leaders)} A and "
             f"{len(model.tracked)} S",
-            share == 1,
+            share == 1 or not device.gpu,
         ),
         _pass_choice("covariance passes", blocks, sum(map(held, model.tracked)), work, device, batch),
         Choice(
@@ -208,7 +211,7 @@ def moments(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[Stag
         return float(basis * (layer.outputs**2 + leads) + work.stored * layer.parameters)
 
     blocks, batch = passes(work, cluster, held, layer_bytes(model.tracked, 8), can)
-    shared = costs.SHARED_ROTATION in can
+    shared, kept = costs.SHARED_ROTATION in can, work.kept_share(cluster.workers)
     tokens, sequences = work.fit_tokens, work.fit_sequences
     rotation = sum(rotation_flops(layer, work.tokens, shared and layer.name not in model.leaders)[0]
                    for layer in model.tracked) if work.basis else 0.0  # fmt: skip
@@ -220,7 +223,8 @@ def moments(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[Stag
     sums = layer_bytes(model.tracked, work.stored)
     side = min(min(layer.shape) for layer in model.tracked)
     works = [
-        *model_work(work, device, tokens, batch, blocks),
+        *model_work(work, device, tokens * (1 - kept), batch, blocks),
+        *([reading(work, cluster, tokens * kept)] if kept else []),
         Work("rotation", tokens * rotation, 0.0, device.seconds(tokens * rotation, work.contraction, min(batch, side))),
         Work("forming", tokens * forming, 0.0, device.seconds(tokens * forming, work.contraction, small)),
         Work("squaring", 0.0, squared, squared / (device.bandwidth_gb_s * 1e9) + starting),
@@ -233,6 +237,7 @@ def moments(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[Stag
     )  # fmt: skip
     first = sum(rotation_flops(layer, work.tokens)[1] for layer in model.tracked)
     return stage, [
+        _kept_choice(work, cluster),
         _pass_choice("Λ passes", blocks, sum(map(held, model.tracked)), work, device, batch),
         Choice(
             "Λ rotation",
@@ -240,9 +245,37 @@ def moments(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[Stag
             + (f", inputs once for each of {len(model.leaders)} groups" if shared else ""),
             f"{(rotation + forming) / 1e9:,.3g} GFLOP per token with forming, "
             f"{_formed_first(work) / 1e9:,.3g} if gradients were rotated",
-            not shared or len(model.leaders) == len(model.tracked),
         ),
     ]
+
+
+def _keeping(work: Workload, cluster: Cluster, batch: float, blocks: Sequence[Layers]) -> list[Work]:
+    """Captured tensors to the workers' disks, and the backward pass on true labels that spares scoring its own."""
+    share = work.kept_share(cluster.workers)
+    if not share:
+        return []
+    size = share * work.captured_bytes
+    found = [Work("keeping captured", 0.0, size, size / (cluster.worker.host_gb_s * 1e9))]
+    if work.scores_fit:
+        second = model_work(work, cluster.worker, work.fit_tokens, batch, blocks)[1]
+        found.append(Work("backward, true labels", second.flops, 0.0, second.seconds))
+    return found
+
+
+def reading(work: Workload, cluster: Cluster, tokens: float) -> Work:
+    """Captured tensors of so many tokens from the workers' disks: written shortly before, from the page cache."""
+    size = tokens / work.fit_tokens * work.captured_bytes * (_ONE_OF_TWO if work.scores_fit else 1.0)
+    return Work("reading captured", 0.0, size, size / (cluster.worker.host_gb_s * 1e9))
+
+
+def _kept_choice(work: Workload, cluster: Cluster) -> Choice:
+    share = work.kept_share(cluster.workers)
+    return Choice(
+        "captured tensors",
+        f"{share:.0%} kept on local disk" if share else "not kept",
+        f"{work.captured_bytes / 1e9:,.2f} GB in all, {work.captured_bytes / work.fit_tokens / 1e3:,.1f} kB per token; "
+        f"{work.keep_bytes * cluster.workers / 1e9:,.2f} GB of disk may be taken; Λ runs the model for the rest",
+    )
 
 
 def rotation_flops(layer: TrackedLayer, tokens: float, shared: bool = False) -> tuple[float, bool]:

@@ -126,7 +126,9 @@ class Cluster(Section):
 def _problem(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    # A misspelt key is also a missing one: the name that stands in the file is the one to show.
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
     name = ".".join(str(part) for part in first["loc"])
     return f"'{name}' = {shown(first.get('input'))}: {first['msg']}"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from raylux.cost import contraction, costs
 from raylux.cost.contraction import Form
 from raylux.cost.costs import Choice, StageCost, Work
-from raylux.cost.fit import LAYER_OPERATIONS, base_bytes, batch_tokens, model_bytes, model_work, store
+from raylux.cost.fit import LAYER_OPERATIONS, base_bytes, batch_tokens, model_bytes, model_work, reading, store
 from raylux.cost.machine import Cluster, Device, eigh_flops
 from raylux.cost.sizes import PROCESS_BYTES, covariance_bytes, layer_bytes, query_block, rank_limit
 from raylux.cost.workload import Workload
@@ -144,13 +144,15 @@ def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     chosen = choose_scoring(work, device, can)
     layers, tokens = model.tracked, work.candidates * work.tokens * work.padding
     count, batch = float(work.candidates), chosen.batch
+    spared = work.fit_tokens * work.kept_share(cluster.workers) if work.scores_fit else 0.0
     small = min(work.tokens, *(min(layer.shape) for layer in layers))
     forming = count * work.padding * sum(form.forming for form in chosen.forms)
     rotation = count * work.padding * sum(form.rotation for form in chosen.forms)
     dots = count * sum(form.dots + form.per_batch / _sequences(work, batch) for form in chosen.forms)
     starting = device.starting(tokens / batch * len(layers) * LAYER_OPERATIONS)
     works = [
-        *model_work(work, device, tokens * chosen.tiles, batch, [layers]),
+        *model_work(work, device, (tokens - spared * work.padding) * chosen.tiles, batch, [layers]),
+        *([reading(work, cluster, spared * chosen.tiles)] if spared else []),
         Work("rotation", rotation, 0.0, device.seconds(rotation, work.contraction)),
         Work("forming", forming, 0.0, device.seconds(forming, work.contraction, small)),
         Work("dots", dots, _dot_bytes(work, chosen), device.seconds(
@@ -185,7 +187,10 @@ def _scoring(work: Workload, device: Device, can: frozenset[str], batch: float) 
     room -= batch * model.activation_bytes(work.itemsize, layers)
     allowed = {contraction.DENSE, contraction.TOKENS}
     allowed |= {contraction.EXPANDED} if costs.EXPANDED_FORM in can else set()
-    allowed |= {contraction.EIGENBASIS} if costs.EIGENBASIS_FORM in can and work.basis else set()
+    eigen = work.query_basis == "eigen" or (work.query_basis is None and costs.EIGENBASIS_FORM in can)
+    allowed |= {contraction.EIGENBASIS} if eigen and work.basis else set()
+    dense = {contraction.EIGENBASIS if work.query_basis == "eigen" and work.basis else contraction.DENSE}
+    allowed = dense if work.query_basis is not None and work.max_error <= 0 else allowed
     bytes_each = work.operand
     sequences = _sequences(work, batch)
     all_forms = [
@@ -195,7 +200,7 @@ def _scoring(work: Workload, device: Device, can: frozenset[str], batch: float) 
     ]  # fmt: skip
     model_flops = work.tokens * (model.forward_flops(work.tokens) + model.backward_flops(work.tokens))
     options = []
-    for names in ({contraction.DENSE}, allowed, allowed - {contraction.DENSE, contraction.EIGENBASIS}):
+    for names in (dense, allowed, allowed - {contraction.DENSE, contraction.EIGENBASIS} or dense):
         picked = tuple(
             contraction.cheapest(forms, frozenset(names), work.candidates, work.queries, sequences, math.inf)
             for forms in all_forms
@@ -257,7 +262,10 @@ def _score_choices(work: Workload, cluster: Cluster, chosen: Scoring, stage: Sta
     names = [form.name for form in chosen.forms]
     counted = ", ".join(f"{name} in {names.count(name)} layers" for name in dict.fromkeys(names))
     held = sum(form.held for form in chosen.forms) / 1e9
-    engine = set(names) <= {contraction.DENSE, contraction.TOKENS} and chosen.tiles == 1
+    today = {contraction.DENSE, contraction.TOKENS} | (
+        {contraction.EIGENBASIS} if work.query_basis == "eigen" else set()
+    )
+    engine = set(names) <= today and chosen.tiles == 1
     per_token = sum(form.per_sequence(_sequences(work, chosen.batch)) for form in chosen.forms) / work.tokens
     found = [
         Choice(

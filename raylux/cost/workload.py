@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raylux.cost.contraction import captured_width
 from raylux.cost.model import ModelShape
 from raylux.cost.sizes import rank_limit
 from raylux.layers import TrackedLayer
@@ -39,6 +40,9 @@ class Workload:
         subspace: side r of the subspace that all queries share in a first stage.
         rescored: best sequences of a query that are scored again exactly after a first stage.
         tile: dense queries per product.
+        query_basis: "standard" or "eigen", as a run has frozen it; None: the planner's choice.
+        keep_bytes: a worker's local disk for the captured a and g of fitted sequences; 0: they are not kept.
+        scores_fit: the candidates include the fitted sequences, and kept ones are scored without another pass.
     """
 
     model: ModelShape
@@ -64,6 +68,9 @@ class Workload:
     subspace: int = 256
     rescored: int = 200
     tile: int = 8
+    query_basis: str | None = None
+    keep_bytes: float = 0.0
+    scores_fit: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -91,10 +98,23 @@ class Workload:
         limit = rank_limit(self.max_rank, layer)
         return self.rank if self.rank <= limit else 0
 
+    @property
+    def captured_bytes(self) -> float:
+        """a and g of all fitted tokens on disk; with the gradients on true labels where they are to be scored."""
+        layers = self.model.tracked
+        width = sum(captured_width(layer, self.model.groups) for layer in layers)
+        width += sum(layer.outputs for layer in layers) if self.scores_fit else 0
+        return self.fit_tokens * self.operand * width
+
+    def kept_share(self, workers: int) -> float:
+        """Share of the fitted tokens that ``workers`` disks keep."""
+        return min(1.0, self.keep_bytes * workers / self.captured_bytes)
+
     def query_bytes(self) -> int:
         """One s_test over all layers at rest."""
         total = 0
         for layer in self.model.tracked:
             rank = self.stored_rank(layer)
-            total += rank * (layer.outputs + layer.inputs) if rank else layer.parameters
-        return total * self.stored
+            low = self.stored * rank * (layer.outputs + layer.inputs)
+            total += low or self.operand * layer.parameters  # dense s_test lies in the precision of products
+        return total

@@ -9,6 +9,7 @@ import torch
 
 from raylux.batches import MOST_ROWS
 from raylux.config import Config
+from raylux.cost.contraction import candidate_rotation, captured_width, query_rotation
 from raylux.curvature import KINDS
 from raylux.layers import TrackedLayer
 
@@ -88,19 +89,3 @@ def products(
     rows = max((size for size in (8, MOST_ROWS, 32) if size * captured <= _PACK_BYTES[device]), default=1)
     tile = max(size for size in _TILES if size <= max(_TILES[0], queries))
     return Products(rows, tile, "eigen" if eigen else "standard", low_rank and not eigen)
-
-
-def captured_width(layer: TrackedLayer, groups: Mapping[str, str]) -> int:
-    """Numbers that are captured of a token at a layer: g, and a where it leads its input group."""
-    return layer.outputs + (layer.inputs if groups[layer.name] == layer.name else 0)
-
-
-def candidate_rotation(layers: Sequence[TrackedLayer], groups: Mapping[str, str], tokens: float) -> float:
-    """Multiplications that put a and g of one sequence into the eigenbases: T·(M² + P²)."""
-    leaders = sum(layer.inputs**2 for layer in layers if groups[layer.name] == layer.name)
-    return tokens * (leaders + sum(layer.outputs**2 for layer in layers))
-
-
-def query_rotation(layers: Sequence[TrackedLayer]) -> float:
-    """Multiplications that bring one s_test back from the eigenbases: P·M·(P + M)."""
-    return float(sum(layer.parameters * (layer.outputs + layer.inputs) for layer in layers))

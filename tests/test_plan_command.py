@@ -1,0 +1,91 @@
+"""``raylux plan``: tables and JSON, with and without a cluster file, and one line where it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from raylux.cli import main
+from raylux.cost import calibrate
+from tests.small import Inputs, make_inputs
+
+ROOT = Path(__file__).parent.parent
+CLUSTER = str(ROOT / "configs" / "clusters" / "h100-8.yaml")
+STAGES = ["covariance", "eigenbases", "lambda", "query", "prefilter", "score"]
+SIZES = ["--sequences", "1000000", "--tokens", "512", "--queries", "1000"]
+RATES: dict[str, Any] = {
+    "float32_tflops": 0.1, "bfloat16_tflops": 0.4, "float64_tflops": 0.05, "eigh_tflops": 0.01, "bandwidth_gb_s": 10.0,
+    "disk_gb_s": 1.0, "operation_us": 5.0, "host_gb_s": 10.0, "small": [[64, 0.5], [1024, 1.0]], "eigh_small": [],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return make_inputs(tmp_path_factory.mktemp("plan"))
+
+
+@pytest.fixture
+def config(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("RAYLUX_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(inputs.sections(tmp_path / "run")), encoding="utf-8")
+    return str(path)
+
+
+def _llama(*more: str) -> list[str]:
+    model = f"model.path={ROOT / 'configs' / 'models' / 'llama-3-8b'}"
+    return ["plan", str(ROOT / "configs" / "llama-3-8b.yaml"), model, *SIZES, *more]
+
+
+def test_a_plan_of_this_machine_reads_the_runs_own_inputs(config: str, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(calibrate, "measure", lambda *_: RATES)
+    assert main(["plan", config, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [stage["name"] for stage in found["stages"]] == STAGES
+    assert found["total"]["device_hours"] > 0 and found["total"]["dollars"] is None
+    assert all(choice["in_engine"] for choice in found["choices"])
+    assert main(["plan", config]) == 0
+    text = capsys.readouterr().out
+    assert all(stage in text for stage in STAGES)
+    assert not (Path(config).parent / "run").exists()
+
+
+def test_rates_are_measured_once_and_again_when_asked(config: str, monkeypatch: Any, capsys: Any) -> None:
+    calls = []
+    monkeypatch.setattr(calibrate, "measure", lambda *facts: calls.append(facts) or RATES)
+    for more, count in (([], 1), ([], 1), (["--calibrate"], 2)):
+        assert main(["plan", config, "--json", *more]) == 0
+        assert len(calls) == count
+    capsys.readouterr()
+
+
+def test_this_machine_has_rates(tmp_path: Path) -> None:
+    rates = calibrate.measure(1, "cpu", tmp_path)
+    assert set(rates) == set(RATES)
+    assert all(value > 0 for name, value in rates.items() if name not in ("small", "eigh_small"))
+    assert all(0 < share <= 1 for _, share in rates["small"])
+
+
+def test_a_model_that_is_not_here_is_planned_from_its_config_alone(monkeypatch: Any, capsys: Any) -> None:
+    # Files named by the config (queries, a gated model, a hub's data set) are not touched where sizes are given.
+    assert main(_llama("--cluster", CLUSTER, "--candidates", "1000000", "--json", "fit.sequences=100000")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["total"]["device_hours"] < 24
+    assert found["total"]["dollars"] == pytest.approx(3 * found["total"]["device_hours"])
+    ahead = [choice["name"] for choice in found["choices"] if not choice["in_engine"]]
+    assert "covariance passes" in ahead
+    assert found["cluster"]["devices"] == 8
+
+
+def test_what_cannot_work_is_one_line(tmp_path: Path, capsys: Any) -> None:
+    data = yaml.safe_load(Path(CLUSTER).read_text(encoding="utf-8"))
+    data["device"]["memory_gb"] = 10
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    assert main(_llama("--cluster", str(tmp_path / "small.yaml"))) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1 and "devices_per_worker: 4" in said.err
