@@ -36,7 +36,7 @@ def measure(spec: Spec, folder: Path) -> tuple[Measured, dict[str, np.ndarray]]:
     _bare(found, case.batch, inputs)
     if spec.program == RAYLUX:
         overrides = [*spec.overrides, *(["fit.labels=dataset"] if spec.empirical else [])]
-        scores = ours.run(case, spec.sizes, spec.threads, overrides, folder, watch)
+        scores, found.choices = ours.run(case, spec.sizes, spec.threads, overrides, folder, watch)
     else:
         scores = theirs.run(case, inputs, spec.sizes, spec.empirical, folder, watch)
     _bare(found, case.batch, inputs)

@@ -26,10 +26,13 @@ USUAL = ("prefilter.kind=none", "query.max_error=0", "score.token_top=0", "score
 
 def run(
     case: Case, sizes: Sequence[int], threads: int, overrides: Sequence[str], folder: Path, watch: Stopwatch
-) -> dict[int, np.ndarray]:
+) -> tuple[dict[int, np.ndarray], dict[str, Any]]:
     """All stages for the first number of queries, then query and score for each other on the same factors.
 
-    The model is loaded (and Ray's actors started) apart from the stages. Returns Q -> [Q, N].
+    The model is loaded (and Ray's actors started) apart from the stages.
+
+    Returns:
+        Q -> scores [Q, N], and the frozen plan.
     """
     place = folder / "run"
     found = {}
@@ -48,7 +51,7 @@ def run(
                 watch.add(event["stage"], queries, event["seconds"], event["cpu"], event["time"])
         scores = result.scores().sel(query=query_ids(size), sequence=result.sequences["sequence"].to_numpy())
         found[size] = np.asarray(scores, np.float64)
-    return found
+    return found, dict(result.settings["plan"])
 
 
 def _loading(watch: Stopwatch) -> Callable[[Context], None]:

@@ -44,6 +44,8 @@ class Stage:
         wall: seconds.
         cpu: seconds of this process, all threads; of Ray's workers nothing is known.
         began: seconds since the epoch.
+        rss: peak resident memory meanwhile, in bytes, as sampled from outside; 0: not sampled.
+        uss: peak private memory, likewise.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Stage:
     wall: float
     cpu: float
     began: float
+    rss: int = 0
+    uss: int = 0
 
     @property
     def ended(self) -> float:
@@ -59,26 +63,25 @@ class Stage:
 
 @dataclass
 class Measured:
-    """What a measurement found; ``numerics``: library, hardware and threads by which it ran."""
+    """What a measurement found; ``numerics``: library, hardware, threads; ``choices``: raylux's frozen plan."""
 
     spec: Spec
     stages: list[Stage] = field(default_factory=list)
     bare_wall: list[float] = field(default_factory=list)
     bare_cpu: list[float] = field(default_factory=list)
     numerics: dict[str, Any] = field(default_factory=dict)
-    memory: list[tuple[float, int, int]] = field(default_factory=list)
+    choices: dict[str, Any] = field(default_factory=dict)
 
     def dump(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def load(cls, data: dict[str, Any]) -> Measured:
-        spec = data["spec"]
-        rest = {key: data[key] for key in ("bare_wall", "bare_cpu", "numerics")}
+        spec = {key: tuple(x) if isinstance(x, list) else x for key, x in data["spec"].items()}
+        rest = {key: data[key] for key in ("bare_wall", "bare_cpu", "numerics", "choices")}
         return cls(
-            Spec(**{**spec, "sizes": tuple(spec["sizes"]), "overrides": tuple(spec["overrides"])}),
+            Spec(**spec),
             [Stage(**stage) for stage in data["stages"]],
-            memory=[tuple(sample) for sample in data["memory"]],
             **rest,
         )
 
