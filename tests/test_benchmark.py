@@ -30,7 +30,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> object:
 
 
 def measured(workload: str, sizes: tuple[int, ...], fixed: float, more: float, program: str = RAYLUX) -> Measured:
-    """A measurement whose whole job takes ``fixed`` + ``more`` × Q F by the clock, and twice that of CPU's; F is 2 s."""
+    """A whole job of ``fixed`` + ``more`` × Q F by the clock, and of twice that in CPU seconds; F is 2 s."""
     stages = [Stage(name, None, fixed / 3 * 2.0, fixed / 3 * 4.0, 0.0, 10, 20) for name in figures.FIT]
     stages += [Stage("score", size, more * size * 2.0, more * size * 4.0, 1.0, 10, 30 * size) for size in sizes]
     # The passes before and after; one was disturbed.
