@@ -4,6 +4,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# Options of jobs/benchmark.py.
+BENCH ?= --ray --write
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 RAYLUX := $(PY) -m raylux.cli
@@ -21,7 +23,7 @@ INSTALLED :=
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo smollm2 test test-cluster chaos test-peers check format peers wiki clean
+.PHONY: help install demo smollm2 test test-cluster chaos bench test-peers check format peers wiki clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +52,10 @@ test-cluster: install wiki  ## the tests that start clusters of their own
 
 chaos: install wiki  ## kill workers, shards, nodes and drivers of a run, 60 in all, and compare (10-25 minutes)
 	$(TEST_ENV) $(PY) -m jobs.chaos --seed 0
+
+bench: install peers  ## time raylux beside kronfluence (tens of minutes; BENCH="--quick" for a look)
+	@$(call have,matplotlib) || $(PIP) matplotlib
+	$(TEST_ENV) $(PY) jobs/benchmark.py $(BENCH)
 
 test-peers: install peers  ## the comparisons with kronfluence
 	$(TEST_ENV) $(PYTEST) -m peers

@@ -28,11 +28,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.pytorch_utils import Conv1D
 
 import raylux
+from jobs.bench import batches
+from jobs.bench.batches import IGNORED, Rows, summed_loss
+from jobs.bench.peer import Kronfluence
+from jobs.bench.workloads import grammar
 from raylux.curvature import Spectral
 from raylux.engine.records import COVARIANCE, EIGEN, MOMENTS
 from raylux.store import RunFolder
@@ -40,7 +43,6 @@ from raylux.store import RunFolder
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning:kronfluence")]
 
 VOCABULARY, LENGTH, TRAIN, QUERIES = 100, 24, 48, 6
-IGNORED = -100
 # max|Δ|/RMS and Pearson. Float64 leaves rounding in an inverse of condition 1e4 or so and nothing else.
 LIMITS = {torch.float32: (1e-3, 0.999999), torch.float64: (1e-10, 1 - 1e-12)}
 
@@ -48,40 +50,16 @@ LIMITS = {torch.float32: (1e-3, 0.999999), torch.float64: (1e-10, 1 - 1e-12)}
 # data and model
 
 
-def grammar(count: int, shortest: int, seed: int) -> list[list[int]]:
-    """Token sequences with a text's habits: frequent words, words that follow one another, repeated phrases."""
-    rng = np.random.default_rng(seed)
-    # The language is one, whatever the seed of the sample: each word has four successors.
-    successors = np.random.default_rng(7).integers(0, VOCABULARY, (VOCABULARY, 4))
-    rows = []
-    for _ in range(count):
-        row = [int(rng.integers(VOCABULARY))]
-        while len(row) < LENGTH:
-            if len(row) > 8 and rng.random() < 0.1:
-                start = int(rng.integers(len(row) - 4))
-                row += row[start : start + 4]
-            else:
-                row.append(int(successors[row[-1], min(3, rng.geometric(0.5) - 1)]))
-        rows.append(row[: int(rng.integers(shortest, LENGTH + 1))])
-    return rows
+def sample(count: int, shortest: int, seed: int) -> list[list[int]]:
+    """Sequences of up to ``LENGTH`` tokens."""
+    return grammar(count, shortest, LENGTH, VOCABULARY, seed)
 
 
 def batch_of(rows: Sequence[Sequence[int]], prompts: Sequence[int] | None = None) -> dict[str, Tensor]:
     """Padded on the right to ``LENGTH``; labels from position ``prompts[i]`` on (default 1)."""
-    ids = torch.zeros(len(rows), LENGTH, dtype=torch.int64)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-    for place, row in enumerate(rows):
-        first = 1 if prompts is None else prompts[place]
-        ids[place, : len(row)] = torch.tensor(row)
-        mask[place, : len(row)] = 1
-        labels[place, first : len(row)] = torch.tensor(row[first:])
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    labels = batch["labels"][:, 1:].reshape(-1)
-    return nn.functional.cross_entropy(logits.reshape(-1, VOCABULARY), labels, ignore_index=IGNORED, reduction="sum")
+    firsts = prompts or [1] * len(rows)
+    labels = [[IGNORED] * first + list(row[first:]) for row, first in zip(rows, firsts, strict=True)]
+    return batches.batch_of(rows, labels, LENGTH)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +71,7 @@ def trained() -> GPT2LMHeadModel:
         model = GPT2LMHeadModel(
             GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=LENGTH, **still)
         )
-        rows = grammar(512, shortest=8, seed=1)
+        rows = sample(512, shortest=8, seed=1)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         for step in range(120):
             batch = batch_of([rows[(32 * step + place) % len(rows)] for place in range(32)])
@@ -116,11 +94,16 @@ class Case:
     queries: list[list[int]]
     prompts: list[int]
 
+    @property
+    def asked(self) -> Rows:
+        """The queries as kronfluence takes them."""
+        return Rows(batch_of(self.queries, self.prompts))
+
     @staticmethod
     def make(padded: bool) -> Case:
         shortest = 6 if padded else LENGTH
-        queries = grammar(QUERIES, shortest, seed=3)
-        return Case(grammar(TRAIN, shortest, seed=2), queries, [max(1, len(row) // 2) for row in queries])
+        queries = sample(QUERIES, shortest, seed=3)
+        return Case(sample(TRAIN, shortest, seed=2), queries, [max(1, len(row) // 2) for row in queries])
 
 
 def run_raylux(model: PreTrainedModel, case: Case, folder: Path, kind: str = "ekfac", token_top: int = 0) -> raylux.Run:
@@ -137,99 +120,11 @@ def run_raylux(model: PreTrainedModel, case: Case, folder: Path, kind: str = "ek
     return raylux.attribute(model, tokenizer, train, queries, folder=folder / "run", overrides=overrides)
 
 
-def as_linear(model: nn.Module) -> nn.Module:
-    """A copy in which each Conv1D is the ``nn.Linear`` of the same map."""
-    model = copy.deepcopy(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Conv1D):
-            rows, columns = module.weight.shape
-            linear = nn.Linear(rows, columns, dtype=module.weight.dtype)
-            linear.weight.data, linear.bias.data = module.weight.data.T.contiguous(), module.bias.data
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, linear)
-    return model
-
-
-class Rows(torch.utils.data.Dataset):
-    """A padded batch, one sequence at a time."""
-
-    def __init__(self, batch: dict[str, Tensor]) -> None:
-        self.batch = batch
-
-    def __len__(self) -> int:
-        return len(self.batch["input_ids"])
-
-    def __getitem__(self, place: int) -> dict[str, Tensor]:
-        return {name: x[place] for name, x in self.batch.items()}
-
-
-class Peer:
-    """kronfluence on one case: ``factors`` by kind of factor and layer, ``scores`` [queries, sequences]."""
-
-    def __init__(self, model: nn.Module, case: Case, folder: Path, kind: str = "ekfac") -> None:
-        from kronfluence.analyzer import Analyzer, prepare_model
-        from kronfluence.arguments import FactorArguments, ScoreArguments
-        from kronfluence.task import Task
-
-        class LanguageModel(Task):
-            def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
-                assert not sample
-                return summed_loss(model, batch)
-
-            def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
-                return summed_loss(model, batch)
-
-            def get_influence_tracked_modules(self) -> list[str]:
-                return [f"transformer.h.{layer}.mlp.{leaf}" for layer in range(2) for leaf in ("c_fc", "c_proj")]
-
-            def get_attention_mask(self, batch: Any) -> Tensor:
-                return batch["attention_mask"]
-
-        dtype = next(model.parameters()).dtype
-        task = LanguageModel()
-        self.case, self.kind = case, kind
-        self.analyzer = Analyzer(
-            "peer", prepare_model(as_linear(model), task), task, cpu=True, disable_tqdm=True, output_dir=str(folder)
-        )
-        self.score_args = ScoreArguments(
-            damping_factor=None, per_sample_gradient_dtype=dtype, precondition_dtype=dtype, score_dtype=dtype
-        )
-        factor_args = FactorArguments(
-            strategy=kind,
-            use_empirical_fisher=True,
-            activation_covariance_dtype=dtype,
-            gradient_covariance_dtype=dtype,
-            per_sample_gradient_dtype=dtype,
-            lambda_dtype=dtype,
-        )
-        self.train = Rows(batch_of(case.train))
-        self.queries = Rows(batch_of(case.queries, case.prompts))
-        self.analyzer.fit_all_factors("factors", self.train, per_device_batch_size=16, factor_args=factor_args)
-
-    @property
-    def factors(self) -> dict[str, dict[str, Tensor]]:
-        analyzer = self.analyzer
-        return {
-            **analyzer.load_covariance_matrices("factors"),
-            **analyzer.load_eigendecomposition("factors"),
-            **analyzer.load_lambda_matrices("factors"),
-        }
-
-    def scores(self, name: str = "scores", **changes: Any) -> dict[str, np.ndarray]:
-        """By module, or one entry ``all_modules``."""
-        arguments = copy.copy(self.score_args)
-        for key, value in changes.items():
-            setattr(arguments, key, value)
-        self.analyzer.compute_pairwise_scores(
-            name,
-            "factors",
-            self.queries,
-            self.train,
-            per_device_query_batch_size=QUERIES,
-            per_device_train_batch_size=16,
-            score_args=arguments,
-        )
-        return {module: x.double().numpy() for module, x in self.analyzer.load_pairwise_scores(name).items()}
+def run_peer(model: PreTrainedModel, case: Case, folder: Path, kind: str = "ekfac") -> Kronfluence:
+    layers = [f"transformer.h.{layer}.mlp.{leaf}" for layer in range(2) for leaf in ("c_fc", "c_proj")]
+    peer = Kronfluence(model, layers, Rows(batch_of(case.train)), folder, 16, kind, empirical=True)
+    peer.fit()
+    return peer
 
 
 # comparisons
@@ -252,7 +147,10 @@ class Pair:
     dtype: torch.dtype
     case: Case
     run: raylux.Run
-    peer: Peer
+    peer: Kronfluence
+
+    def theirs(self, name: str = "scores", **changes: Any) -> dict[str, np.ndarray]:
+        return self.peer.scores(self.case.asked, name, **changes)
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -273,7 +171,7 @@ def pair(request: pytest.FixtureRequest, trained: GPT2LMHeadModel, tmp_path_fact
     folder = tmp_path_factory.mktemp("peers")
     model, case = copy.deepcopy(trained).to(dtype), Case.make(padded)
     # Every sequence of every query: what is compared below, beside the totals, is the share of each token.
-    return Pair(dtype, case, run_raylux(model, case, folder, token_top=TRAIN), Peer(model, case, folder))
+    return Pair(dtype, case, run_raylux(model, case, folder, token_top=TRAIN), run_peer(model, case, folder))
 
 
 def test_covariances(pair: Pair) -> None:
@@ -310,7 +208,7 @@ def test_eigenvalues_and_lambda(pair: Pair) -> None:
 
 
 def test_scores(pair: Pair) -> None:
-    theirs = pair.peer.scores()["all_modules"]
+    theirs = pair.theirs()["all_modules"]
     ours = pair.run.scores()
     assert ours.attrs["unit"] == "raw"
     assert_close(ours, theirs, pair.limits)
@@ -318,7 +216,7 @@ def test_scores(pair: Pair) -> None:
 
 
 def test_scores_by_layer(pair: Pair) -> None:
-    theirs = pair.peer.scores("layers", compute_per_module_scores=True)
+    theirs = pair.theirs("layers", compute_per_module_scores=True)
     for place, query in enumerate(pair.run.queries):
         ours = pair.run.layer_scores(query)
         for layer in ours["layer"].to_numpy():
@@ -327,7 +225,7 @@ def test_scores_by_layer(pair: Pair) -> None:
 
 def test_scores_by_token(pair: Pair) -> None:
     # kronfluence's array is [queries, sequences, padded tokens]; padding carries no gradient.
-    theirs = pair.peer.scores("tokens", compute_per_token_scores=True)["all_modules"]
+    theirs = pair.theirs("tokens", compute_per_token_scores=True)["all_modules"]
     ours = np.zeros_like(theirs)
     for place, query in enumerate(pair.run.queries):
         for row, name in enumerate(pair.run.sequences["sequence"]):
@@ -341,7 +239,7 @@ def test_scores_by_token(pair: Pair) -> None:
 def test_other_kinds(kind: str, padded: bool, trained: GPT2LMHeadModel, tmp_path: Path) -> None:
     case = Case.make(padded)
     ours = run_raylux(trained, case, tmp_path, kind).scores()
-    theirs = Peer(trained, case, tmp_path, kind).scores()["all_modules"]
+    theirs = run_peer(trained, case, tmp_path, kind).scores(case.asked)["all_modules"]
     if kind == "kfac":
         theirs = theirs / (sum(map(len, case.train)) / len(case.train))
     assert_close(ours, theirs, LIMITS[torch.float32])

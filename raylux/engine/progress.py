@@ -27,6 +27,7 @@ class Task:
         self.done = 0
         self._from = 0
         self.started = self._line = time.monotonic()
+        self._cpu = time.process_time()
 
     def advance(self, count: int = 1) -> None:
         self.reach(self.done + count)
@@ -44,6 +45,11 @@ class Task:
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.started
+
+    @property
+    def cpu(self) -> float:
+        """CPU seconds of the driver's process since, all threads: in process, those of the work itself."""
+        return time.process_time() - self._cpu
 
     @property
     def left(self) -> float | None:
@@ -147,4 +153,5 @@ class Reporter:
             total=task.total,
             what=task.what,
             seconds=round(task.seconds, 3),
+            cpu=round(task.cpu, 3),
         )
