@@ -177,7 +177,9 @@ def page(rows: Sequence[Row]) -> str:
 
 Written by `python jobs/plan_check.py --write`: GPT-2's architecture with seeded weights, {TOKENS} tokens a sequence,
 fitted and scored sequences the same, in process, one thread, on a machine that others used meanwhile. One run each, so
-the times carry that noise (CPU seconds of worker, shard and driver stand for wall seconds). Peak memory is the largest resident size of the process (worker and shard in one).
+the times carry that noise. Measured seconds are CPU seconds of worker, shard and driver, planned ones follow rates
+measured by the clock, which others' work makes slower. Peak memory is the largest resident size of the process
+(worker and shard in one).
 
 Bounds: bytes within {BYTES_WITHIN}×, time within {TIME_WITHIN}× once calibrated. The rates were measured just before;
 the factor {factor:.2f} makes the first model's whole time right: only the other model's whole time tests it.
