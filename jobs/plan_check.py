@@ -127,8 +127,8 @@ def measure(config: Path, folder: Path) -> tuple[dict[str, float], float]:
     events = parsed((folder / "progress.jsonl").read_bytes())
     times: dict[str, float] = {}
     for stage in stage_times(events):
-        # In process the driver's waiting is the worker's work: it is counted once.
-        own = {kind: pair for kind, pair in stage.driver.kinds.items() if kind != "wait"}
+        # In process the driver's waiting is the worker's or the shard's work: it is counted once.
+        own = {kind: pair for kind, pair in stage.driver.kinds.items() if kind not in ("wait", "ask")}
         cpu = sum(pair[1] for kinds in (stage.work.kinds, own) for pair in kinds.values())
         times[_TASKS.get(stage.stage, stage.stage)] = cpu
     return times, peak[0]
