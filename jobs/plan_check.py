@@ -1,0 +1,207 @@
+"""The plan against the run: seconds of each stage and peak memory of small configs, in process, on one thread.
+
+Two models of seeded weights (GPT-2's architecture). The rates are measured first; then the plan is made, then the
+run. What one factor, taken from the first model's whole time, leaves of the others' error is told apart.
+
+    python jobs/plan_check.py --write
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import yaml
+
+from raylux.config import Config
+from raylux.cost.costs import RunPlan
+from raylux.planning import Sizes, plan_here
+from raylux.report.plans import markdown
+from raylux.report.profile import parsed, stage_times
+
+PAGE = Path(__file__).parent.parent / "docs" / "results" / "plan-check.md"
+BYTES_WITHIN, TIME_WITHIN = 1.3, 1.5
+# name -> width, blocks, sequences, queries
+MODELS = {"256 wide, 2 blocks": (256, 2, 96, 4), "384 wide, 3 blocks": (384, 3, 96, 8)}
+TOKENS, WORDS = 128, 8000
+_STAGES = ("covariance", "eigenbases", "lambda", "query", "score")
+# Names of tasks in progress.jsonl, where they differ.
+_TASKS = {"eigen": "eigenbases", "moments": "lambda"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity of one run, planned and measured."""
+
+    run: str
+    name: str
+    planned: float
+    measured: float
+
+    @property
+    def ratio(self) -> float:
+        return self.planned / self.measured
+
+
+def compare(name: str, plan: RunPlan, times: dict[str, float], peak: float) -> list[Row]:
+    """Rows of the stages that ran, of all of them together, and of the peak memory of a run in process.
+
+    Args:
+        name: of the run.
+        plan: of it.
+        times: stage -> CPU seconds, by the plan's names of stages.
+        peak: bytes of the process, worker and shard in one.
+    """
+    planned = {stage.name: stage.seconds for stage in plan.stages}
+    rows = [Row(name, stage, planned[stage], times[stage]) for stage in _STAGES if times.get(stage)]
+    rows.append(Row(name, "all stages", sum(row.planned for row in rows), sum(row.measured for row in rows)))
+    most = max(stage.worker_bytes + stage.shard_bytes for stage in plan.stages)
+    return [*rows, Row(name, "peak bytes", most, peak)]
+
+
+def write_inputs(folder: Path, width: int, blocks: int, sequences: int, queries: int) -> Path:
+    """A model, a corpus of random words, queries and a config; returns the config's path."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    shape = GPT2Config(vocab_size=WORDS + 2, n_embd=width, n_layer=blocks, n_head=width // 64, n_positions=256)
+    GPT2LMHeadModel(shape).save_pretrained(folder / "model")
+    vocabulary = {"<eos>": 0, "<unk>": 1} | {f"w{place}": place + 2 for place in range(WORDS)}
+    core = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>").save_pretrained(
+        folder / "model"
+    )
+    draw = np.random.default_rng(0)
+
+    def words(count: int) -> str:
+        return " ".join(f"w{place}" for place in draw.integers(WORDS, size=count))
+
+    corpus = [{"id": f"s{place}", "text": words(TOKENS)} for place in range(sequences)]
+    asked = [{"id": f"q{place}", "prompt": words(40), "completion": words(8)} for place in range(queries)]
+    for name, rows in (("corpus.jsonl", corpus), ("queries.jsonl", asked)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = {
+        "run": {"folder": str(folder / "run")},
+        "model": {"path": str(folder / "model"), "device": "cpu"},
+        "corpus": {"path": str(folder / "corpus.jsonl"), "id": "id", "max_length": TOKENS},
+        "queries": {"path": str(folder / "queries.jsonl")},
+        "fit": {"sequences": sequences},
+        "prefilter": {"kind": "none"},
+        "score": {"token_top": 0},
+        "engine": {"backend": "local", "threads": 1},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+def measure(config: Path, folder: Path) -> tuple[dict[str, float], float]:
+    """Run a config in a process of its own: CPU seconds by stage, and its largest resident memory in bytes.
+
+    Raises:
+        subprocess.CalledProcessError: the run failed.
+    """
+    peak, ended = [0.0], threading.Event()
+    command = [sys.executable, "-m", "raylux.cli", "run", str(config)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    watcher = threading.Thread(target=_watch, args=(psutil.Process(process.pid), ended, peak))
+    watcher.start()
+    code = process.wait()
+    ended.set()
+    watcher.join()
+    if code:
+        raise subprocess.CalledProcessError(code, command)
+    events = parsed((folder / "progress.jsonl").read_bytes())
+    times: dict[str, float] = {}
+    for stage in stage_times(events):
+        # In process the driver's waiting is the worker's or the shard's work: it is counted once.
+        own = {kind: pair for kind, pair in stage.driver.kinds.items() if kind not in ("wait", "ask")}
+        cpu = sum(pair[1] for kinds in (stage.work.kinds, own) for pair in kinds.values())
+        times[_TASKS.get(stage.stage, stage.stage)] = cpu
+    return times, peak[0]
+
+
+def _watch(process: psutil.Process, ended: threading.Event, peak: list[float]) -> None:
+    while not ended.wait(0.02):
+        try:
+            peak[0] = max(peak[0], float(process.memory_info().rss))
+        except psutil.Error:
+            return
+
+
+def check() -> list[Row]:
+    """All rows, of all models."""
+    rows: list[Row] = []
+    for place, (name, sizes) in enumerate(MODELS.items()):
+        with tempfile.TemporaryDirectory(prefix="raylux-plan-check-") as made:
+            folder = Path(made)
+            path = write_inputs(folder, *sizes)
+            plan, _ = plan_here(Config.load(path, []), Sizes(), refresh=place == 0)
+            times, peak = measure(path, folder / "run")
+            rows += compare(name, plan, times, peak)
+    return rows
+
+
+def page(rows: Sequence[Row]) -> str:
+    """What was found, as Markdown."""
+    factor = next(1 / row.ratio for row in rows if row.name == "all stages")
+    lines: list[list[str]] = []
+    missed = []
+    for row in rows:
+        memory = row.name == "peak bytes"
+        unit, scale, limit = ("GB", 1e9, BYTES_WITHIN) if memory else ("s", 1.0, TIME_WITHIN)
+        after = row.ratio if memory else row.ratio * factor
+        holds = max(after, 1 / after) <= limit
+        lines.append(
+            [row.run, row.name, f"{row.planned / scale:.2f} {unit}", f"{row.measured / scale:.2f} {unit}",
+             f"{row.ratio:.2f}", f"{after:.2f}", "yes" if holds else "no"]
+        )  # fmt: skip
+        if not holds:
+            missed.append(f"{row.run}: {row.name} ({after:.2f})")
+    names = ("model", "what", "planned", "measured", "planned / measured", "after the factor", "within bounds")
+    said = "Everything keeps within them." if not missed else f"Missed: {'; '.join(missed)}."
+    return f"""# The plan against the run
+
+Written by `python jobs/plan_check.py --write`: GPT-2's architecture with seeded weights, {TOKENS} tokens a sequence,
+fitted and scored sequences the same, in process, one thread, on a machine that others used meanwhile. One run each, so
+the times carry that noise. Measured seconds are CPU seconds of worker, shard and driver, planned ones follow rates
+measured by the clock, which others' work makes slower. Peak memory is the largest resident size of the process
+(worker and shard in one).
+
+Bounds: bytes within {BYTES_WITHIN}×, time within {TIME_WITHIN}× once calibrated. The rates were measured just before;
+the factor {factor:.2f} makes the first model's whole time right: only the other model's whole time tests it.
+{said}
+
+{markdown(names, lines)}
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the page, or write it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the page")
+    options: Any = parser.parse_args(arguments)
+    text = page(check())
+    if options.write:
+        PAGE.parent.mkdir(parents=True, exist_ok=True)
+        PAGE.write_text(text, encoding="utf-8")
+    else:
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
