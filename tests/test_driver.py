@@ -62,6 +62,13 @@ def test_a_driver_that_takes_long_leaves_workers_idle() -> None:
     assert slow.shares["before the end"] > quick.shares["before the end"] + 0.1
 
 
+@pytest.mark.parametrize("unit", [5.0, 15.0], ids=["a call waits behind each", "each by itself"])
+def test_no_pass_is_quicker_than_its_driver(unit: float) -> None:
+    """What each call takes of the driver is counted whether the worker begins at once or has another call before it."""
+    settings = Settings("score", 32, 20, unit=unit, failures=0.0, call=0.5)
+    assert simulate(settings).hours * 3600 >= settings.units * settings.call
+
+
 def test_the_sums_of_a_simulated_pass_are_those_of_its_units(tmp_path: Path) -> None:
     """The parts of unit u are u everywhere, so Λ is the mean of all u."""
     from jobs.driver import part

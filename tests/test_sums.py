@@ -17,7 +17,7 @@ from raylux.engine.pace import SHARE, Pace
 from raylux.engine.quarantine import given_up
 from raylux.engine.records import COVARIANCE, SNAPSHOT
 from raylux.engine.simulate_backend import ShardFate
-from raylux.engine.sums import _DEATHS, forget_snapshot, load_snapshot
+from raylux.engine.sums import _DEATHS, _WINDOW, forget_snapshot, load_snapshot
 from raylux.errors import RayluxError
 from raylux.store import RunFolder
 from tests.simulated import DriverKilled, Scene, expected, head
@@ -148,18 +148,19 @@ def test_sums_that_one_shard_has_and_another_lost_are_added_once(tmp_path: Path)
 def test_what_is_finished_is_not_lost_with_its_node(tmp_path: Path) -> None:
     """The window is full behind a unit that hangs: the rest is with the shards already, due or not."""
     scene = Scene(
-        tmp_path, 60, places=(1,) * 8, snapshot=1e9, fate=lambda unit, run: "hang" if unit + run == 1 else None
+        tmp_path, 120, places=(1,) * 8, snapshot=1e9, fate=lambda unit, run: "hang" if unit + run == 1 else None
     )
     scene.start()
+    scene.backend.timeout = 2000.0  # until long after the window is full
 
     def lose() -> None:
         nodes = [node for node in scene.cluster.nodes.values() if not any(w.calls for w in node.workers)]
-        assert len(nodes) == 7 and len(scene.sums._held) == 31
+        assert len(nodes) == 7 and len(scene.sums._held) == _WINDOW * 8 - 1
         for node in nodes[:3]:
             scene.cluster.lose(node)
 
-    scene.cluster.at(500, lose)
-    assert scene.bits(scene.go_on()) == expected(60)
+    scene.cluster.at(1000, lose)
+    assert scene.bits(scene.go_on()) == expected(120)
     assert scene.again == 1, "the unit that hung"
 
 

@@ -38,6 +38,7 @@ class Behaviour:
         fate: asked as a call begins to run: whether its worker dies of it, or hangs.
         numerics: of a node, by its number.
         tick: seconds within which a driver takes finished calls together; above 0 it needs fewer turns.
+        call: seconds that a call takes of the driver, whatever its worker does.
     """
 
     service: Callable[[random.Random, str, tuple[Any, ...]], float] = lambda draw, method, args: 60.0
@@ -46,6 +47,7 @@ class Behaviour:
     fate: Callable[[str, tuple[Any, ...]], Fate | None] = _no_fate
     numerics: Callable[[int], dict[str, Any]] = lambda node: {"torch": "", "device": "simulated", "threads": 1}
     tick: float = 0.0
+    call: float = 0.0
 
 
 @dataclass
@@ -139,6 +141,8 @@ class SimulatedCluster:
         self._elastic = elastic
         self._driver = driver
         self._driven = driver() if driver else 0.0
+        # Seconds that the driver has taken for calls since the last wait.
+        self._owed = 0.0
         self._now = 0.0
         self._count = itertools.count()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -163,6 +167,7 @@ class SimulatedCluster:
         return worker
 
     def call(self, worker: Worker, method: str, args: tuple[Any, ...], returns: int) -> list[Ref]:
+        self._owed += self.behaviour.call
         call = _Call(method, args, [Ref(inline=place == 0) for place in range(returns)])
         if worker.dead is not None:
             self._fail(call, worker.dead)
@@ -184,6 +189,8 @@ class SimulatedCluster:
     def wait(self, timeout: float) -> list[Ref]:
         if self._driver is not None:
             self.sleep(self._driver() - self._driven)
+        owed, self._owed = self._owed, 0.0
+        self.sleep(owed)
         deadline = self._now + timeout
         while not self._ready and self._step(deadline):
             pass
