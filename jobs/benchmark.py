@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--threads", type=int, default=2, help="CPU seconds in F are steadier with 1")
     found.add_argument("--bare", type=int, default=2, help="bare passes before a measurement, and as many after")
     found.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="section.key=value for raylux")
-    found.add_argument("--quick", action="store_true", help="A, 8 queries, one round, on labels of the data set")
+    found.add_argument("--quick", action="store_true", help="A, 8 queries, one round, scores not compared")
     found.add_argument("--ray", action="store_true", help="also Ray against in process, on the first workload")
     found.add_argument("--only-ray", action="store_true", help="nothing but that")
     found.add_argument("--folder", type=Path, default=None, help="keep run folders here; default: a temporary one")
@@ -57,23 +57,15 @@ def choice_of(options: argparse.Namespace) -> Choice:
     Raises:
         UserError: a name is unknown, or a number does not fit.
     """
-    sizes = _numbers(options.sizes)
-    if options.quick:
-        return Choice(
-            ("A",), _programs(options.programs), sizes or (8,), 1, options.threads, 1, tuple(options.set), True
-        )
+    sizes, programs = _numbers(options.sizes), _programs(options.programs)
     if min(options.rounds, options.threads, options.bare) < 1:
         raise UserError("--rounds, --threads and --bare are at least 1")
-    return Choice(
-        _workloads(options.workloads),
-        _programs(options.programs),
-        sizes,
-        options.rounds,
-        options.threads,
-        options.bare,
-        tuple(options.set),
-        ray=options.ray or options.only_ray,
-    )
+    overrides = tuple(options.set)
+    if options.quick:
+        return Choice(("A",), programs, sizes or (8,), 1, options.threads, 1, overrides, quick=True)
+    # Last: it builds what the cache does not have.
+    workloads, ray = _workloads(options.workloads), options.ray or options.only_ray
+    return Choice(workloads, programs, sizes, options.rounds, options.threads, options.bare, overrides, ray=ray)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -51,7 +51,7 @@ def test_times_are_in_bare_passes_of_the_same_process_by_either_clock() -> None:
     assert figures.job(run, 8, WALL) == pytest.approx(3.4)
     assert figures.job(run, 32, CPU) == pytest.approx(9.2)
     assert figures.stage(run, "score", 32, WALL) == pytest.approx(1.6)
-    assert figures.stage(run, "lambda", None, WALL) == pytest.approx(1.0)
+    assert figures.stage(run, "lambda", 8, WALL) == pytest.approx(1.0)
     assert figures.peak(run, 32, "uss") == 960 and figures.peak(run, 32, "rss") == 10
 
 
@@ -172,9 +172,9 @@ def test_a_measurement_goes_from_its_process_to_the_page(tmp_path: Path) -> None
     request = Request("speed", FLOAT32, 0, spec)
     run, scores = rounds.take(request, tmp_path / "0")
     names = [(stage.name, stage.queries) for stage in run.stages if stage.name not in ("load", "call")]
-    assert names == [("covariance", None), ("eigenbases", None), ("lambda", None)] + [
-        (name, size) for size in (2, 4) for name in ("query", "score")
-    ]
+    assert names == [(name, size) for size in (2, 4) for name in figures.JOB]
+    for size in (2, 4):
+        assert 0 < figures.seconds(run, figures.JOB, size, WALL) <= figures.seconds(run, ("call",), size, WALL)
     assert len(run.bare_cpu) == len(run.bare_wall) == 2 and run.choices["threads"] == 1
     assert all(stage.wall > 0 and stage.uss > 0 for stage in run.stages if stage.name in figures.FIT)
     # The first two queries of each size are the same.

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
         ("test", ["pytest", "not cluster and not peers"]),
         ("test-cluster", ["pytest", "-m cluster"]),
         ("chaos", ["jobs.chaos"]),
+        ("bench", ["jobs/benchmark.py", "--write"]),
         ("test-peers", ["kronfluence", "-m peers"]),
         ("check", ["ruff check", "ruff format --check", "mypy", "lint-imports"]),
         ("clean", ["rm -rf .venv"]),

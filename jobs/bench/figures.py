@@ -11,6 +11,7 @@ import numpy as np
 from jobs.bench.records import Measured
 
 FIT, ASKED = ("covariance", "eigenbases", "lambda"), ("query", "score")
+JOB = (*FIT, *ASKED, "rest")
 CPU, WALL = "cpu", "wall"
 
 
@@ -43,20 +44,19 @@ def bare(measured: Measured, clock: str) -> float:
     return median(measured.bare_cpu if clock == CPU else measured.bare_wall)
 
 
-def seconds(measured: Measured, names: Sequence[str], queries: int | None, clock: str) -> float:
-    """Seconds of the stages named, of one number of queries; ``None`` is that of the fit."""
-    return sum(getattr(x, clock) for x in measured.stages if x.name in names and x.queries == queries)
+def seconds(measured: Measured, names: Sequence[str], queries: int, clock: str) -> float:
+    """Seconds of the stages named, in a job of so many queries."""
+    return sum(getattr(x, clock) for x in measured.stages if x.name in names and x.queries in (None, queries))
 
 
-def stage(measured: Measured, name: str, queries: int | None, clock: str) -> float:
+def stage(measured: Measured, name: str, queries: int, clock: str) -> float:
     """One stage in F."""
     return seconds(measured, (name,), queries, clock) / bare(measured, clock)
 
 
 def job(measured: Measured, queries: int, clock: str) -> float:
-    """The whole job in F: covariances, eigenbases, Λ, preconditioned queries, scores."""
-    whole = seconds(measured, FIT, None, clock) + seconds(measured, ASKED, queries, clock)
-    return whole / bare(measured, clock)
+    """The whole job in F: covariances, eigenbases, Λ, preconditioned queries, scores, and what is done between."""
+    return seconds(measured, JOB, queries, clock) / bare(measured, clock)
 
 
 def line(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 
+from jobs.bench.figures import ASKED, FIT
 from jobs.bench.records import Stopwatch
 from jobs.bench.workloads import Case, query_ids, write_queries
 from raylux import api
@@ -18,8 +19,6 @@ from raylux.engine.context import Context
 from raylux.engine.local import LocalBackend
 from raylux.engine.work import Job, results
 
-FIT = ("covariance", "eigenbases", "lambda")
-ASKED = ("query", "score")
 # What the peer computes, and no more: every sequence scored, dense queries, no scores by token.
 USUAL = ("prefilter.kind=none", "query.max_error=0", "score.token_top=0", "score.unit=raw", "engine.backend=local")
 
@@ -27,38 +26,53 @@ USUAL = ("prefilter.kind=none", "query.max_error=0", "score.token_top=0", "score
 def run(
     case: Case, sizes: Sequence[int], threads: int, overrides: Sequence[str], folder: Path, watch: Stopwatch
 ) -> tuple[dict[int, np.ndarray], dict[str, Any]]:
-    """All stages for the first number of queries, then query and score for each other on the same factors.
-
-    The model is loaded (and Ray's actors started) apart from the stages.
+    """One command for each number of queries, in a run folder of its own: a fit that knows that scoring follows may
+    spare that a forward pass, so no factors are shared. The model is loaded, and Ray's actors started, apart.
 
     Returns:
         Q -> scores [Q, N], and the frozen plan.
     """
-    place = folder / "run"
-    found = {}
-    for count, size in enumerate(sizes):
-        path = folder / f"asked-{size}.jsonl"
+    found, plan = {}, {}
+    for size in sizes:
+        path, place = folder / f"asked-{size}.jsonl", folder / f"run-{size}"
         write_queries(path, case.queries, size)
         sections = {**case.sections, "run": {"folder": str(place)}, "queries": {"path": str(path)}}
         config = Config.parse(sections, [*USUAL, f"engine.threads={threads}", *overrides])
-        stages = [stage for stage in api.STAGES if stage != "report"] if count == 0 else ["corpus", "query", "score"]
-        before = len(_events(place))
-        with patch.dict(api._RUN, {"corpus": _loading(watch)}), watch.on("call", size):
-            result = api.run_stages(config, stages, quiet=True)
-        for event in _events(place)[before:]:
-            if event["event"] == "task" and event["state"] == "done" and event["stage"] in FIT + ASKED:
-                queries = None if event["stage"] in FIT else size
-                watch.add(event["stage"], queries, event["seconds"], event["cpu"], event["time"])
+        result = _command(config, size, watch)
         scores = result.scores().sel(query=query_ids(size), sequence=result.sequences["sequence"].to_numpy())
-        found[size] = np.asarray(scores, np.float64)
-    return found, dict(result.settings["plan"])
+        found[size], plan = np.asarray(scores, np.float64), dict(result.settings["plan"])
+    return found, plan
 
 
-def _loading(watch: Stopwatch) -> Callable[[Context], None]:
+def _command(config: Config, size: int, watch: Stopwatch) -> api.Run:
+    """All stages but the report; what a stage takes beside its tasks is ``rest``."""
+    inner = Stopwatch()
+    timed: dict[str, Callable[[Context], None]] = {"corpus": _loading(watch, size)}
+    timed |= {name: _timed(api._RUN[name], name, inner) for name in ("fit", "query", "score")}
+    with patch.dict(api._RUN, timed), watch.on("call", size):
+        result = api.run_stages(config, [stage for stage in api.STAGES if stage != "report"], quiet=True)
+    wall, cpu = (sum(getattr(stage, clock) for stage in inner.stages) for clock in ("wall", "cpu"))
+    for event in _events(Path(config.run.folder)):
+        if event["event"] == "task" and event["state"] == "done" and event["stage"] in FIT + ASKED:
+            watch.add(event["stage"], size, event["seconds"], event["cpu"], event["time"])
+            wall, cpu = wall - event["seconds"], cpu - event["cpu"]
+    watch.add("rest", size, wall, cpu, inner.stages[-1].ended)
+    return result
+
+
+def _timed(usual: Callable[[Context], None], name: str, inner: Stopwatch) -> Callable[[Context], None]:
+    def run(ctx: Context) -> None:
+        with inner.on(name):
+            usual(ctx)
+
+    return run
+
+
+def _loading(watch: Stopwatch, size: int) -> Callable[[Context], None]:
     """A stage in place of ``corpus``, which has nothing to do: workers and shards as they are in mid-run."""
 
     def load(ctx: Context) -> None:
-        with watch.on("load"):
+        with watch.on("load", size):
             backend = ctx.backend
             if isinstance(backend, LocalBackend):
                 _ = backend.worker

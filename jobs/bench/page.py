@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.bench.figures import ASKED, CPU, FIT, WALL, Spread, cost, job, peak, seconds, stage
+from jobs.bench.figures import CPU, JOB, WALL, Spread, cost, job, peak, seconds, stage
 from jobs.bench.found import Found
 from jobs.bench.points import GB, Row, rows
 from jobs.bench.records import KRONFLUENCE, RAYLUX, Measured
@@ -58,8 +58,7 @@ def stages(found: Found, workload: str) -> str:
         runs = found.of("speed", workload, variant)
         for size in runs[0].spec.sizes:
             for clock in (CPU, WALL):
-                each = [_spread(runs, name, None, clock) for name in FIT]
-                each += [_spread(runs, name, size, clock) for name in ASKED]
+                each = [_spread(runs, name, size, clock) for name in JOB]
                 whole = Spread.of(job(run, size, clock) for run in runs)
                 assert whole is not None
                 lines.append(
@@ -72,13 +71,13 @@ def stages(found: Found, workload: str) -> str:
                         _against(found, workload, variant, size, clock),
                     ]
                 )
-    names = "covariance | eigenbases | Λ | query | score | whole job | of kronfluence's"
+    names = "covariance | eigenbases | Λ | query | score | rest | whole job | of kronfluence's"
     return table(f"program | Q | clock | {names}", lines)
 
 
-def _spread(runs: Sequence[Measured], name: str, queries: int | None, clock: str) -> str:
-    if not any(x.name == name and x.queries == queries for run in runs for x in run.stages):
-        return "in score"
+def _spread(runs: Sequence[Measured], name: str, queries: int, clock: str) -> str:
+    if not any(x.name == name for run in runs for x in run.stages):
+        return "in score" if name == "query" else ""
     spread = Spread.of(stage(run, name, queries, clock) for run in runs)
     return "" if spread is None else spread.text()
 
@@ -137,11 +136,11 @@ def _call(run: Measured, size: int) -> float:
 
 
 def _load(run: Measured, size: int) -> float:
-    return next(x.wall for x in run.stages if x.name == "load")
+    return seconds(run, ("load",), size, WALL)
 
 
 def _beside(run: Measured, size: int) -> float:
-    return _call(run, size) - _load(run, size) - seconds(run, FIT, None, WALL) - seconds(run, ASKED, size, WALL)
+    return _call(run, size) - _load(run, size) - seconds(run, JOB, size, WALL)
 
 
 def agreement(found: Found) -> str:
@@ -228,25 +227,19 @@ Beside the stages: reading config, model structure, corpus and queries, hashing 
 - Machine: {found.machine}.
 - A query is a whole sequence of the workload's length, its measurement the sequence's log-probability (kronfluence: its
   loss). Every sequence is fitted and scored. Preconditioned queries are dense in both programs.
-- {_labels(found)} λ is a tenth of the mean eigenvalue of each layer in both.
+- Both fit on sampled labels; where scores are compared with kronfluence's, on those of the data set, as the two draw
+  differently. λ is a tenth of the mean eigenvalue of each layer in both.
 - kronfluence computes in float32, eigendecompositions in float64. It takes the workload's batch of sequences together;
   queries in batches of that size, all of them held before it goes through the sequences once. raylux takes its own
   choices. Loading the model is counted in neither; it stands under *whole commands*.
-- kronfluence has no stage of its own for queries: it is in its score.
+- kronfluence has no stage of its own for queries: it is in its score. raylux runs one command for each number of
+  queries, so that each may share passes between fit and scores; kronfluence fits once for all. *Rest*: what raylux does
+  in and between its stages beside their work (choosing the precision of products, the ledger).
 - CPU seconds are those of all threads of the process. Memory is sampled every 0.1 s from outside; a process has torch,
   transformers, raylux and what the bare passes left in it.
 - Fixed cost and one more query: a line through the whole jobs by least squares.
 """)
     return "\n".join(parts)
-
-
-def _labels(found: Found) -> str:
-    if all(request.spec.empirical for request, _ in found.runs):
-        return "Both fit on the labels of the data set."
-    return (
-        "Both fit on sampled labels; where scores are compared with kronfluence's, on those of the data set, as the two"
-        "\n  draw differently."
-    )
 
 
 def plot(found: Found, path: Path) -> None:
@@ -269,7 +262,7 @@ def plot(found: Found, path: Path) -> None:
         for size in found.of("speed", workload, found.variants("speed", workload)[0])[0].spec.sizes
     ]
     floors = {("A", 8): 2.5, ("B", 32): 5.0, ("A", 256): 6.0}
-    colours = dict(zip(FIT + ASKED, ("#3b6ea5", "#8fb3d9", "#6aa56a", "#e0b050", "#c0653a"), strict=True))
+    colours = dict(zip(JOB, ("#3b6ea5", "#8fb3d9", "#6aa56a", "#e0b050", "#c0653a", "#999999"), strict=True))
     figure, axes = plt.subplots(figsize=(1.5 + 1.9 * max(2, len(groups)), 4.6), layout="constrained")
     ticks, labels = [], []
     for place, (workload, size) in enumerate(groups):
@@ -288,7 +281,9 @@ def plot(found: Found, path: Path) -> None:
     axes.set_ylabel("F (bare forward + backward passes)")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
     names = [*colours, "floor with bf16 products"]
-    axes.legend([*handles, plt.Line2D([], [], color="black", linestyle="dashed")], names, frameon=False, fontsize=8)
+    lines = [*handles, plt.Line2D([], [], color="black", linestyle="dashed")]
+    # Beside the bars: they may fill the whole height.
+    figure.legend(lines, names, loc="outside right upper", frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -297,8 +292,7 @@ def plot(found: Found, path: Path) -> None:
 def _bar(axes: Any, x: float, runs: Sequence[Measured], size: int, clock: str, colours: dict[str, str]) -> None:
     base = 0.0
     for name, colour in colours.items():
-        queries = size if name in ASKED else None
-        spread = Spread.of(stage(run, name, queries, clock) for run in runs)
+        spread = Spread.of(stage(run, name, size, clock) for run in runs)
         height = spread.median if spread else 0.0
         axes.bar(x, height, 0.8, bottom=base, color=colour)
         base += height

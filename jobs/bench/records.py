@@ -18,7 +18,7 @@ class Spec:
     Attributes:
         program: ``raylux`` or ``kronfluence``.
         workload: its name.
-        sizes: numbers of queries; the factors are fitted once, and used for each.
+        sizes: numbers of queries; a job for each. kronfluence fits once for all of them.
         threads: CPU threads.
         overrides: ``section.key=value`` for raylux.
         empirical: labels of the data set instead of sampled ones, in both programs.
@@ -39,8 +39,9 @@ class Stage:
     """A stretch of the measurement.
 
     Attributes:
-        name: covariance, eigenbases, lambda, query, score, load (the model, once), call (a whole command).
-        queries: Q of the measurement it is a part of; None for the fit.
+        name: covariance, eigenbases, lambda, query, score, rest (what raylux does in and between them beside
+            their work: choices, ledger), load (the model), call (a whole command).
+        queries: Q of the job it is a part of; None: of every job, as kronfluence's fit.
         wall: seconds.
         cpu: seconds of this process, all threads; of Ray's workers nothing is known.
         began: seconds since the epoch.

@@ -85,7 +85,7 @@ def plan(choice: Choice) -> list[Request]:
         for turn in range(1 if workload in ONCE else choice.rounds):
             first = turn % len(variants)
             for name, program, overrides in variants[first:] + variants[:first]:
-                spec = Spec(program, workload, sizes, choice.threads, overrides, choice.quick, choice.bare)
+                spec = Spec(program, workload, sizes, choice.threads, overrides, bare=choice.bare)
                 found.append(Request("speed", name, turn, spec))
         if not choice.quick and KRONFLUENCE in choice.programs and workload not in ALONE | ONCE:
             for name, program, overrides in variants:
