@@ -72,6 +72,7 @@ def test_it_is_left_out_with_its_unit_and_the_rest_has_its_bits(
         section, _, key = name.partition(".")
         sections.setdefault(section, {})[key] = yaml.safe_load(value)
     sections["engine"] |= {"backend": "ray", "timeout": 120}
+    sections["query"] = {"low_rank": "always"}  # so that there are probes
     deadly = {**sections, "model": {"path": str(fragile(inputs, tmp_path / "fragile")), "trust_remote_code": True}}
     config = write_config(tmp_path / "run.yaml", deadly, folder)
     with cluster() as there:

@@ -8,8 +8,10 @@ from raylux.engine.records import CONTRACTION, Contraction
 from raylux.engine.work import Job, results
 from raylux.errors import RayluxError
 
-# RMS error of dot products of gradients, relative to their RMS, up to which bf16 is taken.
-LIMIT = 0.01
+# RMS error of dot products of gradients, relative to their RMS, up to which bf16 is taken. Preconditioning weighs up
+# the small directions: at 1.5e-4 (GPT-2, 4 layers, d = 256) scores correlated by 0.9993 with the exact ones, and that
+# is not enough.
+LIMIT = 1e-5
 _PROBES = 8
 
 
