@@ -95,7 +95,7 @@ def _sections(base: Path, work: Work) -> dict[str, Any]:
         "queries": {"path": str(base / "queries.jsonl")},
         "fit": {"sequences": work.fitted, "unit_tokens": work.unit_tokens, "snapshot": work.snapshot},
         "prefilter": {"kind": "none"},
-        "query": {"probes": work.probes},
+        "query": {"probes": work.probes, "low_rank": "always"},
         "score": {"unit_size": work.unit_size, "token_top": 2},
         "engine": {"backend": "ray", "batch_tokens": 256, "timeout": 120},
     }
