@@ -42,6 +42,7 @@ def _measure(ctx: Context) -> str:
 
 
 def _scores_the_fit(ctx: Context) -> bool:
-    """Whether this command will score all sequences, those of the fit among them."""
+    """Whether this command will score all sequences, those of the fit among them, and workers may keep them."""
     everyone = ctx.config.prefilter.kind == "none" or ctx.config.prefilter.top >= len(ctx.ids)
-    return everyone and "score" in ctx.stages and ctx.config.fit.labels == "sampled"
+    keeps = ctx.config.engine.keep_captured not in ("never", 0)
+    return everyone and keeps and "score" in ctx.stages and ctx.config.fit.labels == "sampled"
