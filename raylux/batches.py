@@ -65,6 +65,10 @@ class TokenRow:
     labels: np.ndarray
     key: int = 0
 
+    def start(self, tokens: int) -> TokenRow:
+        """Its first ``tokens`` tokens."""
+        return TokenRow(self.tokens[:tokens], self.labels[:tokens], self.key)
+
 
 def bucket(length: int, most: int | None = None) -> int:
     """The padded length of a sequence: at least one token more, up to a step of an eighth of its size or 8 tokens.

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from raylux.api import STAGES, run_stages
 from raylux.config import Config
 from raylux.engine import choices
-from raylux.engine.records import CONTRACTION
+from raylux.engine.records import CONTRACTION, QUERY
 from raylux.engine.stages import precision
 from raylux.layers import TrackedLayer
 from raylux.store import RunFolder
@@ -129,3 +130,35 @@ class TestChoices:
             assert choices.contraction(self.config(), "cpu", self.LAYERS[:1]) == "float32"
             assert choices.contraction(self.config(BF16), "cpu", self.LAYERS[:1]) == "bfloat16"
             assert choices.contraction(self.config("model.dtype=float64", BF16), "cpu", large) == "float64"
+
+
+def test_queries_on_the_disk_give_the_same_bits(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raylux.engine import scorer
+
+    usual = scores(inputs, tmp_path / "memory")
+    made: list[tuple[int, ...]] = []
+    zeros = scorer.Scratch.zeros
+    monkeypatch.setattr(scorer, "_IN_MEMORY", 0)
+    monkeypatch.setattr(
+        scorer.Scratch, "zeros", lambda self, *sizes, **how: made.append(sizes) or zeros(self, *sizes, **how)
+    )
+    assert np.array_equal(scores(inputs, tmp_path / "disk"), usual) and made
+
+
+def test_a_block_measures_what_bf16_does_to_scores(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The figure kept with the block is near the error of the scores themselves; where it is large, the run says so."""
+    exact = scores(inputs, tmp_path / "exact", "engine.contraction_dtype=float32")
+    (block,) = RunFolder(str(tmp_path / "exact")).units(QUERY).values()
+    assert block.meta["rounding"] == 0
+    for basis in ("standard", "eigen"):
+        found = scores(inputs, tmp_path / basis, BF16, f"query.basis={basis}", "fit.eigh=float64")
+        (block,) = RunFolder(str(tmp_path / basis)).units(QUERY).values()
+        measured, true = block.meta["rounding"], np.linalg.norm(found - exact) / np.linalg.norm(exact)
+        assert true / 5 < measured < 5 * true
+    monkeypatch.setattr(precision, "_WORTH_SAYING", 1e-6)
+    run_stages(inputs.config(tmp_path / "said", *DENSE, BF16), STAGES[:-1])
+    assert "bf16 products change scores by" in "".join(capsys.readouterr())

@@ -172,11 +172,15 @@ def test_within_tolerance(
     exact: tuple[Any, float], name: str, overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     against, bound = exact
+    padded: list[int] = []
     if name == "padding":
-        monkeypatch.setattr("raylux.batches.bucket", lambda length, most=None: 64)  # as far as the context goes
+        # As far as the context goes. On some processors that changes no bit, so it is the call that is looked at.
+        monkeypatch.setattr("raylux.batches.bucket", lambda length, most=None: padded.append(length) or 64)
     found = against(name, *overrides)
     assert found <= bound
-    if name in ("batches", "padding") and bound == FLOAT64:
+    if name == "padding":
+        assert any(length < 32 for length in padded)
+    if name == "batches" and bound == FLOAT64:
         assert found > 0  # something did change
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raylux.engine.kept import Kept
+from raylux.engine.kept import Kept, Scratch
 
 
 def tensors(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -68,3 +68,25 @@ def test_the_file_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     kept = Kept(None)
     kept.put(0, tensors(0))
     assert list(tmp_path.iterdir()) == [] and read(kept, 0) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scratch_pages_are_tensors_like_others(dtype: torch.dtype) -> None:
+    found = Scratch().zeros(3, 1000, dtype=dtype)
+    assert found.shape == (3, 1000) and found.dtype is dtype and not found.any()
+    found[1] = torch.arange(1000)
+    assert torch.equal(
+        found[1:2] @ torch.ones(1000, 2, dtype=dtype), found[1:2].clone() @ torch.ones(1000, 2, dtype=dtype)
+    )
+    with open("/proc/self/maps", encoding="ascii") as maps:
+        assert any("(deleted)" in line and int(line.split("-")[0], 16) == found.data_ptr() for line in maps)
+
+
+def test_scratch_is_memory_where_the_disk_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    found = Scratch().zeros(2, 5, dtype=torch.float32)
+    assert found.shape == (2, 5) and not found.any()
+    assert Scratch().zeros(0, 5, dtype=torch.float32).shape == (0, 5)

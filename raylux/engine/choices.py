@@ -78,11 +78,14 @@ def products(
         queries: asked for now; later ones are served with what is decided here.
         sequences: of the corpus.
     """
-    itemsize = 2 if contraction(config, device, layers) == "bfloat16" else 4
+    halved = contraction(config, device, layers) == "bfloat16"
+    itemsize = 2 if halved else 4
     large = queries * itemsize * sum(layer.parameters for layer in layers) > _DENSE_BYTES
     low_rank = config.query.max_error > 0 and (large or config.query.low_rank == "always")
     top = sequences if config.prefilter.kind == "none" else min(sequences, config.prefilter.top * queries)
-    cheaper = top * candidate_rotation(layers, groups, tokens) < queries * query_rotation(layers)
+    # Sequences are rotated in the precision of products, queries always in full.
+    rotation = candidate_rotation(layers, groups, tokens) / (2 if halved else 1)
+    cheaper = top * rotation < queries * query_rotation(layers)
     wanted = {"auto": cheaper and not low_rank, "standard": False, "eigen": True}[config.query.basis]
     eigen = wanted and KINDS[config.curvature.kind].basis
     captured = itemsize * tokens * sum(captured_width(layer, groups) for layer in layers)

@@ -1,4 +1,4 @@
-"""What a worker keeps of the sequences it has run, on its own disk, so that it need not run them again.
+"""A worker's own disk: for the sequences it has run, so that it need not run them again, and for large queries.
 
 A pure saving: what is kept has the bits that another forward pass would give, and whoever has lost it, or never had
 it, computes it again. The file has no name: it is gone with the process, however that ends.
@@ -7,6 +7,8 @@ it, computes it again. The file has no name: it is gone with the process, howeve
 from __future__ import annotations
 
 import contextlib
+import math
+import mmap
 import os
 import shutil
 import tempfile
@@ -73,6 +75,29 @@ class Kept:
     def shapes(self, key: Hashable) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors under a key."""
         return {name: shape for name, (_, shape, _) in self._places[key].items()}
+
+
+class Scratch:
+    """Memory that the system may move to disk: pages of a file without a name, written and read like any tensor.
+
+    For what is read over and over but need not stay in a worker's private memory. Where the disk has no room, or
+    the tensor is for a GPU, it is ordinary memory.
+    """
+
+    def zeros(self, *sizes: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """As ``torch.zeros``; the pages live as long as the tensor."""
+        count = math.prod(sizes)
+        size = count * torch.empty(0, dtype=dtype).element_size()
+        if torch.device(device).type != "cpu" or size == 0:
+            return torch.zeros(*sizes, dtype=dtype, device=device)
+        try:
+            with tempfile.TemporaryFile() as file:
+                # Taken now: a page that finds the disk full when it is first written would end the process.
+                os.posix_fallocate(file.fileno(), 0, size)
+                pages = mmap.mmap(file.fileno(), size)
+        except OSError:
+            return torch.zeros(*sizes, dtype=dtype)
+        return torch.frombuffer(pages, dtype=dtype, count=count).view(*sizes)
 
 
 def _bytes(x: Tensor) -> Any:

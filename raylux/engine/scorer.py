@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from raylux.curvature import rotate
+from raylux.engine.kept import Scratch
 from raylux.engine.plan import Plan
 from raylux.engine.records import Contraction, FactorFiles, QueryFiles, read_basis, read_layer_queries
 from raylux.influence.dots import LayerQueries, squared_norms
 from raylux.layers import TrackedLayer
 from raylux.store import RunFolder
+
+# Dense queries up to so many bytes are held in memory, more of them in pages of a file.
+_IN_MEMORY = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -127,12 +131,15 @@ class Scorer:
     ) -> None:
         self.loaded, self._layers, self._groups = loaded, layers, groups
         dtype = loaded.contraction.torch_dtype
+        held = len(loaded.ids) * sum(layer.parameters for layer in layers) * torch.empty(0, dtype=dtype).element_size()
+        zeros = Scratch().zeros if held > _IN_MEMORY else torch.zeros
         self._queries = {
             layer.name: LayerQueries.build(
                 layer.shape,
                 read_layer_queries(folder, loaded.files, layer, loaded.ids, dtype, plan.device),
                 plan.typical_tokens,
                 plan.tile,
+                zeros,
             )
             for layer in layers
         }

@@ -188,7 +188,7 @@ class FactorShard:
         eigen: bool,
         block: str,
         *parts: Mapping[str, Any],
-    ) -> tuple[dict[str, float], list[float]]:
+    ) -> tuple[dict[str, float], list[float], np.ndarray]:
         """s_test of a block of queries in every layer of this shard, kept until ``write_block``.
 
         Args:
@@ -196,28 +196,32 @@ class FactorShard:
             moments: layer -> key of its Λ.
             rows_per_sequence: layer -> T̄.
             rank_limit: layer -> largest rank to try; 0: dense only.
-            contraction: how products are taken; layers that may be compressed take them in full precision.
+            contraction: how products with sequences will be taken; layers that may be compressed keep full precision.
             eigen: leave s_test in the eigenbases.
             block: its name; layers that cannot be compressed are written under it at once, so that s_test of one
                 layer is held at a time.
             *parts: per query, ``inputs`` [T, M] by group and ``grads`` [T, P] by layer.
 
         Returns:
-            layer -> the damping λ that was used; and per query ‖∇f‖² over the layers of this shard.
+            layer -> the damping λ that was used; per query ‖∇f‖² over the layers of this shard; and the scores
+            ``Solved.pairs`` summed over them.
         """
         self._block, self._factors, self._written = {}, {}, {}
         damping, norms = {}, [0.0] * len(parts)
+        pairs: list[np.ndarray] = []
         for name in self.layers:
             dtype = self.compute if rank_limit[name] else contraction.torch_dtype
-            curvature = self._curvature(name, files, moments, rows_per_sequence, dtype)
+            curvature = self._curvature(name, files, moments, rows_per_sequence)
             damping[name] = curvature.damping(self.spec.damping)
-            tokens = [self._tokens(part, name, dtype) for part in parts]
+            tokens = [self._tokens(part, name) for part in parts]
             try:
                 with profiling.of("solve"):
-                    solved, more = solve_layer(curvature, tokens, damping[name], dtype, eigen)
+                    found = solve_layer(curvature, tokens, damping[name], dtype, eigen)
             except NumericsError as error:
                 raise NumericsError(f"layer '{name}': {error}") from None
-            norms = [norm + own for norm, own in zip(norms, more, strict=True)]
+            norms = [norm + own for norm, own in zip(norms, found.squares, strict=True)]
+            pairs.append(found.pairs)
+            solved = found.s_test
             if rank_limit[name]:
                 self._block[name] = solved
                 with profiling.of("compress"):
@@ -227,7 +231,7 @@ class FactorShard:
             else:
                 arrays = query_arrays(solved, [], [True] * len(solved))
                 self._written[name] = self.folder.write(f"queries/{name}/{block}", arrays)
-        return damping, norms
+        return damping, norms, np.sum(pairs, 0)
 
     def measure(self, part: Mapping[str, Any], places: Sequence[int]) -> dict[str, Measured]:
         """Scores of queries of the kept block on one probe sequence, by layer.
@@ -238,7 +242,7 @@ class FactorShard:
         """
         result = {}
         for name, queries in self._block.items():
-            a, g = (x.unsqueeze(0) for x in self._tokens(part, name, self.compute))
+            a, g = (x.unsqueeze(0) for x in self._tokens(part, name))
             with profiling.of("form"):
                 gradient = sequence_gradients(a, g)[0]
             with profiling.of("dot"):
@@ -286,10 +290,9 @@ class FactorShard:
         files: FactorFiles,
         moments: Mapping[str, str],
         rows_per_sequence: Mapping[str, float],
-        dtype: torch.dtype,
     ) -> Spectral:
         group = self.spec.groups[name]
-        q_a, q_s = read_basis(self.folder, files, name, group, dtype, self.spec.device)
+        q_a, q_s = read_basis(self.folder, files, name, group, self.compute, self.spec.device)
         values: list[Tensor | None] = [None, None]
         if files.eigen:
             keys = files.eigen[input_matrix(group)], files.eigen[output_matrix(name)]
@@ -299,10 +302,10 @@ class FactorShard:
         )
         return KINDS[self.spec.kind].assemble(q_a, q_s, values[0], values[1], lam, rows_per_sequence.get(name, 1.0))
 
-    def _tokens(self, part: Mapping[str, Any], name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _tokens(self, part: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
         """a [T, M] and g [T, P]."""
-        a = tensor(part["inputs"][self.spec.groups[name]], dtype, self.spec.device)
-        return a, tensor(part["grads"][name], dtype, self.spec.device)
+        a = tensor(part["inputs"][self.spec.groups[name]], self.compute, self.spec.device)
+        return a, tensor(part["grads"][name], self.compute, self.spec.device)
 
     def _storage(self) -> type:
         return np.float64 if self.compute is torch.float64 else np.float32

@@ -1,51 +1,93 @@
-"""s_test of a block of queries in one layer."""
+"""s_test of a block of queries in one layer, and what rounding it does to scores."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from raylux.cost.contraction import rotate_tokens_first
-from raylux.curvature import Spectral
+from raylux.curvature import Spectral, rotate
+from raylux.influence.dots import LayerQueries
+
+# Scores that are taken both ways: of a block's first query on the sequences of so many queries after it.
+_PAIRS = 3
+
+Tokens = tuple[Tensor, Tensor]
+"""a [T, M] and g [T, P] of a query."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A block of queries in one layer.
+
+    Attributes:
+        s_test: of each query, [P, M], in the precision of the products.
+        squares: ‖∇f‖² of each.
+        pairs: [2, n] scores of the first query on the next ones' sequences (on its own where it is alone): exact,
+            and by s_test and products as they will be; equal where nothing is rounded.
+    """
+
+    s_test: list[Tensor]
+    squares: list[float]
+    pairs: np.ndarray
 
 
 def solve_layer(
-    curvature: Spectral, tokens: Sequence[tuple[Tensor, Tensor]], damping: float, dtype: torch.dtype, eigen: bool
-) -> tuple[list[Tensor], list[float]]:
+    curvature: Spectral, tokens: Sequence[Tokens], damping: float, dtype: torch.dtype, eigen: bool
+) -> Solved:
     """(G + λI)⁻¹ of each query's gradient.
 
-    Args:
-        curvature: of the layer; its bases are in ``dtype``.
-        tokens: per query, a [T, M] and g [T, P] in ``dtype``; the gradient is Σ_t g_t a_tᵀ.
-        damping: λ.
-        dtype: of the products and of the result.
-        eigen: leave the result in the eigenbasis.
+    All in the precision of the bases: dividing by Λ + λ weighs up the directions in which a gradient is small, and
+    with them what was rounded in the large ones. Only the result is rounded. (On a GPT-2 of 4 layers with d = 256,
+    bf16 in the rotations of queries alone left scores off by 5 % RMS; in everything but them, by 0.2 %.)
 
-    Returns:
-        s_test [P, M] of each query, and the squared norm of its gradient.
+    Args:
+        curvature: of the layer; its bases are in float32 or better.
+        tokens: per query, in the precision of the bases; the gradient is Σ_t g_t a_tᵀ.
+        damping: λ.
+        dtype: of the result.
+        eigen: leave the result in the eigenbasis.
 
     Raises:
         NumericsError: λ = 0 where Λ has a zero.
     """
-    solved, norms = [], []
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    for gradient in _gradients(curvature, tokens):
-        g = gradient.to(wide)
-        norms.append(float(g.square().sum(dtype=torch.float64)))
-        solved.append(curvature.divide(g, damping).to(dtype))
-    if not eigen:
-        solved = [curvature.back(s_test) for s_test in solved]
-    return solved, norms
+    solved, squares, exact, rounded = [], [], [], []
+    some = range(1, _PAIRS + 1) if len(tokens) > 1 else range(1)
+    first = torch.zeros(0)
+    for place, gradient in enumerate(_gradients(curvature, tokens)):
+        squares.append(float(gradient.square().sum(dtype=torch.float64)))
+        divided = curvature.divide(gradient, damping)
+        solved.append((divided if eigen else curvature.back(divided)).to(dtype))
+        first = divided if place == 0 else first
+        if place in some:
+            exact.append(float((first * gradient).sum(dtype=torch.float64)))
+            rounded.append(_score(solved[0], tokens[place], curvature, eigen) if dtype != first.dtype else exact[-1])
+    return Solved(solved, squares, np.array([exact, rounded]))
 
 
-def _gradients(curvature: Spectral, tokens: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+def _score(s_test: Tensor, tokens: Tokens, curvature: Spectral, eigen: bool) -> float:
+    """⟨s_test, G⟩ as the score stage takes it."""
+    a, g = (x.to(s_test.dtype).unsqueeze(0) for x in tokens)
+    if eigen:
+        a, g = (
+            rotate(x, None if basis is None else basis.to(x.dtype))
+            for x, basis in ((a, curvature.q_a), (g, curvature.q_s))
+        )
+    held = LayerQueries.build((s_test.shape[0], s_test.shape[1]), [s_test], a.shape[1], tile=1)
+    return float(held.scores([(a, g)])[0, 0])
+
+
+def _gradients(curvature: Spectral, tokens: Sequence[Tokens]) -> Iterator[Tensor]:
     """Q_Sᵀ G Q_A of each query, by the cheaper way: rotated as tokens (all queries' in one product), or as G."""
     a, g = tokens[0]
     count = sum(len(one) for one, _ in tokens) / len(tokens)
     if not rotate_tokens_first(count, g.shape[1], a.shape[1]):
-        return [curvature.into(g.T @ a) for a, g in tokens]
+        yield from (curvature.into(g.T @ a) for a, g in tokens)
+        return
     lengths = [len(a) for a, _ in tokens]
     rotated = [
         (x if basis is None else x @ basis).split(lengths)
@@ -54,4 +96,4 @@ def _gradients(curvature: Spectral, tokens: Sequence[tuple[Tensor, Tensor]]) -> 
             (torch.cat([g for _, g in tokens]), curvature.q_s),
         )
     ]
-    return [g.T @ a for a, g in zip(*rotated, strict=True)]
+    yield from (g.T @ a for a, g in zip(*rotated, strict=True))

@@ -23,7 +23,7 @@ from raylux.curvature import Covariances, add_second_moments
 from raylux.engine import numerics
 from raylux.engine.kept import Kept
 from raylux.engine.plan import Plan
-from raylux.engine.records import Contraction, FactorFiles, numpy_array
+from raylux.engine.records import Contraction, FactorFiles
 from raylux.engine.scorer import Bases, LoadedQueries, Pack, PackPart, Scorer, packs
 from raylux.errors import NumericsError
 from raylux.influence.dots import sequence_gradients
@@ -114,21 +114,23 @@ class GradientWorker:
 
     # precision
 
-    def contraction_error(self, rows: np.ndarray) -> float:
+    def contraction_error(self, rows: np.ndarray, tokens: int) -> float:
         """What bf16 products do to dot products of gradients: RMS(error) / RMS over pairs of different sequences.
 
         Args:
             rows: corpus rows, two or more.
+            tokens: of each, from its start, that are looked at.
         """
         exact, rounded = (torch.zeros(len(rows), len(rows), dtype=torch.float64) for _ in range(2))
         held: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
         for sequence in self.reader.rows(rows):
-            captured = self._run(collate([sequence], [0], len(sequence.tokens)), sampled=False)
+            start = sequence.start(tokens)
+            captured = self._run(collate([start], [0], len(start.tokens)), sampled=False)
             held.append((captured.inputs_in(torch.float32), captured.grads))
         for layer in self.spec.layers:
-            tokens = [(a[self.spec.groups[layer.name]], g[layer.name].float()) for a, g in held]
+            pairs = [(a[self.spec.groups[layer.name]], g[layer.name].float()) for a, g in held]
             for total, dtype in ((exact, torch.float32), (rounded, torch.bfloat16)):
-                flat = [sequence_gradients(a.to(dtype), g.to(dtype)).flatten() for a, g in tokens]
+                flat = [sequence_gradients(a.to(dtype), g.to(dtype)).flatten() for a, g in pairs]
                 total += (torch.stack(flat).float() @ torch.stack(flat).float().T).double().cpu()
         others = ~torch.eye(len(rows), dtype=torch.bool)
         return float((rounded - exact)[others].norm() / exact[others].norm().clamp(min=1e-300))
@@ -255,15 +257,12 @@ class GradientWorker:
 
     # queries
 
-    def query_gradient(
-        self, query: QuerySpec, shards: Sequence[Sequence[str]], contraction: Contraction
-    ) -> tuple[Any, ...]:
+    def query_gradient(self, query: QuerySpec, shards: Sequence[Sequence[str]]) -> tuple[Any, ...]:
         """a and g of a query's tokens, g carrying the weights: Σ_t g_t a_tᵀ is −∇f.
 
         Args:
             query: its parts.
             shards: layer names of each shard.
-            contraction: in the precision of which they are sent.
 
         Returns:
             {"measurement": f}, then a part per shard with ``inputs`` [T, M] by group and ``grads`` [T, P] by layer.
@@ -281,28 +280,22 @@ class GradientWorker:
             value -= weight * float(captured.loss[0])
         joined = {name: torch.cat(parts, 1) for name, parts in inputs.items()}
         weighted = {name: torch.cat(parts, 1) for name, parts in grads.items()}
-        return ({"measurement": value}, *self._token_parts(joined, weighted, shards, contraction.torch_dtype))
+        return ({"measurement": value}, *self._token_parts(joined, weighted, shards))
 
     def probe(self, row: int, shards: Sequence[Sequence[str]]) -> tuple[Any, ...]:
         """a and g of one corpus sequence, for measuring what compression loses; parts as ``query_gradient``."""
         (sequence,) = self.reader.rows([row])
         inputs, grads = self._widened(self._run(collate([sequence], [0], len(sequence.tokens)), sampled=False))
-        return (None, *self._token_parts(inputs, grads, shards, self.compute))
+        return (None, *self._token_parts(inputs, grads, shards))
 
     def _token_parts(
-        self,
-        inputs: Mapping[str, Tensor],
-        grads: Mapping[str, Tensor],
-        shards: Sequence[Sequence[str]],
-        dtype: torch.dtype,
+        self, inputs: Mapping[str, Tensor], grads: Mapping[str, Tensor], shards: Sequence[Sequence[str]]
     ) -> list[Part]:
         groups = self.spec.groups
         return [
             {
-                "inputs": {
-                    name: numpy_array(inputs[name][0].to(dtype)) for name in sorted({groups[name] for name in names})
-                },
-                "grads": {name: numpy_array(grads[name][0].to(dtype)) for name in names},
+                "inputs": {name: _array(inputs[name][0]) for name in sorted({groups[name] for name in names})},
+                "grads": {name: _array(grads[name][0]) for name in names},
             }
             for names in shards
         ]

@@ -8,7 +8,7 @@ filled up with zeros: so a score has the same bits whichever other queries and s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +24,10 @@ TILE = 8
 # Entries of a gradient that are formed and multiplied at a time: the buffer stays small however large the layer, and
 # what is rounded to bf16 is a part of a sum, not the whole.
 _SLICE = 1 << 19
+
+
+Zeros = Callable[..., Tensor]
+"""As ``torch.zeros``: sizes, ``dtype``, ``device``."""
 
 
 def sequence_gradients(a: Tensor, g: Tensor) -> Tensor:
@@ -58,6 +62,7 @@ class LayerQueries:
         queries: Sequence[Tensor | tuple[Tensor, Tensor]],
         tokens: float,
         tile: int = TILE,
+        zeros: Zeros = torch.zeros,
     ) -> LayerQueries:
         """From each query's s_test: dense [P, M], or (left [P, R], right [M, R]), all of one dtype.
 
@@ -66,6 +71,7 @@ class LayerQueries:
             queries: in order; a place in the list is the query's column in the scores.
             tokens: typical tokens per sequence, by which the contraction is chosen.
             tile: dense queries per matrix product.
+            zeros: where dense queries are held.
         """
         outputs, inputs = shape
         first = queries[0] if queries else torch.zeros(0)
@@ -82,12 +88,14 @@ class LayerQueries:
                 dense[place] = query[0] @ query[1].T
         if dense:
             some = next(iter(dense.values()))
+            sizes = [(part.stop - part.start) * inputs for part in result.slices]
             for start in range(0, len(queries), tile):
-                whole = torch.zeros(tile, outputs, inputs, dtype=some.dtype, device=some.device)
-                for place in range(start, min(start + tile, len(queries))):
-                    if place in dense:
-                        whole[place - start] = dense.pop(place)
-                result.tiles.append([whole[:, part].reshape(tile, -1) for part in result.slices])
+                held = [zeros(tile, size, dtype=some.dtype, device=some.device) for size in sizes]
+                for place in sorted(dense.keys() & range(start, start + tile)):
+                    query = dense.pop(place)
+                    for part, rows in zip(result.slices, held, strict=True):
+                        rows[place - start] = query[part].reshape(-1)
+                result.tiles.append(held)
         return result
 
     def scores(self, parts: Sequence[tuple[Tensor, Tensor]], rows: int | None = None) -> Tensor:

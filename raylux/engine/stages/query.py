@@ -15,7 +15,7 @@ from raylux.engine.context import Context
 from raylux.engine.numerics import Numerics, distinct
 from raylux.engine.plan import choose_fit_rows, probe_count, query_block
 from raylux.engine.quarantine import give_up, given_up
-from raylux.engine.records import COVARIANCE, MOMENTS, PROBE, QUERY, Contraction, factor_files
+from raylux.engine.records import COVARIANCE, MOMENTS, PROBE, QUERY, factor_files
 from raylux.engine.shard import Measured
 from raylux.engine.stages import precision, prefilter
 from raylux.engine.stages.fit import rows_per_sequence
@@ -80,10 +80,7 @@ class _Gradients:
 
 
 def _gradients(ctx: Context, queries: Sequence[Query]) -> _Gradients:
-    contraction = precision.resolve(ctx)
-    if any(_rank_limits(ctx).values()):  # compressed from full precision
-        contraction = Contraction("float64" if ctx.itemsize == 8 else "float32")
-    jobs = (Job(query.id, (_spec(query), ctx.assignment, contraction), query) for query in queries)
+    jobs = (Job(query.id, (_spec(query), ctx.assignment), query) for query in queries)
     found = _Gradients([], [], [], [])
     for result in results(ctx.backend, "query_gradient", jobs, parts=True, ordered=True):
         query: Query = result.job.item
@@ -110,10 +107,12 @@ def _block(ctx: Context, name: str, queries: Sequence[Query]) -> None:
     damping: dict[str, float] = {}
     handles = [[parts[shard] for parts in gradients.parts] for shard in range(backend.shards)]
     how = files, moments, tokens, limits, precision.resolve(ctx), ctx.plan.query_basis == "eigen", name
-    norms = np.zeros(len(gradients.queries))
-    for part, squares in every_shard(backend, "solve", [(*how, *own) for own in handles]):
+    norms, pairs = np.zeros(len(gradients.queries)), []
+    for part, squares, taken in every_shard(backend, "solve", [(*how, *own) for own in handles]):
         damping |= part
         norms += squares
+        pairs.append(taken)
+    rounding = precision.check(ctx, np.sum(pairs, 0))
     heads = [{**head, "norm": float(norm)} for head, norm in zip(gradients.heads, np.sqrt(norms), strict=True)]
     ranks, errors = _choose(ctx, gradients.queries, limits)
     keys: dict[str, str] = {}
@@ -133,6 +132,7 @@ def _block(ctx: Context, name: str, queries: Sequence[Query]) -> None:
         heads=heads,
         ranks=ranks,
         errors=errors,
+        rounding=rounding,
         numerics=distinct(numerics),
     )
 
