@@ -29,6 +29,9 @@ from raylux.layers import TrackedLayer
 from raylux.loss import LogitLoss, logit_loss
 from raylux.profiling import of
 
+# The share of a sequence's tokens up to which logits are computed for those with a loss alone.
+_FEW = 0.9
+
 Labeller = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(probabilities [n, V], keys [n], positions [n]) -> labels [n] int64"""
 
@@ -90,7 +93,9 @@ class Capture:
         self.layers = tuple(layers)
         self.groups = groups or {layer.name: layer.name for layer in layers}
         self._modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        takes = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in takes
+        self._takes_places = "logits_to_keep" in takes
 
     def run(self, batch: Batch, labeller: Labeller | None = None, both: bool = False) -> Captured:
         """Forward and backward of one batch.
@@ -104,11 +109,14 @@ class Capture:
             NumericsError: the loss is not finite, or a layer took no part in it. Gradients are checked where they
                 are summed, by layer and unit.
         """
+        targets = torch.full_like(batch.labels, IGNORED)
+        targets[:, :-1] = batch.labels[:, 1:]  # a token's logits are for the next one
+        places = self._places(targets)
         with self._recording(batch) as record:
             with of("forward"):
-                logits = self._logits(batch)
+                logits = self._logits(batch, places)
             with of("backward"):
-                losses = self._losses(logits, batch, labeller, both)
+                losses = self._losses(logits, batch, targets.reshape(-1)[places], places, labeller, both)
             taken = []
             for index, one in enumerate(losses):
                 record.grads = {}
@@ -116,10 +124,10 @@ class Capture:
                     with of("backward"):
                         logits.backward(one.gradient.view_as(logits), retain_graph=index + 1 < len(losses))
                 taken.append(self._gradients(record, batch))
-        first = losses[0]
-        labels = batch.labels.clone()
-        labels[:, 1:] = first.labels.view_as(labels)[:, :-1]
-        loss = first.token_loss.view(labels.shape).sum(1)
+        labels, loss = batch.labels.clone(), losses[0].token_loss
+        targets.view(-1)[places] = losses[0].labels
+        labels[:, 1:] = targets[:, :-1]
+        loss = loss.view(len(labels), -1).sum(1)
         if not torch.isfinite(loss).all():
             raise NumericsError("the loss of a sequence is not finite")
         raw = {
@@ -131,26 +139,42 @@ class Capture:
         mask = None if bool(batch.mask.all()) else batch.mask
         return Captured(raw, biased, mask, taken[0], taken[1] if len(taken) > 1 else {}, labels, loss)
 
-    def _losses(self, logits: Tensor, batch: Batch, labeller: Labeller | None, both: bool) -> list[LogitLoss]:
+    def _places(self, targets: Tensor) -> Tensor | slice:
+        """The flat tokens whose logits are wanted: of a sequence by itself those with a loss, where they are few.
+
+        In a batch of several they would depend on the company, and with them the bits.
+        """
+        if len(targets) > 1 or not self._takes_places:
+            return slice(None)
+        places = (targets[0] != IGNORED).nonzero().squeeze(1)
+        return places if 0 < len(places) <= _FEW * targets.shape[1] else slice(None)
+
+    def _losses(
+        self,
+        logits: Tensor,
+        batch: Batch,
+        targets: Tensor,
+        places: Tensor | slice,
+        labeller: Labeller | None,
+        both: bool,
+    ) -> list[LogitLoss]:
         flat = logits.detach().reshape(-1, logits.shape[-1])
-        # A token's logits are for the next one; a label's place is in its sequence, not in the padded row: draws
-        # must not depend on the padding.
-        targets = torch.full_like(batch.labels, IGNORED)
-        targets[:, :-1] = batch.labels[:, 1:]
         draw = None
         if labeller is not None:
-            place = torch.zeros_like(targets)
+            # A label's place is in its sequence, not in the padded row: draws must not depend on the padding.
+            place = torch.zeros_like(batch.labels)
             place[:, :-1] = _positions(batch)[:, 1:]
-            place, keys = place.reshape(-1), batch.keys.repeat_interleave(targets.shape[1])
+            place = place.reshape(-1)[places]
+            keys = batch.keys.repeat_interleave(batch.labels.shape[1])[places]
 
             def draw(probabilities: Tensor, at: Tensor) -> Tensor:
                 with of("label"):
                     return labeller(probabilities, keys[at], place[at])
 
-        return logit_loss(flat, targets.reshape(-1), draw, both)
+        return logit_loss(flat, targets, draw, both)
 
-    def _logits(self, batch: Batch) -> Tensor:
-        extra = {}
+    def _logits(self, batch: Batch, places: Tensor | slice) -> Tensor:
+        extra = {} if isinstance(places, slice) else {"logits_to_keep": places}
         if self._takes_positions:
             extra["position_ids"] = _positions(batch)
         return self.model(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False, **extra).logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 import numpy as np
@@ -214,6 +215,24 @@ class TestWhatIsComputed:
         # Hooks of the test's run first: the tracked layer's own output is not yet part of the graph.
         above = {name for name, there in in_graph.items() if there}
         assert above == {"transformer.h.1.mlp.dropout", "transformer.ln_f", "lm_head"}
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_no_logits_without_a_loss(self, name: str) -> None:
+        """A question by itself: its prompt goes through no output embedding, and the gradients are the same."""
+        model = build(name, torch.float64, VOCAB)
+        seen: list[int] = []
+        model.get_output_embeddings().register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+        (row,) = rows_of((11,))
+        labels = np.where(np.arange(11) < 7, IGNORED, row.labels).astype(np.int32)
+        asked = TokenRow(row.tokens, labels)
+        batch = batch_of([asked])
+        captured = Capture(model, coverage(model).tracked).run(batch)
+        assert seen == [4 if "logits_to_keep" in inspect.signature(model.forward).parameters else 14]
+        assert captured.labels[0, :11].tolist() == labels.tolist()
+        assert float(captured.loss) == pytest.approx(
+            float(reference.loss(model, reference.Example(asked.tokens, asked.labels)))
+        )
+        assert worst(model, batch, [asked]) <= (1e-9 if name in FLOAT64 else 1e-6)
 
     def test_hooks_are_gone_afterwards(self) -> None:
         model = build("gpt2", vocab=VOCAB)

@@ -235,7 +235,8 @@ Beside the stages: reading config, model structure, corpus and queries, hashing 
 - kronfluence has no stage of its own for queries: it is in its score. raylux runs one command for each number of
   queries, so that each may share passes between fit and scores; kronfluence fits once for all. *Rest*: what raylux does
   in and between its stages beside their work (choosing the precision of products, the ledger).
-- CPU seconds are those of all threads of the process. Memory is sampled every 0.1 s from outside; a process has torch,
+- CPU seconds are those of all threads of the process. Memory is sampled from outside, resident every 0.1 s, private
+  every 0.5 s and where resident grows; a process has torch,
   transformers, raylux and what the bare passes left in it.
 - Fixed cost and one more query: a line through the whole jobs by least squares.
 """)

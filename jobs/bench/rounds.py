@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ FLOAT32 = "raylux float32"
 SIZES = {"A": (8, 32, 256), "B": (8, 32), "C": (8,), "S": (128,), "tiny": (2, 4)}
 # A scoring pass alone cannot be told apart in kronfluence, and one pass over C takes a minute.
 ALONE, ONCE = frozenset({"S"}), frozenset({"C"})
-_EVERY = 0.1
+_EVERY, _PRIVATE_EVERY = 0.1, 0.5
 _LIMIT = 7200.0
 # Enough units for every worker, the same ones however many there are.
 _UNITS = ("fit.unit_tokens=2048", "score.unit_size=16")
@@ -154,7 +155,7 @@ def take(request: Request, folder: Path) -> tuple[Measured, dict[int, np.ndarray
 
 
 Sample = tuple[float, int, int]
-"""Seconds since the epoch; resident and private bytes."""
+"""Seconds since the epoch; resident and private bytes (0: not looked at)."""
 
 
 def watch(child: subprocess.Popen[bytes]) -> list[Sample]:
@@ -165,10 +166,16 @@ def watch(child: subprocess.Popen[bytes]) -> list[Sample]:
     """
     samples: list[Sample] = []
     process, began = psutil.Process(child.pid), time.monotonic()
+    most, looked = 0, -math.inf
     while child.poll() is None:
         try:
-            memory = process.memory_full_info()
-            samples.append((time.time(), memory.rss, memory.uss))
+            rss, uss = process.memory_info().rss, 0
+            # Counting private pages takes the kernel tens of milliseconds, and the process its lock meanwhile.
+            if rss > 1.02 * most or time.monotonic() - looked > _PRIVATE_EVERY:
+                memory = process.memory_full_info()
+                rss, uss = memory.rss, memory.uss
+                most, looked = max(most, rss), time.monotonic()
+            samples.append((time.time(), rss, uss))
         except psutil.Error:  # it ended between the two
             break
         if time.monotonic() - began > _LIMIT:
@@ -181,8 +188,8 @@ def watch(child: subprocess.Popen[bytes]) -> list[Sample]:
 def with_memory(stage: Stage, samples: Sequence[Sample]) -> Stage:
     """The stage with the peaks of the samples that fall into it, and of the last one before."""
     inside = [sample for sample in samples if stage.began <= sample[0] <= stage.ended]
-    before = [sample for sample in samples if sample[0] < stage.began][-1:]
-    rss, uss = (max((sample[place] for sample in inside or before), default=0) for place in (1, 2))
+    before = [sample for sample in samples if sample[0] < stage.began and sample[2]][-1:]
+    rss, uss = (max((sample[place] for sample in (*before, *inside)), default=0) for place in (1, 2))
     return replace(stage, rss=rss, uss=uss)
 
 
