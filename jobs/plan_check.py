@@ -1,7 +1,7 @@
-"""The plan against the run: seconds of each stage and peak memory of small configs, in process, on one thread.
+"""The plan against the run: seconds of each stage and peak memory of the benchmark's workloads, in process.
 
-Two models of seeded weights (GPT-2's architecture). The rates are measured first; then the plan is made, then the
-run. What one factor, taken from the first model's whole time, leaves of the others' error is told apart.
+On one thread. The rates are measured first; then the plan is made, then the run. What one factor, taken from the first
+workload's whole time, leaves of the others' error is told apart. C needs `make smollm2`'s packages.
 
     python jobs/plan_check.py --write
 """
@@ -9,7 +9,6 @@ run. What one factor, taken from the first model's whole time, leaves of the oth
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -19,21 +18,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from jobs.bench.workloads import WORKLOADS, Case, write_queries
 from raylux.config import Config
 from raylux.cost.costs import RunPlan
+from raylux.errors import RayluxError
 from raylux.planning import Sizes, plan_here
 from raylux.report.plans import markdown
 from raylux.report.profile import parsed, stage_times
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "plan-check.md"
 BYTES_WITHIN, TIME_WITHIN = 1.3, 1.5
-# name -> width, blocks, sequences, queries
-MODELS = {"256 wide, 2 blocks": (256, 2, 96, 4), "384 wide, 3 blocks": (384, 3, 96, 8)}
-TOKENS, WORDS = 128, 8000
+QUERIES = {"A": 8, "B": 32, "C": 8}
 _STAGES = ("covariance", "eigenbases", "lambda", "query", "score")
 # Names of tasks in progress.jsonl, where they differ.
 _TASKS = {"eigen": "eigenbases", "moments": "lambda"}
@@ -69,37 +69,16 @@ def compare(name: str, plan: RunPlan, times: dict[str, float], peak: float) -> l
     return [*rows, Row(name, "peak bytes", most, peak)]
 
 
-def write_inputs(folder: Path, width: int, blocks: int, sequences: int, queries: int) -> Path:
-    """A model, a corpus of random words, queries and a config; returns the config's path."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    shape = GPT2Config(vocab_size=WORDS + 2, n_embd=width, n_layer=blocks, n_head=width // 64, n_positions=256)
-    GPT2LMHeadModel(shape).save_pretrained(folder / "model")
-    vocabulary = {"<eos>": 0, "<unk>": 1} | {f"w{place}": place + 2 for place in range(WORDS)}
-    core = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>").save_pretrained(
-        folder / "model"
-    )
-    draw = np.random.default_rng(0)
-
-    def words(count: int) -> str:
-        return " ".join(f"w{place}" for place in draw.integers(WORDS, size=count))
-
-    corpus = [{"id": f"s{place}", "text": words(TOKENS)} for place in range(sequences)]
-    asked = [{"id": f"q{place}", "prompt": words(40), "completion": words(8)} for place in range(queries)]
-    for name, rows in (("corpus.jsonl", corpus), ("queries.jsonl", asked)):
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def write_config(case: Case, folder: Path, queries: int) -> Path:
+    """The workload's config and its first queries; returns the config's path."""
+    asked = folder / "queries.jsonl"
+    write_queries(asked, case.queries, queries)
     config = {
+        **case.sections,
         "run": {"folder": str(folder / "run")},
-        "model": {"path": str(folder / "model"), "device": "cpu"},
-        "corpus": {"path": str(folder / "corpus.jsonl"), "id": "id", "max_length": TOKENS},
-        "queries": {"path": str(folder / "queries.jsonl")},
-        "fit": {"sequences": sequences},
+        "queries": {"path": str(asked)},
         "prefilter": {"kind": "none"},
+        "query": {"max_error": 0.0},
         "score": {"token_top": 0},
         "engine": {"backend": "local", "threads": 1},
     }
@@ -142,13 +121,14 @@ def _watch(process: psutil.Process, ended: threading.Event, peak: list[float]) -
             return
 
 
-def check() -> list[Row]:
-    """All rows, of all models."""
+def check(names: Sequence[str]) -> list[Row]:
+    """All rows, of the workloads named."""
     rows: list[Row] = []
-    for place, (name, sizes) in enumerate(MODELS.items()):
+    for place, name in enumerate(names):
+        case = WORKLOADS[name].prepare()
         with tempfile.TemporaryDirectory(prefix="raylux-plan-check-") as made:
             folder = Path(made)
-            path = write_inputs(folder, *sizes)
+            path = write_config(case, folder, QUERIES[name])
             plan, _ = plan_here(Config.load(path, []), Sizes(), refresh=place == 0)
             times, peak = measure(path, folder / "run")
             rows += compare(name, plan, times, peak)
@@ -171,18 +151,18 @@ def page(rows: Sequence[Row]) -> str:
         )  # fmt: skip
         if not holds:
             missed.append(f"{row.run}: {row.name} ({after:.2f})")
-    names = ("model", "what", "planned", "measured", "planned / measured", "after the factor", "within bounds")
+    asked = ", ".join(f"{name} with {QUERIES[name]} queries" for name in dict.fromkeys(row.run for row in rows))
+    names = ("workload", "what", "planned", "measured", "planned / measured", "after the factor", "within bounds")
     said = "Everything keeps within them." if not missed else f"Missed: {'; '.join(missed)}."
     return f"""# The plan against the run
 
-Written by `python jobs/plan_check.py --write`: GPT-2's architecture with seeded weights, {TOKENS} tokens a sequence,
-fitted and scored sequences the same, in process, one thread, on a machine that others used meanwhile. One run each, so
-the times carry that noise. Measured seconds are CPU seconds of worker, shard and driver, planned ones follow rates
-measured by the clock, which others' work makes slower. Peak memory is the largest resident size of the process
-(worker and shard in one).
+Written by `python jobs/plan_check.py --write`: the benchmark's workloads ({asked}), all sequences
+fitted and scored, dense queries, in process, one thread, one run each. Measured seconds are CPU seconds of worker,
+shard and driver, planned ones follow rates measured by the clock, which others' work makes slower. Peak memory is the
+largest resident size of the process (worker and shard in one).
 
 Bounds: bytes within {BYTES_WITHIN}×, time within {TIME_WITHIN}× once calibrated. The rates were measured just before;
-the factor {factor:.2f} makes the first model's whole time right: only the other model's whole time tests it.
+the factor {factor:.2f} makes the first workload's whole time right: only the others' test it.
 {said}
 
 {markdown(names, lines)}
@@ -193,8 +173,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the page, or write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the page")
+    parser.add_argument("--workloads", default=",".join(QUERIES), help=f"of {', '.join(QUERIES)}")
     options: Any = parser.parse_args(arguments)
-    text = page(check())
+    names = options.workloads.split(",")
+    if unknown := [name for name in names if name not in QUERIES]:
+        parser.error(f"unknown workload '{unknown[0]}'")
+    try:
+        text = page(check(names))
+    except RayluxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     if options.write:
         PAGE.parent.mkdir(parents=True, exist_ok=True)
         PAGE.write_text(text, encoding="utf-8")

@@ -9,7 +9,7 @@ from raylux.layers import TrackedLayer
 
 GIB = 1 << 30
 # A process with torch and transformers loaded, before any model.
-PROCESS_BYTES = GIB // 2
+PROCESS_BYTES = 5 * GIB // 8
 QUERY_BLOCK = 16
 _BLOCK_BYTES = 2 * GIB
 
