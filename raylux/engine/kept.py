@@ -20,6 +20,16 @@ from torch import Tensor
 _SHARE = 0.25
 
 
+def kept_bytes(setting: int | str, device: str) -> int | None:
+    """What ``engine.keep_captured`` means: bytes that a worker may keep, None for a share of its disk.
+
+    On a GPU "auto" keeps nothing: another pass takes a fraction of the time in which its a and g could be written.
+    """
+    if isinstance(setting, int):
+        return setting
+    return 0 if setting == "never" or device == "cuda" else None
+
+
 class Kept:
     """Tensors by key, up to a number of bytes.
 

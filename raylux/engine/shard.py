@@ -78,7 +78,8 @@ class FactorShard:
 
     def timed(self, method: str, *args: Any) -> Any:
         """Call one of the other methods; its value comes as ``profiling.Timed``."""
-        return profiling.timed(self, self.clock, method, False, args)
+        with numerics.pinned(self.spec.device):
+            return profiling.timed(self, self.clock, method, False, args)
 
     # sums
 

@@ -104,7 +104,8 @@ class GradientWorker:
 
     def timed(self, method: str, parts: bool, *args: Any) -> Any:
         """Call one of the other methods; its value, or the head of its ``parts``, comes as ``profiling.Timed``."""
-        return profiling.timed(self, self.clock, method, parts, args)
+        with numerics.pinned(self.device):
+            return profiling.timed(self, self.clock, method, parts, args)
 
     @property
     def reader(self) -> CorpusReader:
@@ -144,13 +145,14 @@ class GradientWorker:
             The labels the gradients were taken on (flat, in the order of ``rows``), then a part per shard.
         """
         plan = self.spec.plan
+        keeps = contraction.scored and self._kept is not None
         sums = Covariances()
         sequences = self.reader.rows(rows)
         labels: list[np.ndarray] = [np.zeros(0, np.int32)] * len(sequences)
         for batch in self._fit_batches(sequences):
-            both = contraction.scored and is_scored_so(batch, plan.batch_tokens, plan.longest)
+            both = keeps and is_scored_so(batch, plan.batch_tokens, plan.longest)
             captured = self._run(batch, sampled, both)
-            inputs, grads = self._widened(captured)
+            inputs, grads = self._summed(captured)
             with profiling.of("covariance"):
                 sums.add(inputs, grads, batch.mask.to(self.device))
             with profiling.of("keep"):
@@ -405,11 +407,17 @@ class GradientWorker:
         profiling.count(tokens=int(batch.mask[: len(batch.rows)].sum()))
         seed = self.spec.seed
         labeller = (lambda p, keys, places: sample_labels(p, keys, places, seed)) if sampled else None
-        return self._capture.run(batch.to(self.device), labeller, both)
+        with numerics.repeatable(self.device):
+            return self._capture.run(batch.to(self.device), labeller, both)
 
     def _operands(self, captured: Captured, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """a and g in the precision of the products."""
         return captured.inputs_in(dtype), {name: g.to(dtype) for name, g in captured.grads.items()}
+
+    def _summed(self, captured: Captured) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """a and g as their covariances are summed: widened, but for bf16 on a GPU, which multiplies it exactly."""
+        native = self.device == "cuda" and self.spec.plan.dtype == "bfloat16"
+        return self._operands(captured, torch.bfloat16 if native else self.compute)
 
     def _widened(self, captured: Captured) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """a and g in the precision of the sums."""

@@ -16,14 +16,16 @@ from torch import Tensor
 
 from raylux.batches import ROW_BLOCK
 from raylux.cost.contraction import tokens_pay
+from raylux.products import gradients_into, wide_product
 from raylux.profiling import of
 
 TILE = 8
 """Dense queries per matrix product, unless the plan says more."""
 
 # Entries of a gradient that are formed and multiplied at a time: the buffer stays small however large the layer, and
-# what is rounded to bf16 is a part of a sum, not the whole.
+# what is rounded to bf16 is a part of a sum, not the whole. A GPU wants large products, and rounds no sum.
 _SLICE = 1 << 19
+_GPU_SLICE = 1 << 22
 
 
 def sequence_gradients(a: Tensor, g: Tensor) -> Tensor:
@@ -69,8 +71,9 @@ class LayerQueries:
         """
         outputs, inputs = shape
         first = queries[0] if queries else torch.zeros(0)
-        result = cls(len(queries), shape, (first if isinstance(first, Tensor) else first[0]).dtype)
-        step = max(1, _SLICE // inputs)
+        some = first if isinstance(first, Tensor) else first[0]
+        result = cls(len(queries), shape, some.dtype)
+        step = max(1, (_GPU_SLICE if some.is_cuda else _SLICE) // inputs)
         result.slices = [slice(start, min(start + step, outputs)) for start in range(0, outputs, step)]
         dense: dict[int, Tensor] = {}
         for place, query in enumerate(queries):
@@ -81,7 +84,6 @@ class LayerQueries:
             else:
                 dense[place] = query[0] @ query[1].T
         if dense:
-            some = next(iter(dense.values()))
             for start in range(0, len(queries), tile):
                 whole = torch.zeros(tile, outputs, inputs, dtype=some.dtype, device=some.device)
                 for place in range(start, min(start + tile, len(queries))):
@@ -120,16 +122,14 @@ class LayerQueries:
             at = 0
             with of("form"):
                 for a, g in parts:
-                    # One by one: a sequence's gradient must not depend on how many stand in its batch.
-                    for n in range(len(a)):
-                        torch.mm(g[n, :, part].T, a[n], out=gradient[at + n])
+                    gradients_into(a, g[..., part], gradient[at : at + len(a)])
                     at += len(a)
             flat = gradient.view(len(result), -1)
             width = len(self.tiles[0][index])
             with of("dot"):
                 for number, tile in enumerate(self.tiles):
                     columns = result[:, number * width : (number + 1) * width]
-                    columns += (flat @ tile[index].T)[:, : columns.shape[1]]
+                    columns += wide_product(flat, tile[index].T)[:, : columns.shape[1]]
 
     def token_scores(self, place: int, a: Tensor, g: Tensor) -> Tensor:
         """Each token's share of the score of query ``place``: [N, T]; they sum to the sequence's score."""
