@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -35,6 +36,10 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, help="write everything there, as JSON")
     parser.add_argument("--exact", nargs="+", choices=list(exact.SHAPES), default=list(exact.SHAPES))
+    parser.add_argument("--compare", nargs="*", choices=list(exact.CASES), default=list(exact.CASES))
+    parser.add_argument("--bits", nargs="*", choices=list(exact.PRECISIONS), default=list(exact.PRECISIONS))
+    parser.add_argument("--rates", nargs="+", choices=list(rates.PARTS), default=list(rates.PARTS))
+    parser.add_argument("--folder", type=Path, help="where models and runs go; in memory, the disk does not count")
     parser.add_argument("--cases", nargs="+", choices=list(speed.CASES), default=list(speed.CASES))
     parser.add_argument("--override", nargs="*", default=[], help="section.key=value, for the timed runs")
     parser.add_argument("--family", choices=("gpt2", "llama"), default="gpt2", help="of the timed runs")
@@ -51,15 +56,16 @@ def main() -> None:
     )  # fmt: skip
     found: dict[str, Any] = {"where": where(), "shape": vars(shape)}
     say(found["where"])
-    with tempfile.TemporaryDirectory(prefix="raylux-gpu-") as name:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that what was done is told
+    with tempfile.TemporaryDirectory(prefix="raylux-gpu-", dir=options.folder) as name:
         base = Path(name)
         for part in options.parts:
             begun = time.perf_counter()
             try:
                 if part == "exact":
-                    found[part] = exact.run(base / part, options.exact, say)
+                    found[part] = exact.run(base / part, options.exact, options.compare, options.bits, say)
                 elif part == "rates":
-                    found[part] = rates.run(say)
+                    found[part] = rates.run(options.rates, say)
                 else:
                     found[part] = speed.run(base / part, shape, options.cases, tuple(options.override), say)
             except Exception:  # what was found so far is worth having

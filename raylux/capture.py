@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from raylux.batches import IGNORED, Batch
 from raylux.errors import NumericsError
+from raylux.gpu import is_unrepeatable, repeatable
 from raylux.layers import TrackedLayer
 from raylux.loss import LogitLoss, logit_loss
 from raylux.profiling import of
@@ -90,6 +91,8 @@ class Capture:
         self.layers = tuple(layers)
         self.groups = groups or {layer.name: layer.name for layer in layers}
         self._modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
+        # Until an operation of the model turns out to have no kernel whose bits repeat.
+        self._repeatable = True
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def run(self, batch: Batch, labeller: Labeller | None = None, both: bool = False) -> Captured:
@@ -104,6 +107,15 @@ class Capture:
             NumericsError: the loss is not finite, or a layer took no part in it. Gradients are checked where they
                 are summed, by layer and unit.
         """
+        try:
+            return self._run(batch, labeller, both)
+        except RuntimeError as error:
+            if not (self._repeatable and is_unrepeatable(error)):
+                raise
+        self._repeatable = False
+        return self._run(batch, labeller, both)
+
+    def _run(self, batch: Batch, labeller: Labeller | None, both: bool) -> Captured:
         with self._recording(batch) as record:
             with of("forward"):
                 logits = self._logits(batch)
@@ -113,7 +125,7 @@ class Capture:
             for index, one in enumerate(losses):
                 record.grads = {}
                 if logits.requires_grad:
-                    with of("backward"):
+                    with of("backward"), repeatable(logits.device.type if self._repeatable else "cpu"):
                         logits.backward(one.gradient.view_as(logits), retain_graph=index + 1 < len(losses))
                 taken.append(self._gradients(record, batch))
         first = losses[0]

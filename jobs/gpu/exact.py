@@ -121,32 +121,35 @@ def compare(bench: Bench, overrides: tuple[str, ...]) -> dict[str, Any]:
     return result
 
 
-def bits(bench: Bench) -> dict[str, dict[str, bool]]:
+PRECISIONS: dict[str, tuple[str, ...]] = {
+    "float32": (),
+    "bf16 products": ("engine.contraction_dtype=bfloat16",),
+    "bf16 model": ("engine.contraction_dtype=bfloat16", "model.dtype=bfloat16"),
+}
+
+
+def bits(bench: Bench, names: list[str], say: Any) -> dict[str, dict[str, bool]]:
     """Whether the GPU's bits stay, in products of both precisions and with a bf16 model."""
     result: dict[str, dict[str, bool]] = {}
-    for name, how in (
-        ("float32", ()),
-        ("bf16 products", ("engine.contraction_dtype=bfloat16",)),
-        ("bf16 model", ("engine.contraction_dtype=bfloat16", "model.dtype=bfloat16")),
-    ):
-        usual = ("fit.labels=sampled", *DENSE, *how)
+    for name in names:
+        usual = ("fit.labels=sampled", *DENSE, *PRECISIONS[name])
         first = bench.run("cuda", "float32", *usual)
         result[name] = {other: bench.run("cuda", "float32", *usual, *more).same(first) for other, more in SAME.items()}
+        say(bench.shape.family, name, "the same bits:", result[name])
     return result
 
 
-def run(base: Path, families: list[str], say: Any = print) -> dict[str, Any]:
-    """Every case of some shapes."""
+def run(base: Path, families: list[str], cases: list[str], precisions: list[str], say: Any = print) -> dict[str, Any]:
+    """Some cases of some shapes, and whether bits repeat."""
     result: dict[str, Any] = {}
     for family in families:
         bench = Bench(base / family, SHAPES[family])
         found: dict[str, Any] = {}
         result[family] = found
-        for name, overrides in CASES.items():
-            found[name] = compare(bench, overrides)
+        for name in cases:
+            found[name] = compare(bench, CASES[name])
             say(family, name, _short(found[name]))
-        found["bits"] = bits(bench)
-        say(family, "bits", found["bits"])
+        found["bits"] = bits(bench, precisions, say)
     return result
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from raylux.cost.calibrate import _disk
 from raylux.cost.machine import eigh_flops
-from raylux.engine.numerics import pinned, repeatable
+from raylux.gpu import pinned, repeatable
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -154,15 +157,25 @@ def memory(entries: int = 1 << 28) -> dict[str, float]:
     }
 
 
-def run(say: Any = print) -> dict[str, Any]:
-    """All of them."""
+def disk() -> dict[str, float]:
+    """GB/s written and synced where temporary files go."""
+    return {"write": _disk(Path(tempfile.gettempdir())) / 1e9}
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    part.__name__: part for part in (gemm, forming, gram, dots, attention, memory, disk, eigh)
+}
+
+
+def run(names: list[str], say: Any = print) -> dict[str, Any]:
+    """Some of ``PARTS``; one that fails does not stop the next."""
     found: dict[str, Any] = {}
     with pinned("cuda"), torch.inference_mode():
-        for part in (gemm, forming, gram, dots, attention, memory, eigh):
+        for name in names:
             try:
-                found[part.__name__] = part()
+                found[name] = PARTS[name]()
             except (RuntimeError, TypeError) as error:
-                found[part.__name__] = {"failed": f"{type(error).__name__}: {error}"[:300]}
-            say(part.__name__, found[part.__name__])
+                found[name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
+            say(name, found[name])
             torch.cuda.empty_cache()
     return found

@@ -5,6 +5,7 @@ F is a forward and backward pass with the gradients of all weights, in the model
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
+import raylux
 from jobs.bench.batches import batch_of, summed_loss
 from jobs.gpu.inputs import Shape, error
 from raylux import models
 from raylux.api import STAGES, run_stages
 from raylux.config import Config
-from raylux.engine.numerics import pinned
+from raylux.gpu import pinned
 from raylux.report.profile import seconds
 
 # (model's precision, products, further overrides)
@@ -26,6 +28,7 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "float32": ("float32", "float32", ()),
     "float32, bf16 products": ("float32", "bfloat16", ()),
     "bf16 model": ("bfloat16", "bfloat16", ()),
+    "bf16 model, low rank": ("bfloat16", "bfloat16", ("query.max_error=0.01", "query.low_rank=always")),
 }
 
 
@@ -46,34 +49,34 @@ def bare(config: Config, rows: list[Any], size: int) -> float:
         return time.perf_counter() - begun
 
 
-def one(shape: Shape, base: Path, name: str, more: tuple[str, ...] = ()) -> tuple[dict[str, Any], np.ndarray]:
+def one(shape: Shape, base: Path, name: str, more: tuple[str, ...], say: Any) -> tuple[dict[str, Any], np.ndarray]:
     """One case: F, the run by stage and kind, peak memory; and the scores [Q, N]."""
     dtype, products, own = CASES[name]
     folder = base / "run"
     shutil.rmtree(folder, ignore_errors=True)
-    how = (f"model.dtype={dtype}", f"engine.contraction_dtype={products}", "score.token_top=0", *own, *more)
+    how = (f"model.dtype={dtype}", f"engine.contraction_dtype={products}", "score.token_top=0", *more, *own)
     config = shape.config(base, folder, "cuda", *how)
     rows = [row["input_ids"] for row in _records(base / "corpus.jsonl")]
     f = bare(config, rows, 16)
+    say(f"{name}: F {f:.2f} s")
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     begun = time.perf_counter()
-    run = run_stages(config, STAGES[:-1], quiet=True)
+    try:
+        run_stages(config, STAGES[:-1], quiet=True)
+    except BaseException:
+        say(f"broken off after {time.perf_counter() - begun:.0f} s", stages_of(raylux.open_run(folder), f))
+        raise
     taken = time.perf_counter() - begun
-    stages = {}
-    for stage in run.profile():
-        kinds = {kind: round(wall, 3) for kind, (wall, _) in stage.work.kinds.items() if wall >= 0.001}
-        driver = {kind: round(wall, 3) for kind, (wall, _) in stage.driver.kinds.items() if wall >= 0.001}
-        clock = seconds(stage.driver)
-        stages[stage.stage] = {"seconds": clock, "F": clock / f, "work": kinds, "driver": driver, "units": stage.units}
+    run = raylux.open_run(folder)
     result = {
         "F": f,
         "tokens": sum(map(len, rows)),
-        "tflops": 6e-12 * _parameters(run) * sum(map(len, rows)) / f,
+        "tflops": 6e-12 * float(run.settings["model"]["parameters"]) * sum(map(len, rows)) / f,
         "seconds": taken,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
         "plan": dict(run.settings["plan"]),
-        "stages": stages,
+        "stages": stages_of(run, f),
     }
     scores = run.scores().to_numpy().astype(np.float64)
     shutil.rmtree(folder)
@@ -81,14 +84,19 @@ def one(shape: Shape, base: Path, name: str, more: tuple[str, ...] = ()) -> tupl
     return result, scores
 
 
+def stages_of(run: raylux.Run, f: float) -> dict[str, dict[str, Any]]:
+    """Seconds by stage, of the driver's clock and by kind of work."""
+    stages = {}
+    for stage in run.profile():
+        kinds = {kind: round(wall, 3) for kind, (wall, _) in stage.work.kinds.items() if wall >= 0.001}
+        driver = {kind: round(wall, 3) for kind, (wall, _) in stage.driver.kinds.items() if wall >= 0.001}
+        clock = seconds(stage.driver)
+        stages[stage.stage] = {"seconds": clock, "F": clock / f, "work": kinds, "driver": driver, "units": stage.units}
+    return stages
+
+
 def _records(path: Path) -> list[dict[str, Any]]:
-    import json
-
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _parameters(run: Any) -> float:
-    return float(run.settings["model"]["parameters"])
 
 
 def run(base: Path, shape: Shape, names: list[str], more: tuple[str, ...] = (), say: Any = print) -> dict[str, Any]:
@@ -99,7 +107,7 @@ def run(base: Path, shape: Shape, names: list[str], more: tuple[str, ...] = (), 
     first: np.ndarray | None = None
     for name in names:
         try:
-            result, scores = one(shape, base, name, more)
+            result, scores = one(shape, base, name, more, say)
         except Exception as problem:  # the next case may still run
             found[name] = {"failed": f"{type(problem).__name__}: {problem}"[:2000]}
             say(name, found[name])

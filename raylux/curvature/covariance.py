@@ -15,7 +15,7 @@ from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from torch import Tensor
 
 from raylux.errors import NumericsError
-from raylux.products import wide_product
+from raylux.products import aligned, wide_product
 
 # How far an eigendecomposition in float32 may be off before it is done again in float64, relative to what it is
 # applied to: Q from orthonormal, and Q diag(values) Qᵀ from the matrix, at so many random vectors.
@@ -71,8 +71,9 @@ def _add_gram(sums: dict[str, Tensor], name: str, x: Tensor) -> None:
     """
     rows = x.reshape(-1, x.shape[-1])
     if rows.dtype == torch.bfloat16 and rows.is_cuda:
-        part = wide_product(rows.T, rows)
-        sums[name] = sums[name].add_(part) if name in sums else part
+        width, rows = rows.shape[1], aligned(rows)
+        part = wide_product(rows.T, rows)[:width, :width]
+        sums[name] = sums[name].add_(part) if name in sums else part.contiguous()
         return
     rows = rows.float() if rows.dtype == torch.bfloat16 else rows
     if name not in sums:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from raylux.cost.contraction import rotate_tokens_first
-from raylux.products import gradients_into
+from raylux.products import aligned, aligned_width, gradients_into, rotated
 from raylux.profiling import of
 
 # Of formed gradients, that are held on a GPU at a time.
@@ -38,18 +38,20 @@ def add_second_moment(total: Tensor, a: Tensor, g: Tensor, q_a: Tensor | None, q
     # One sequence at a time: its gradient is squared while it is still in the processor's cache. A GPU has no such
     # cache, and wants many.
     size = max(1, min(len(a), _GPU_ENTRIES // total.numel())) if a.is_cuda else 1
-    gradients = torch.empty(size, *total.shape, dtype=a.dtype, device=a.device)
+    outputs, inputs = total.shape
+    gradients = torch.empty(size, outputs, aligned_width(inputs, a.dtype, a.device), dtype=a.dtype, device=a.device)
+    a = aligned(a)
     for start in range(0, len(a), size):
         some = slice(start, min(start + size, len(a)))
         formed = gradients[: some.stop - start]
         with of("form"):
             gradients_into(a[some], g[some], formed)
         with of("rotate"):
-            rotated = formed if len(formed) > 1 else formed[0]
-            rotated = rotated if q_s is None else q_s.T @ rotated
-            rotated = rotated if q_a is None else rotated @ q_a
+            turned = formed if len(formed) > 1 else formed[0]
+            turned = turned if q_s is None else q_s.T @ turned
+            turned = turned[..., :inputs] if q_a is None else rotated(turned[..., :inputs], q_a)
         with of("square"):
-            _add_squares(total, rotated.view(-1, *total.shape))
+            _add_squares(total, turned if turned.dim() == 3 else turned[None])
 
 
 def _add_squares(total: Tensor, gradients: Tensor) -> None:
@@ -89,4 +91,4 @@ def rotate(x: Tensor, basis: Tensor | None) -> Tensor:
     if basis is None:
         return x
     with of("rotate"):
-        return (x.reshape(-1, x.shape[-1]) @ basis).view_as(x)
+        return rotated(x, basis)

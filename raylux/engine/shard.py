@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raylux import profiling
+from raylux import gpu, profiling
 from raylux.curvature import KINDS, Spectral, eigenbasis
 from raylux.engine import numerics
 from raylux.engine.records import (
@@ -78,7 +78,7 @@ class FactorShard:
 
     def timed(self, method: str, *args: Any) -> Any:
         """Call one of the other methods; its value comes as ``profiling.Timed``."""
-        with numerics.pinned(self.spec.device):
+        with gpu.pinned(self.spec.device):
             return profiling.timed(self, self.clock, method, False, args)
 
     # sums
@@ -174,7 +174,8 @@ class FactorShard:
         matrix = tensor(self.folder.group(key).read("matrix"), self.compute, self.spec.device)
         with profiling.of("eigendecomposition"):
             values, vectors = eigenbasis(matrix, name, quick and self.compute is torch.float32)
-        arrays = {"values": values.cpu().numpy(), "vectors": vectors.cpu().numpy().astype(self._storage())}
+        found = {"values": values, "vectors": vectors.to(self.compute)}
+        arrays = {kind: gpu.to_host(x).numpy() for kind, x in found.items()}
         return *self.folder.write(f"factors/{_tidy(name)}/eigen", arrays), numerics.here(self.spec.device)
 
     # queries

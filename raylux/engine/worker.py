@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raylux import fingerprints, models, profiling
+from raylux import fingerprints, gpu, models, profiling
 from raylux.batches import Batch, TokenRow, collate, fit_batches, is_scored_so, score_batches
 from raylux.capture import Capture, Captured
 from raylux.curvature import Covariances, add_second_moments
@@ -104,7 +104,7 @@ class GradientWorker:
 
     def timed(self, method: str, parts: bool, *args: Any) -> Any:
         """Call one of the other methods; its value, or the head of its ``parts``, comes as ``profiling.Timed``."""
-        with numerics.pinned(self.device):
+        with gpu.pinned(self.device):
             return profiling.timed(self, self.clock, method, parts, args)
 
     @property
@@ -407,8 +407,7 @@ class GradientWorker:
         profiling.count(tokens=int(batch.mask[: len(batch.rows)].sum()))
         seed = self.spec.seed
         labeller = (lambda p, keys, places: sample_labels(p, keys, places, seed)) if sampled else None
-        with numerics.repeatable(self.device):
-            return self._capture.run(batch.to(self.device), labeller, both)
+        return self._capture.run(batch.to(self.device), labeller, both)
 
     def _operands(self, captured: Captured, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """a and g in the precision of the products."""
@@ -425,4 +424,4 @@ class GradientWorker:
 
 
 def _array(x: Tensor) -> np.ndarray:
-    return x.detach().cpu().numpy()
+    return gpu.to_host(x).numpy()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from raylux.batches import ROW_BLOCK
 from raylux.cost.contraction import tokens_pay
-from raylux.products import gradients_into, wide_product
+from raylux.products import aligned, aligned_width, gradients_into, wide_product
 from raylux.profiling import of
 
 TILE = 8
@@ -41,7 +41,8 @@ class LayerQueries:
         count: Q.
         shape: (P, M).
         dtype: of the products.
-        tiles: dense s_test, each [tile, P, M], zero where a query is not dense, held slice by slice of P.
+        tiles: dense s_test, each [tile, P, M], zero where a query is not dense, held slice by slice of P; its rows
+            filled up to their ``aligned_width``.
         factors: query -> (left [P, R], right [M, R]) of the low-rank ones, R never 1.
         slices: of P, in which a gradient is formed and multiplied.
     """
@@ -84,11 +85,12 @@ class LayerQueries:
             else:
                 dense[place] = query[0] @ query[1].T
         if dense:
+            width = aligned_width(inputs, some.dtype, some.device)
             for start in range(0, len(queries), tile):
-                whole = torch.zeros(tile, outputs, inputs, dtype=some.dtype, device=some.device)
+                whole = torch.zeros(tile, outputs, width, dtype=some.dtype, device=some.device)
                 for place in range(start, min(start + tile, len(queries))):
                     if place in dense:
-                        whole[place - start] = dense.pop(place)
+                        whole[place - start, :, :inputs] = dense.pop(place)
                 result.tiles.append([whole[:, part].reshape(tile, -1) for part in result.slices])
         return result
 
@@ -115,7 +117,8 @@ class LayerQueries:
         return result[:count]
 
     def _dense(self, parts: Sequence[tuple[Tensor, Tensor]], result: Tensor) -> None:
-        inputs = self.shape[1]
+        parts = [(aligned(a), g) for a, g in parts]
+        inputs = parts[0][0].shape[2]
         for index, part in enumerate(self.slices):
             size = part.stop - part.start
             gradient = torch.zeros(len(result), size, inputs, dtype=self.dtype, device=result.device)
@@ -142,7 +145,7 @@ class LayerQueries:
         width = len(self.tiles[0][0])
         total = torch.zeros(a.shape[:2], dtype=wide, device=a.device)
         for part, tile in zip(self.slices, self.tiles[place // width], strict=True):
-            query = tile[place % width].view(-1, self.shape[1])
+            query = tile[place % width].view(part.stop - part.start, -1)[:, : self.shape[1]]
             total += ((g[..., part] @ query).to(wide) * a).sum(2)
         return total[:, :tokens]
 
