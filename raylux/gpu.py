@@ -54,7 +54,7 @@ def repeatable(device: str) -> Iterator[None]:
         return
     # torch asks for it before cuBLAS runs; as large as the workspace that torch takes by itself on a Hopper.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    filling: Any = torch.utils.deterministic  # type: ignore[attr-defined]
+    filling: Any = torch.utils.deterministic
     before = torch.get_deterministic_debug_mode(), filling.fill_uninitialized_memory
     # Only to warn would leave attention as it is.
     torch.use_deterministic_algorithms(True)
