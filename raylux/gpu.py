@@ -20,10 +20,10 @@ _LARGE = 1 << 20
 
 @contextlib.contextmanager
 def pinned(device: str) -> Iterator[None]:
-    """While open, a product on a GPU has the precision its dtype says, whatever the process or its environment chose.
+    """While open, a product on a GPU has the precision its dtype says, whatever the process has set.
 
-    float32 is float32, not TF32 with its 10 bits: that would cost the scores two or three digits (docs/results/gpu.md);
-    and the partial sums of a bf16 product are added in float32.
+    float32 is float32, not TF32, which has 10 bits of mantissa in place of 23; and the partial sums of a bf16 product
+    are added in float32.
     """
     if device != "cuda":
         yield
