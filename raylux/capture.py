@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from raylux.batches import IGNORED, Batch
 from raylux.errors import NumericsError
+from raylux.gpu import is_unrepeatable, repeatable
 from raylux.layers import TrackedLayer
 from raylux.loss import LogitLoss, logit_loss
 from raylux.profiling import of
@@ -96,6 +97,8 @@ class Capture:
         takes = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in takes
         self._takes_places = "logits_to_keep" in takes
+        # Until an operation of the model turns out to have no kernel whose bits repeat.
+        self._repeatable = True
 
     def run(self, batch: Batch, labeller: Labeller | None = None, both: bool = False) -> Captured:
         """Forward and backward of one batch.
@@ -109,6 +112,15 @@ class Capture:
             NumericsError: the loss is not finite, or a layer took no part in it. Gradients are checked where they
                 are summed, by layer and unit.
         """
+        try:
+            return self._run(batch, labeller, both)
+        except RuntimeError as error:
+            if not (self._repeatable and is_unrepeatable(error)):
+                raise
+        self._repeatable = False
+        return self._run(batch, labeller, both)
+
+    def _run(self, batch: Batch, labeller: Labeller | None, both: bool) -> Captured:
         targets = torch.full_like(batch.labels, IGNORED)
         targets[:, :-1] = batch.labels[:, 1:]  # a token's logits are for the next one
         places = self._places(targets)
@@ -121,7 +133,7 @@ class Capture:
             for index, one in enumerate(losses):
                 record.grads = {}
                 if logits.requires_grad:
-                    with of("backward"):
+                    with of("backward"), repeatable(logits.device.type if self._repeatable else "cpu"):
                         logits.backward(one.gradient.view_as(logits), retain_graph=index + 1 < len(losses))
                 taken.append(self._gradients(record, batch))
         labels, loss = batch.labels.clone(), losses[0].token_loss

@@ -19,6 +19,8 @@ Labeller = Callable[[Tensor, Tensor], Tensor]
 # Entries that are worked on together; where more rows than this share count, rows without a label go along.
 _CHUNK = 1 << 17
 _DENSE = 0.5
+# On a GPU there is no cache to stay in, and starting an operation costs what 10⁷ entries do.
+_GPU_CHUNK = 1 << 27
 
 
 @dataclass
@@ -51,7 +53,8 @@ def logit_loss(logits: Tensor, targets: Tensor, labeller: Labeller | None, both:
     """
     counted = targets >= 0
     places = counted.nonzero().squeeze(1)
-    dense = len(places) >= _DENSE * len(targets)
+    # How torch sums a row on a GPU depends on the shape: there that must not depend on how many labels count.
+    dense = logits.is_cuda or len(places) >= _DENSE * len(targets)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     count = 2 if both and labeller is not None else 1
     found = [
@@ -62,7 +65,7 @@ def logit_loss(logits: Tensor, targets: Tensor, labeller: Labeller | None, both:
         )
         for _ in range(count)
     ]
-    rows = max(2, _CHUNK // logits.shape[1])
+    rows = max(2, (_GPU_CHUNK if logits.is_cuda else _CHUNK) // logits.shape[1])
     total = len(targets) if dense else len(places)
     for first in range(0, total, rows):
         # Never a single row, which torch sums up in another order: the last one is done twice instead.

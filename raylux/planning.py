@@ -19,6 +19,7 @@ from raylux.cost.model import ModelShape
 from raylux.cost.planner import plan_run
 from raylux.cost.workload import Workload
 from raylux.curvature import KINDS
+from raylux.engine.kept import kept_bytes
 from raylux.engine.plan import Plan, make_plan, probe_count
 from raylux.queries import load_queries
 from raylux.store import CorpusReader, RunFolder
@@ -64,7 +65,7 @@ def plan_here(config: Config, sizes: Sizes, refresh: bool = False) -> tuple[RunP
     work, plan = _workload(config, sizes, device)
     workers = _workers(config, device, plan.threads)
     cluster = calibrate.here(plan.threads, workers, device, config.run.folder, refresh)
-    share = {"auto": None, "never": 0}.get(str(config.engine.keep_captured), config.engine.keep_captured)
+    share = kept_bytes(config.engine.keep_captured, device)
     disk = cluster.disk_tb * 1e12 * _KEPT_SHARE / cluster.workers if share is None else float(share)
     everyone = config.prefilter.kind == "none" or config.prefilter.top >= work.corpus
     scored = everyone and config.fit.labels == "sampled" and disk > 0

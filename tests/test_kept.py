@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raylux.engine.kept import Kept, Scratch
+from raylux.engine.kept import Kept, Resting
 
 
 def tensors(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -71,22 +71,20 @@ def test_the_file_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scratch_pages_are_tensors_like_others(dtype: torch.dtype) -> None:
-    found = Scratch().zeros(3, 1000, dtype=dtype)
-    assert found.shape == (3, 1000) and found.dtype is dtype and not found.any()
-    found[1] = torch.arange(1000)
-    assert torch.equal(
-        found[1:2] @ torch.ones(1000, 2, dtype=dtype), found[1:2].clone() @ torch.ones(1000, 2, dtype=dtype)
-    )
-    with open("/proc/self/maps", encoding="ascii") as maps:
-        assert any("(deleted)" in line and int(line.split("-")[0], 16) == found.data_ptr() for line in maps)
+def test_what_rests_is_read_when_it_is_asked_for(dtype: torch.dtype) -> None:
+    resting = Resting()
+    kept = [torch.randn(3, size, generator=torch.Generator().manual_seed(size)).to(dtype) for size in (1000, 1, 5000)]
+    held = [resting.hold(x) for x in kept]
+    for place in (2, 0, 1, 0):
+        found = held[place]()
+        assert found.dtype is dtype and torch.equal(found, kept[place])
+        assert found.data_ptr() % 64 == 0
 
 
-def test_scratch_is_memory_where_the_disk_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: int) -> None:
+def test_what_finds_no_room_stays_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> int:
         raise OSError(errno.ENOSPC, "no space left")
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    found = Scratch().zeros(2, 5, dtype=torch.float32)
-    assert found.shape == (2, 5) and not found.any()
-    assert Scratch().zeros(0, 5, dtype=torch.float32).shape == (0, 5)
+    x = torch.randn(2, 5)
+    monkeypatch.setattr(os, "pwrite", full)
+    assert Resting().hold(x)() is x

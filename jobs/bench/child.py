@@ -20,6 +20,7 @@ import torch
 from jobs.bench import bare, ours, theirs
 from jobs.bench.records import RAYLUX, Measured, Spec, Stopwatch
 from jobs.bench.workloads import WORKLOADS
+from raylux import memory
 from raylux.engine import numerics
 
 
@@ -34,6 +35,7 @@ def measure(spec: Spec, folder: Path) -> tuple[Measured, dict[str, np.ndarray]]:
     gc.collect()
     gc.freeze()
     _bare(found, case.batch, inputs)
+    memory.give_back()  # the bare passes' own is not to count as the program's
     if spec.program == RAYLUX:
         overrides = [*spec.overrides, *(["fit.labels=dataset"] if spec.empirical else [])]
         scores, found.choices = ours.run(case, spec.sizes, spec.threads, overrides, folder, watch)

@@ -15,6 +15,7 @@ from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from torch import Tensor
 
 from raylux.errors import NumericsError
+from raylux.products import aligned, wide_product
 
 # How far an eigendecomposition in float32 may be off before it is done again in float64, relative to what it is
 # applied to: Q from orthonormal, and Q diag(values) Qᵀ from the matrix, at so many random vectors.
@@ -64,8 +65,16 @@ class Covariances:
 
 
 def _add_gram(sums: dict[str, Tensor], name: str, x: Tensor) -> None:
-    """Add xᵀx; on a CPU only one triangle of it, by the BLAS routine for products that are symmetric."""
+    """Add xᵀx; on a CPU only one triangle of it, by the BLAS routine for products that are symmetric.
+
+    On a GPU tokens in bf16 are multiplied as they are, with sums in float32: a product of two of them is exact there.
+    """
     rows = x.reshape(-1, x.shape[-1])
+    if rows.dtype == torch.bfloat16 and rows.is_cuda:
+        width, rows = rows.shape[1], aligned(rows)
+        part = wide_product(rows.T, rows)[:width, :width]
+        sums[name] = sums[name].add_(part) if name in sums else part.contiguous()
+        return
     rows = rows.float() if rows.dtype == torch.bfloat16 else rows
     if name not in sums:
         sums[name] = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype, device=rows.device)

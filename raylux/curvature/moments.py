@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 
 from raylux.cost.contraction import rotate_tokens_first
+from raylux.products import aligned, aligned_width, gradients_into, rotated
 from raylux.profiling import of
+
+# Of formed gradients, that are held on a GPU at a time.
+_GPU_ENTRIES = 1 << 28
 
 
 def add_second_moment(total: Tensor, a: Tensor, g: Tensor, q_a: Tensor | None, q_s: Tensor | None) -> None:
@@ -31,19 +35,32 @@ def add_second_moment(total: Tensor, a: Tensor, g: Tensor, q_a: Tensor | None, q
     if rotate_tokens_first(a.shape[1], g.shape[2], a.shape[2]):
         a, g = rotate(a, q_a), rotate(g, q_s)
         q_a = q_s = None
-    # One sequence at a time: its gradient is squared while it is still in the processor's cache.
-    gradient = torch.empty(total.shape, dtype=a.dtype, device=a.device)
-    for n in range(len(a)):
+    # One sequence at a time: its gradient is squared while it is still in the processor's cache. A GPU has no such
+    # cache, and wants many.
+    size = max(1, min(len(a), _GPU_ENTRIES // total.numel())) if a.is_cuda else 1
+    outputs, inputs = total.shape
+    gradients = torch.empty(size, outputs, aligned_width(inputs, a.dtype, a.device), dtype=a.dtype, device=a.device)
+    a = aligned(a)
+    for start in range(0, len(a), size):
+        some = slice(start, min(start + size, len(a)))
+        formed = gradients[: some.stop - start]
         with of("form"):
-            torch.mm(g[n].T, a[n], out=gradient)
+            gradients_into(a[some], g[some], formed)
         with of("rotate"):
-            rotated = gradient if q_s is None else q_s.T @ gradient
-            rotated = rotated if q_a is None else rotated @ q_a
+            turned = formed if len(formed) > 1 else formed[0]
+            turned = turned if q_s is None else q_s.T @ turned
+            turned = turned[..., :inputs] if q_a is None else rotated(turned[..., :inputs], q_a)
         with of("square"):
-            if rotated.dtype == total.dtype:
-                total.addcmul_(rotated, rotated)
-            else:
-                total.add_(rotated.square_())
+            _add_squares(total, turned if turned.dim() == 3 else turned[None])
+
+
+def _add_squares(total: Tensor, gradients: Tensor) -> None:
+    """``total`` [P, M] += Σ_n gradients_n², one after the other; ``gradients`` [N, P, M] may be overwritten."""
+    for gradient in gradients:
+        if gradient.dtype == total.dtype or gradient.is_cuda:
+            total.addcmul_(gradient, gradient)
+        else:
+            total.add_(gradient.square_())
 
 
 Basis = tuple[Tensor | None, Tensor | None]
@@ -74,4 +91,4 @@ def rotate(x: Tensor, basis: Tensor | None) -> Tensor:
     if basis is None:
         return x
     with of("rotate"):
-        return (x.reshape(-1, x.shape[-1]) @ basis).view_as(x)
+        return rotated(x, basis)

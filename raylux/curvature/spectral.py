@@ -54,12 +54,21 @@ class Spectral:
         Raises:
             NumericsError: λ = 0 where Λ has a zero.
         """
+        inverse = self.inverse(damping)
+        return v if inverse is None else v * inverse
+
+    def inverse(self, damping: float) -> Tensor | None:
+        """1 / (Λ + λ) [P, M]; None for the identity.
+
+        Raises:
+            NumericsError: λ = 0 where Λ has a zero.
+        """
         if self.values is None:
-            return v
+            return None
         denominator = self.values + damping
         if not bool((denominator > 0).all()):
             raise NumericsError("the damped curvature is singular: set curvature.damping above 0, or to auto")
-        return v / denominator
+        return denominator.reciprocal()
 
     def into(self, v: Tensor) -> Tensor:
         """Q_Sᵀ V Q_A."""

@@ -10,6 +10,7 @@ from raylux import fingerprints
 from raylux.config import Config
 from raylux.curvature import KINDS, Kind
 from raylux.engine.demand import check_memory_here, demand_of
+from raylux.engine.kept import kept_bytes
 from raylux.engine.local import LocalBackend
 from raylux.engine.plan import Plan, assign
 from raylux.engine.progress import Reporter
@@ -84,7 +85,7 @@ class Context:
 
     def _start(self) -> Backend:
         engine, layers = self.config.engine, self.coverage.tracked
-        keep = engine.keep_captured
+        keep = kept_bytes(engine.keep_captured, self.plan.device)
         worker = WorkerSpec(
             self.folder.files.place,
             self.files,
@@ -93,7 +94,7 @@ class Context:
             self.groups,
             self.config.fit.seed,
             self.config.model.trust_remote_code,
-            keep={"auto": None, "never": 0}.get(str(keep), keep if isinstance(keep, int) else None),
+            keep=keep,
         )
         parameters, queries = self.coverage.parameters, len(self.queries)
         demand = demand_of(engine, self.plan.dtype, self.plan.device, layers, self.groups, parameters, queries)

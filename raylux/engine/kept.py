@@ -7,12 +7,12 @@ it, computes it again. The file has no name: it is gone with the process, howeve
 from __future__ import annotations
 
 import contextlib
-import math
+import errno
 import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, BinaryIO
 
 import torch
@@ -20,6 +20,16 @@ from torch import Tensor
 
 # Of the disk's free space, at most, where the config names no limit.
 _SHARE = 0.25
+
+
+def kept_bytes(setting: int | str, device: str) -> int | None:
+    """What ``engine.keep_captured`` means: bytes that a worker may keep, None for a share of its disk.
+
+    On a GPU "auto" keeps nothing: another pass takes a fraction of the time in which its a and g could be written.
+    """
+    if isinstance(setting, int):
+        return setting
+    return 0 if setting == "never" or device == "cuda" else None
 
 
 class Kept:
@@ -48,7 +58,7 @@ class Kept:
         places = {}
         try:
             for name, x in tensors.items():
-                data = memoryview(_bytes(x.detach().cpu().contiguous()))
+                data = _bytes(x.detach().cpu().contiguous())
                 at = self._end
                 self._end += os.pwrite(self._file.fileno(), data, at)
                 if self._end - at != data.nbytes:
@@ -65,7 +75,7 @@ class Kept:
         for name, x in into.items():
             at, shape, dtype = self._places[key][name]
             assert (shape, dtype) == (tuple(x.shape), x.dtype), "kept for another use"
-            buffer = memoryview(_bytes(x))
+            buffer = _bytes(x)
             with contextlib.suppress(OSError):
                 if os.preadv(self._file.fileno(), [buffer], at) == len(buffer):
                     continue
@@ -77,29 +87,47 @@ class Kept:
         return {name: shape for name, (_, shape, _) in self._places[key].items()}
 
 
-class Scratch:
-    """Memory that the system may move to disk: pages of a file without a name, written and read like any tensor.
+class Resting:
+    """Tensors that rest on the worker's disk and are read, one at a time, when they are asked for.
 
-    For what is read over and over but need not stay in a worker's private memory. Where the disk has no room, or
-    the tensor is for a GPU, it is ordinary memory.
+    For what is used over and over, but does not fit beside the rest: the system keeps in its page cache what memory
+    allows. Where the disk has no room a tensor stays in memory.
     """
 
-    def zeros(self, *sizes: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-        """As ``torch.zeros``; the pages live as long as the tensor."""
-        count = math.prod(sizes)
-        size = count * torch.empty(0, dtype=dtype).element_size()
-        if torch.device(device).type != "cpu" or size == 0:
-            return torch.zeros(*sizes, dtype=dtype, device=device)
+    def __init__(self) -> None:
+        self._file: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as what rests in it)
+        self._end = 0
+        self._buffer = torch.zeros(0, dtype=torch.uint8)
+
+    def hold(self, x: Tensor) -> Callable[[], Tensor]:
+        """Put a tensor to rest; what is returned reads it, into a buffer that the next one takes over."""
+        if x.device.type != "cpu":
+            return lambda: x
+        data, at = _bytes(x.contiguous()), self._end
         try:
-            with tempfile.TemporaryFile() as file:
-                # Taken now: a page that finds the disk full when it is first written would end the process.
-                os.posix_fallocate(file.fileno(), 0, size)
-                pages = mmap.mmap(file.fileno(), size)
+            written = 0
+            while written < len(data):
+                written += os.pwrite(self._file.fileno(), data[written:], at + written)
         except OSError:
-            return torch.zeros(*sizes, dtype=dtype)
-        return torch.frombuffer(pages, dtype=dtype, count=count).view(*sizes)
+            return lambda: x
+        # Whole pages, so that each tensor begins where memory of its own would.
+        self._end += -(-len(data) // mmap.PAGESIZE) * mmap.PAGESIZE
+        size, shape, dtype = len(data), x.shape, x.dtype
+        return lambda: self._read(at, size).view(dtype).view(shape)
+
+    def _read(self, at: int, size: int) -> Tensor:
+        if len(self._buffer) < size:
+            self._buffer = torch.empty(size, dtype=torch.uint8)
+        into, done = _bytes(self._buffer[:size]), 0
+        while done < size:
+            count = os.preadv(self._file.fileno(), [into[done:]], at + done)
+            if not count:
+                raise OSError(errno.EIO, "a file of the worker's own became shorter")
+            done += count
+        return self._buffer[:size]
 
 
-def _bytes(x: Tensor) -> Any:
+def _bytes(x: Tensor) -> memoryview:
     """A tensor's memory, flat."""
-    return x.view(-1).view(torch.uint8).numpy()
+    array: Any = x.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)

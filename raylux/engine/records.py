@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raylux.gpu import to_host
 from raylux.layers import TrackedLayer
 from raylux.store import RunFolder
 
@@ -76,14 +77,16 @@ def query_files(folder: RunFolder) -> list[QueryFiles]:
 
 def tensor(array: np.ndarray, dtype: torch.dtype, device: str) -> Tensor:
     """A tensor in memory of torch's own alignment, whatever the array's: alignment can change bits."""
-    x = torch.from_numpy(np.ascontiguousarray(array)).clone()
+    x = torch.from_numpy(np.ascontiguousarray(array))
+    # Onto a device it goes as it is and is converted there: a copy on the host takes longer than the way.
+    x = x.clone() if device == "cpu" else x.to(device)
     x = x.view(torch.bfloat16) if x.dtype == torch.int16 else x
-    return x.to(device=device, dtype=dtype)
+    return x.to(dtype)
 
 
 def numpy_array(x: Tensor) -> np.ndarray:
     """A tensor for the store, which knows no bf16: int16 stands for it (and −1, the fill value, for a NaN)."""
-    x = x.detach().cpu()
+    x = to_host(x)
     return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
 
 

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from raylux.curvature import rotate
-from raylux.engine.kept import Scratch
+from raylux.engine.kept import Resting
 from raylux.engine.plan import Plan
 from raylux.engine.records import Contraction, FactorFiles, QueryFiles, read_basis, read_layer_queries
-from raylux.influence.dots import LayerQueries, squared_norms
+from raylux.influence.dots import LayerQueries, in_memory, squared_norms
 from raylux.layers import TrackedLayer
+from raylux.memory import give_back
 from raylux.store import RunFolder
 
-# Dense queries up to so many bytes are held in memory, more of them in pages of a file.
+# Dense queries up to so many bytes are held in memory, more of them on the disk, read once for each pack.
 _IN_MEMORY = 256 << 20
 
 
@@ -104,6 +105,7 @@ class Bases:
         """(Q_A, Q_S) of every layer, read unless they are held; Nones where ``files`` is empty."""
         if self._of != (files, dtype):
             self.drop()
+            give_back()
             leaders: dict[str, Tensor | None] = {}
             for layer in self._layers:
                 group = self._groups[layer.name]
@@ -129,17 +131,18 @@ class Scorer:
         loaded: LoadedQueries,
         bases: Bases,
     ) -> None:
+        give_back()
         self.loaded, self._layers, self._groups = loaded, layers, groups
         dtype = loaded.contraction.torch_dtype
         held = len(loaded.ids) * sum(layer.parameters for layer in layers) * torch.empty(0, dtype=dtype).element_size()
-        zeros = Scratch().zeros if held > _IN_MEMORY else torch.zeros
+        hold = Resting().hold if held > _IN_MEMORY else in_memory
         self._queries = {
             layer.name: LayerQueries.build(
                 layer.shape,
                 read_layer_queries(folder, loaded.files, layer, loaded.ids, dtype, plan.device),
                 plan.typical_tokens,
                 plan.tile,
-                zeros,
+                hold,
             )
             for layer in layers
         }

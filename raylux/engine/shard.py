@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raylux import profiling
+from raylux import gpu, profiling
 from raylux.curvature import KINDS, Spectral, eigenbasis
 from raylux.engine import numerics
 from raylux.engine.records import (
@@ -32,6 +32,7 @@ from raylux.errors import NumericsError
 from raylux.influence.dots import sequence_gradients
 from raylux.influence.lowrank import component_scores, factorise
 from raylux.layers import TrackedLayer
+from raylux.memory import give_back
 from raylux.store import RunFolder
 
 Objects = dict[str, tuple[int, str]]
@@ -78,7 +79,8 @@ class FactorShard:
 
     def timed(self, method: str, *args: Any) -> Any:
         """Call one of the other methods; its value comes as ``profiling.Timed``."""
-        return profiling.timed(self, self.clock, method, False, args)
+        with gpu.pinned(self.spec.device):
+            return profiling.timed(self, self.clock, method, False, args)
 
     # sums
 
@@ -98,6 +100,7 @@ class FactorShard:
         }
         self._counts = {name: count for name, count in (counts or {}).items() if not name or name in self.layers}
         self._next, self._ahead = cursor, {}
+        give_back()
 
     def add(self, unit: int, part: Mapping[str, Any] | None) -> int:
         """Take a unit's part; None: the unit was given up. A unit that is in the sums already is dropped.
@@ -173,7 +176,8 @@ class FactorShard:
         matrix = tensor(self.folder.group(key).read("matrix"), self.compute, self.spec.device)
         with profiling.of("eigendecomposition"):
             values, vectors = eigenbasis(matrix, name, quick and self.compute is torch.float32)
-        arrays = {"values": values.cpu().numpy(), "vectors": vectors.cpu().numpy().astype(self._storage())}
+        found = {"values": values, "vectors": vectors.to(self.compute)}
+        arrays = {kind: gpu.to_host(x).numpy() for kind, x in found.items()}
         return *self.folder.write(f"factors/{_tidy(name)}/eigen", arrays), numerics.here(self.spec.device)
 
     # queries

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raylux.cost.contraction import rotate_tokens_first
 from raylux.curvature import Spectral, rotate
-from raylux.influence.dots import LayerQueries
+from raylux.influence.dots import sequence_gradients
 
 # Scores that are taken both ways: of a block's first query on the sequences of so many queries after it.
 _PAIRS = 3
@@ -58,9 +58,10 @@ def solve_layer(
     solved, squares, exact, rounded = [], [], [], []
     some = range(1, _PAIRS + 1) if len(tokens) > 1 else range(1)
     first = torch.zeros(0)
+    inverse = curvature.inverse(damping)
     for place, gradient in enumerate(_gradients(curvature, tokens)):
         squares.append(float(gradient.square().sum(dtype=torch.float64)))
-        divided = curvature.divide(gradient, damping)
+        divided = gradient if inverse is None else gradient * inverse
         solved.append((divided if eigen else curvature.back(divided)).to(dtype))
         first = divided if place == 0 else first
         if place in some:
@@ -70,15 +71,14 @@ def solve_layer(
 
 
 def _score(s_test: Tensor, tokens: Tokens, curvature: Spectral, eigen: bool) -> float:
-    """⟨s_test, G⟩ as the score stage takes it."""
+    """⟨s_test, G⟩ of operands that are rounded as those of the score stage are."""
     a, g = (x.to(s_test.dtype).unsqueeze(0) for x in tokens)
     if eigen:
         a, g = (
             rotate(x, None if basis is None else basis.to(x.dtype))
             for x, basis in ((a, curvature.q_a), (g, curvature.q_s))
         )
-    held = LayerQueries.build((s_test.shape[0], s_test.shape[1]), [s_test], a.shape[1], tile=1)
-    return float(held.scores([(a, g)])[0, 0])
+    return float((sequence_gradients(a, g)[0].float() * s_test.float()).sum(dtype=torch.float64))
 
 
 def _gradients(curvature: Spectral, tokens: Sequence[Tokens]) -> Iterator[Tensor]:

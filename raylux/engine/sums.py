@@ -134,6 +134,8 @@ class SumPass:
             self._add_all(task)
             written = self._write()
             if written is not None:
+                # The sums are on the disk: they need not stay in memory beside what comes next.
+                self._backend.ask("begin", dict.fromkeys(self._cursors, ()))
                 return Finished(written, self._heads, distinct(self._numerics), self._repeated)
 
     # shards

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raylux import fingerprints, models, profiling
+from raylux import fingerprints, gpu, models, profiling
 from raylux.batches import Batch, TokenRow, collate, fit_batches, is_scored_so, score_batches
 from raylux.capture import Capture, Captured
 from raylux.curvature import Covariances, add_second_moments
@@ -104,7 +104,8 @@ class GradientWorker:
 
     def timed(self, method: str, parts: bool, *args: Any) -> Any:
         """Call one of the other methods; its value, or the head of its ``parts``, comes as ``profiling.Timed``."""
-        return profiling.timed(self, self.clock, method, parts, args)
+        with gpu.pinned(self.device):
+            return profiling.timed(self, self.clock, method, parts, args)
 
     @property
     def reader(self) -> CorpusReader:
@@ -146,13 +147,14 @@ class GradientWorker:
             The labels the gradients were taken on (flat, in the order of ``rows``), then a part per shard.
         """
         plan = self.spec.plan
+        keeps = contraction.scored and self._kept is not None
         sums = Covariances()
         sequences = self.reader.rows(rows)
         labels: list[np.ndarray] = [np.zeros(0, np.int32)] * len(sequences)
         for batch in self._fit_batches(sequences):
-            both = contraction.scored and is_scored_so(batch, plan.batch_tokens, plan.longest)
+            both = keeps and is_scored_so(batch, plan.batch_tokens, plan.longest)
             captured = self._run(batch, sampled, both)
-            inputs, grads = self._widened(captured)
+            inputs, grads = self._summed(captured)
             with profiling.of("covariance"):
                 sums.add(inputs, grads, batch.mask.to(self.device))
             with profiling.of("keep"):
@@ -404,10 +406,15 @@ class GradientWorker:
         """a and g in the precision of the products."""
         return captured.inputs_in(dtype), {name: g.to(dtype) for name, g in captured.grads.items()}
 
+    def _summed(self, captured: Captured) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """a and g as their covariances are summed: widened, but for bf16 on a GPU, which multiplies it exactly."""
+        native = self.device == "cuda" and self.spec.plan.dtype == "bfloat16"
+        return self._operands(captured, torch.bfloat16 if native else self.compute)
+
     def _widened(self, captured: Captured) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """a and g in the precision of the sums."""
         return self._operands(captured, self.compute)
 
 
 def _array(x: Tensor) -> np.ndarray:
-    return x.detach().cpu().numpy()
+    return gpu.to_host(x).numpy()

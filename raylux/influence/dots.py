@@ -16,18 +16,25 @@ from torch import Tensor
 
 from raylux.batches import ROW_BLOCK
 from raylux.cost.contraction import tokens_pay
+from raylux.products import aligned, aligned_width, gradients_into, wide_product
 from raylux.profiling import of
 
 TILE = 8
 """Dense queries per matrix product, unless the plan says more."""
 
 # Entries of a gradient that are formed and multiplied at a time: the buffer stays small however large the layer, and
-# what is rounded to bf16 is a part of a sum, not the whole.
+# what is rounded to bf16 is a part of a sum, not the whole. A GPU wants large products, and rounds no sum.
 _SLICE = 1 << 19
+_GPU_SLICE = 1 << 22
 
 
-Zeros = Callable[..., Tensor]
-"""As ``torch.zeros``: sizes, ``dtype``, ``device``."""
+Held = Callable[[], Tensor]
+"""A tensor that rests somewhere; valid until the next one is asked for."""
+
+
+def in_memory(x: Tensor) -> Held:
+    """Where queries rest unless there are too many."""
+    return lambda: x
 
 
 def sequence_gradients(a: Tensor, g: Tensor) -> Tensor:
@@ -43,7 +50,9 @@ class LayerQueries:
         count: Q.
         shape: (P, M).
         dtype: of the products.
-        tiles: dense s_test, each [tile, P, M], zero where a query is not dense, held slice by slice of P.
+        tiles: dense s_test, each [tile, P, M], zero where a query is not dense, slice by slice of P; its rows
+            filled up to their ``aligned_width``.
+        tile: queries of one.
         factors: query -> (left [P, R], right [M, R]) of the low-rank ones, R never 1.
         slices: of P, in which a gradient is formed and multiplied.
     """
@@ -51,7 +60,8 @@ class LayerQueries:
     count: int
     shape: tuple[int, int]
     dtype: torch.dtype
-    tiles: list[list[Tensor]] = field(default_factory=list)
+    tiles: list[list[Held]] = field(default_factory=list)
+    tile: int = TILE
     factors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     slices: list[slice] = field(default_factory=list)
 
@@ -62,7 +72,7 @@ class LayerQueries:
         queries: Sequence[Tensor | tuple[Tensor, Tensor]],
         tokens: float,
         tile: int = TILE,
-        zeros: Zeros = torch.zeros,
+        hold: Callable[[Tensor], Held] = in_memory,
     ) -> LayerQueries:
         """From each query's s_test: dense [P, M], or (left [P, R], right [M, R]), all of one dtype.
 
@@ -71,12 +81,13 @@ class LayerQueries:
             queries: in order; a place in the list is the query's column in the scores.
             tokens: typical tokens per sequence, by which the contraction is chosen.
             tile: dense queries per matrix product.
-            zeros: where dense queries are held.
+            hold: puts a slice of a tile where it rests.
         """
         outputs, inputs = shape
         first = queries[0] if queries else torch.zeros(0)
-        result = cls(len(queries), shape, (first if isinstance(first, Tensor) else first[0]).dtype)
-        step = max(1, _SLICE // inputs)
+        some = first if isinstance(first, Tensor) else first[0]
+        result = cls(len(queries), shape, some.dtype)
+        step = max(1, (_GPU_SLICE if some.is_cuda else _SLICE) // inputs)
         result.slices = [slice(start, min(start + step, outputs)) for start in range(0, outputs, step)]
         dense: dict[int, Tensor] = {}
         for place, query in enumerate(queries):
@@ -88,13 +99,16 @@ class LayerQueries:
                 dense[place] = query[0] @ query[1].T
         if dense:
             some = next(iter(dense.values()))
-            sizes = [(part.stop - part.start) * inputs for part in result.slices]
+            width = aligned_width(inputs, some.dtype, some.device)
+            result.tile = tile
             for start in range(0, len(queries), tile):
-                held = [zeros(tile, size, dtype=some.dtype, device=some.device) for size in sizes]
-                for place in sorted(dense.keys() & range(start, start + tile)):
-                    query = dense.pop(place)
-                    for part, rows in zip(result.slices, held, strict=True):
-                        rows[place - start] = query[part].reshape(-1)
+                mine = {place: dense.pop(place) for place in sorted(dense.keys() & range(start, start + tile))}
+                held = []
+                for part in result.slices:
+                    rows = torch.zeros(tile, part.stop - part.start, width, dtype=some.dtype, device=some.device)
+                    for place, query in mine.items():
+                        rows[place - start, :, :inputs] = query[part]
+                    held.append(hold(rows.view(tile, -1)))
                 result.tiles.append(held)
         return result
 
@@ -121,23 +135,23 @@ class LayerQueries:
         return result[:count]
 
     def _dense(self, parts: Sequence[tuple[Tensor, Tensor]], result: Tensor) -> None:
-        inputs = self.shape[1]
+        parts = [(aligned(a), g) for a, g in parts]
+        inputs = parts[0][0].shape[2]
         for index, part in enumerate(self.slices):
             size = part.stop - part.start
             gradient = torch.zeros(len(result), size, inputs, dtype=self.dtype, device=result.device)
             at = 0
             with of("form"):
                 for a, g in parts:
-                    # One by one: a sequence's gradient must not depend on how many stand in its batch.
-                    for n in range(len(a)):
-                        torch.mm(g[n, :, part].T, a[n], out=gradient[at + n])
+                    gradients_into(a, g[..., part], gradient[at : at + len(a)])
                     at += len(a)
             flat = gradient.view(len(result), -1)
-            width = len(self.tiles[0][index])
-            with of("dot"):
-                for number, tile in enumerate(self.tiles):
-                    columns = result[:, number * width : (number + 1) * width]
-                    columns += (flat @ tile[index].T)[:, : columns.shape[1]]
+            for number, tile in enumerate(self.tiles):
+                with of("read"):
+                    queries = tile[index]()
+                with of("dot"):
+                    columns = result[:, number * self.tile : (number + 1) * self.tile]
+                    columns += wide_product(flat, queries.T)[:, : columns.shape[1]]
 
     def token_scores(self, place: int, a: Tensor, g: Tensor) -> Tensor:
         """Each token's share of the score of query ``place``: [N, T]; they sum to the sequence's score."""
@@ -147,10 +161,9 @@ class LayerQueries:
         if place in self.factors:
             left, right = self.factors[place]
             return ((g @ left).to(wide) * (a @ right)).sum(2)[:, :tokens]
-        width = len(self.tiles[0][0])
         total = torch.zeros(a.shape[:2], dtype=wide, device=a.device)
-        for part, tile in zip(self.slices, self.tiles[place // width], strict=True):
-            query = tile[place % width].view(-1, self.shape[1])
+        for part, tile in zip(self.slices, self.tiles[place // self.tile], strict=True):
+            query = tile()[place % self.tile].view(part.stop - part.start, -1)[:, : self.shape[1]]
             total += ((g[..., part] @ query).to(wide) * a).sum(2)
         return total[:, :tokens]
 

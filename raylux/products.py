@@ -1,0 +1,64 @@
+"""Matrix products as a GPU wants them: one kernel for a batch, bf16 operands with float32 sums.
+
+On a CPU the same products are taken a sequence at a time, where a result is still in the cache. What decides is the
+device a tensor lies on, so the bits of a CPU run do not know of this module.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Since torch 2.8, on CUDA alone.
+_WIDENS = "out_dtype" in (torch.mm.__doc__ or "")
+
+
+# Entries of a row of bf16 that a GPU's fast kernels take together: a width of 1025, a bias beside 1024 inputs, costs
+# five times as much as one of 1032.
+_WIDTH = 8
+
+
+def aligned_width(width: int, dtype: torch.dtype, device: torch.device) -> int:
+    """The width to which rows of a product are filled up with zeros: in bf16 on a GPU the next multiple of 8."""
+    return width + (-width % _WIDTH if device.type == "cuda" and dtype == torch.bfloat16 else 0)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x [..., D] with zeros behind each row up to its ``aligned_width``."""
+    more = aligned_width(x.shape[-1], x.dtype, x.device) - x.shape[-1]
+    return torch.nn.functional.pad(x, (0, more)) if more else x
+
+
+def gradients_into(a: Tensor, g: Tensor, out: Tensor, batched: bool | None = None) -> None:
+    """G_n = Σ_t g_t a_tᵀ of each sequence.
+
+    Args:
+        a: [N, T, M].
+        g: [N, T, P].
+        out: [N, P, M], is overwritten; in the dtype of a and g.
+        batched: one product for all; None: on a GPU. Otherwise one by one, since on a CPU a sequence's gradient would
+            depend on how many stand in its batch. On a GPU the batch's shape chooses the kernel, and is a function of
+            the sequence's own length (``score_batches``) or of its fit unit.
+    """
+    if a.is_cuda if batched is None else batched:
+        torch.bmm(g.mT, a, out=out)
+        return
+    for n in range(len(a)):
+        torch.mm(g[n].T, a[n], out=out[n])
+
+
+def rotated(x: Tensor, basis: Tensor) -> Tensor:
+    """x [..., D] Q [D, D]."""
+    width = x.shape[-1]
+    more = aligned_width(width, x.dtype, x.device) - width
+    if not more:
+        return (x.reshape(-1, width) @ basis).view_as(x)
+    filled = torch.nn.functional.pad(basis, (0, more, 0, more))
+    return (aligned(x).reshape(-1, width + more) @ filled).view(*x.shape[:-1], -1)[..., :width]
+
+
+def wide_product(x: Tensor, y: Tensor) -> Tensor:
+    """x [m, k] y [k, n]; on a GPU the product of bf16 operands comes in float32, its sums never rounded to bf16."""
+    if x.dtype != torch.bfloat16 or not x.is_cuda:
+        return x @ y
+    return torch.mm(x, y, out_dtype=torch.float32) if _WIDENS else x.float() @ y.float()
