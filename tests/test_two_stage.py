@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.two_stage import passes
-from jobs.twostage import captured, curve
+from jobs.two_stage import passes, study
+from jobs.twostage import captured, curve, page
+from jobs.twostage.gathered import slowness
 from jobs.twostage.cases import prepare
 from jobs.twostage.passes import LayerStudy, sides_of
 from jobs.twostage.sketch import CountSketch, Deflated, balance, narrowed
@@ -104,3 +105,16 @@ def test_the_passes_of_the_tiny_case_agree_with_one_another(tmp_path) -> None:
     assert total.shape == (24, 6)
     assert captured.mean_tokens(tmp_path, "cand") == 24
     assert sides_of(layers[0], 16, 4) == (16, 4)
+
+
+def test_the_page_says_what_the_study_found(tmp_path) -> None:
+    found = study("tiny", 120, 8, 24, 64, tmp_path)
+    assert all(row["eliminated"] <= row["adaptive"] + 0.05 for row in found["rows"])
+    assert found["rows"][0]["error"] > found["rows"][3]["error"]
+    text = page.text({"tiny": {**found, "gathered": {"0.05": 40.0}, "command": "python jobs/two_stage.py"}})
+    assert "| 5.0% | 40 × | 200% |" in text
+    assert f"{sum(found['rows'][1]['cost'].values()):.1%}" in text
+
+
+def test_a_gathered_pair_takes_time() -> None:
+    assert slowness(0.002) > 0

@@ -22,10 +22,11 @@ def write(figures: Mapping[str, dict[str, Any]]) -> None:
     """Figures, page and plot."""
     FIGURES.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     _plot(figures)
-    PAGE.write_text(_page(figures), encoding="utf-8")
+    PAGE.write_text(text(figures), encoding="utf-8")
 
 
-def _page(figures: Mapping[str, dict[str, Any]]) -> str:
+def text(figures: Mapping[str, dict[str, Any]]) -> str:
+    """The page."""
     sections = "\n".join(_section(case) for case in figures.values())
     commands = "\n".join(f"    {case['command']}" for case in figures.values())
     return f"""# Two-stage scoring: what a cheap first pass saves, and why no run has one
@@ -51,8 +52,8 @@ A score is ⟨V, G⟩, the preconditioned query against the sequence's gradient 
 
 1. **Balance.** The 16 largest eigendirections of A and of S are scaled up in the queries and down in the tokens,
    which leaves scores as they are and makes ‖V‖ ‖G‖ small against them: the error of a sketch is that product over
-   √k. Without it the standard basis needs some hundred times the sketch. For queries this is free (an elementwise
-   factor in the eigenbasis); tokens cost 2·T·16·(P + M) multiplications.
+   √k. Without it a sketch of the same error has 25 to 200 times the size (layers of A, by mean squares). For queries
+   this is free (an elementwise factor in the eigenbasis); tokens cost 2·T·16·(P + M) multiplications.
 2. **Sketch.** G's entries go with random signs into k buckets: P·M additions, whatever k is. The products with the
    queries' sketches cost Q·k instead of Q·P·M. k is larger in layers that err more; the mean is in the table.
 3. **Rescore.** The sketches' own norms say how far a score may be off, pair by pair: ‖V‖ ‖G‖ / √k. A pair is rescored
@@ -60,7 +61,7 @@ A score is ⟨V, G⟩, the preconditioned query against the sequence's gradient 
    the same number for every query (*fixed number*). Better still, rescore the layer that errs most first, put its
    exact scores in place of its estimates, and drop the pairs that have fallen too far behind (*dropped on the way*).
 4. **Pivots** (one row): 16 combinations of the queries of each layer whose scores are computed exactly and taken out
-   of what is sketched. They halve no error enough to pay for themselves here.
+   of what is sketched. They lower the error too little to pay for themselves.
 
 Costs are multiplications, in percent of the exact contraction Σ (T + Q)·P·M; forward, backward and the query stage
 are the same either way and not counted. Each gradient is formed once, which takes thresholds that are known from the
@@ -80,10 +81,10 @@ _NEXT = """## Why it is not in the engine, and what would change that
   number of standard errors set from the pairs already rescored; a first pass on Kronecker sketches of the tokens, so
   that what is never rescored is never formed (pays where N is large: with 10 times the candidates most sequences are
   nobody's best).
-- **Tried and worse**: truncation to leading coordinates (52 % for the same recall, earlier); count sketches in the
-  standard basis without balance (an error of 1.5 spreads at k = 16,384 on A); balance entry by entry alone (no
-  better); scaling 64 directions of the wide side instead of 16 (errors fall by a sixth, tokens cost three times as
-  much).
+- **Tried and worse**: truncation to leading coordinates (an earlier attempt: 52 % for the same recall); count sketches
+  in the standard basis, balanced entry by entry alone (an error of 1.5 spreads at k = 16,384, first three layers of A);
+  16 to 64 pivots with those (0.8 spreads at best); 64 balanced directions instead of 16 on the wide side of A's c_fc
+  (errors fall by 10 to 20 %, balancing costs three times as much).
 """
 
 
