@@ -6,8 +6,8 @@ import torch
 
 from jobs.two_stage import passes, study
 from jobs.twostage import captured, curve, page
-from jobs.twostage.gathered import slowness
 from jobs.twostage.cases import prepare
+from jobs.twostage.gathered import slowness
 from jobs.twostage.passes import LayerStudy, sides_of
 from jobs.twostage.sketch import CountSketch, Deflated, balance, narrowed
 from raylux.layers import TrackedLayer
