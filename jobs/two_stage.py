@@ -104,6 +104,12 @@ def passes(
     return found, total
 
 
+def scores(scratch: Path, queries: int) -> np.ndarray:
+    """[N, Q] exact scores over all layers, as the passes kept them."""
+    layers = (np.load(path)[:, :queries].astype(np.float64) for path in sorted(scratch.glob("exact.*.npy")))
+    return sum(layers, start=np.zeros((1, 1)))
+
+
 def measured(
     layers: Sequence[TrackedLayer],
     kept: dict[str, curve.Kept],
@@ -170,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not figures.exists():
         figures.write_text(json.dumps(study(options.case, *sizes, options.largest, scratch)), encoding="utf-8")
     found = json.loads(figures.read_text(encoding="utf-8"))
+    found["energies"] = curve.energies(scores(scratch, options.queries))
     found["gathered"] = {str(share): slowness(share) for share in (0.005, 0.02, 0.05)}
     print(json.dumps({key: value for key, value in found.items() if key != "rows"}))
     if options.write:

@@ -111,10 +111,20 @@ def test_the_page_says_what_the_study_found(tmp_path) -> None:
     found = study("tiny", 120, 8, 24, 64, tmp_path)
     assert all(row["eliminated"] <= row["adaptive"] + 0.05 for row in found["rows"])
     assert found["rows"][0]["error"] > found["rows"][3]["error"]
-    text = page.text({"tiny": {**found, "gathered": {"0.05": 40.0}, "command": "python jobs/two_stage.py"}})
+    text = page.text(
+        {"tiny": {**found, "gathered": {"0.05": 40.0}, "energies": {"0.5": 0.9}, "command": "python jobs/two_stage.py"}}
+    )
     assert "| 5.0% | 40 × | 200% |" in text
     assert f"{sum(found['rows'][1]['cost'].values()):.1%}" in text
 
 
 def test_a_gathered_pair_takes_time() -> None:
     assert slowness(0.002) > 0
+
+
+def test_scores_of_few_directions_need_few_pivots() -> None:
+    draw = np.random.default_rng(0)
+    exact = draw.normal(size=(200, 4)) @ draw.normal(size=(4, 40))
+    found = curve.energies(exact)
+    assert found["0.1"] == pytest.approx(1.0)
+    assert found["0.05"] < 0.9

@@ -228,3 +228,13 @@ def covering(exact: np.ndarray, top: int = TOP, wanted: float = WANTED) -> float
     best = np.argsort(-exact, 0)[:top]
     counts = np.sort(np.bincount(best.ravel(), minlength=len(exact)))[::-1]
     return float((np.cumsum(counts) / counts.sum() < wanted).mean())
+
+
+def energies(exact: np.ndarray, shares: Sequence[float] = (0.05, 0.1, 0.25, 0.5)) -> dict[str, float]:
+    """Share of the scores' variance, each query's counted alike, that the best r pivots keep, by r / Q.
+
+    No first pass that is linear in r numbers of a sequence keeps more, whatever those are (Eckart and Young).
+    """
+    centred = (exact - exact.mean(0)) / exact.std(0)
+    values = np.linalg.eigvalsh(centred.T @ centred)[::-1]
+    return {str(share): float(values[: round(share * len(values))].sum() / values.sum()) for share in shares}

@@ -6,7 +6,7 @@ queries [Q, k]. Numbers are float32; g is ``SCALE`` times too large throughout, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,11 +132,3 @@ def sides_of(layer: TrackedLayer, wide: int, narrow: int) -> tuple[int, int]:
     """(k_S, k_A): more directions on a side that widens, whose gradients fill more of them."""
     outputs, inputs = layer.shape
     return (min(wide if outputs > inputs else narrow, outputs), min(narrow, inputs))
-
-
-def total_scores(folder: Path, layers: Sequence[TrackedLayer], queries: int) -> np.ndarray:
-    """[N, Q] exact scores over all layers, in float64."""
-    return sum(
-        (LayerStudy(folder, layer, queries).exact().astype(np.float64) for layer in layers),
-        start=np.zeros((1, 1)),
-    )
