@@ -77,11 +77,10 @@ _NEXT = """## Why it is not in the engine, and what would change that
   nearly every sequence is among somebody's best. The saving grows with Q, and with N at a fixed number of best ones.
 - **Real text has no small sketch.** On A, whose language is a small grammar, E‖V‖² E‖G‖² is 7 to 210 squared spreads
   a layer once balanced; on the demo 450 to 1,400 (three of its layers), 330 to 920 with every entry balanced, and a
-  layer has 43,008 entries: an error of 0.3 spreads would take sketches
-  larger than the gradients (it falls with √k). Nor would
-  truncation do: 90 % of what the eigenbasis' coordinates hold one by one takes 82 to 84 % of them (two layers). The
-  scores themselves are nearly of full rank (above). Candidates that the model was not trained on, most of those here,
-  have gradients with 7 to 11 times the mean square of the fitted ones (whose labels are the model's own).
+  layer has 43,008 entries: an error of 0.3 spreads would take sketches larger than the gradients (it falls with √k).
+  Nor would truncation do: 90 % of what the eigenbasis' coordinates hold one by one takes 82 to 84 % of them (two
+  layers). The scores themselves are far from low rank (above). Candidates that the model was not trained on, most of
+  those here, have gradients with 7 to 11 times the mean square of the fitted ones (whose labels are the model's own).
 - **Multiplications are not seconds.** The gathered products of rescoring are bound by memory: see above. Two stages
   then take longer than one until the share of rescored pairs is well below the inverse of that factor.
 - **Next**: rescore in blocks that are dense (queries clustered by their sketches, the union of their candidates as
@@ -112,10 +111,10 @@ def _section(case: Mapping[str, Any]) -> str:
     lines = [_COLUMNS, ["---"] * len(_COLUMNS), *rows]
     kept = ", ".join(f"{value:.0%} at r = {float(share):.0%} of Q" for share, value in case["energies"].items())
     told = (
-        f"{case['sequences']:,} candidates of {case['tokens']:.0f} tokens; recall on {case['queries']:,} queries, cost at "
-        f"1,000. Curvature of {case['fitted']} sequences; {case['layers']} layers with {case['entries']:,} entries. To "
-        f"rescore 99 % of all best pairs, {case['covering']:.0%} of the candidates must be formed. The best r combinations "
-        f"of the queries, exactly scored, keep of the scores' variance: {kept}.{case.get('note', '')}"
+        f"{case['sequences']:,} candidates of {case['tokens']:.0f} tokens; recall on {case['queries']:,} queries, "
+        f"cost at 1,000. Curvature of {case['fitted']} sequences; {case['layers']} layers with {case['entries']:,} "
+        f"entries. To rescore 99 % of all best pairs, {case['covering']:.0%} of the candidates must be formed. The best "
+        f"r combinations of the queries, exactly scored, keep of the scores' variance: {kept}.{case.get('note', '')}"
     )
     return f"""## {_title(case)}
 
