@@ -113,8 +113,9 @@ def _section(case: Mapping[str, Any]) -> str:
     told = (
         f"{case['sequences']:,} candidates of {case['tokens']:.0f} tokens; recall on {case['queries']:,} queries, "
         f"cost at 1,000. Curvature of {case['fitted']} sequences; {case['layers']} layers with {case['entries']:,} "
-        f"entries. To rescore 99 % of all best pairs, {case['covering']:.0%} of the candidates must be formed. The best "
-        f"r combinations of the queries, exactly scored, keep of the scores' variance: {kept}.{case.get('note', '')}"
+        f"entries. To rescore 99 % of all best pairs, {case['covering']:.0%} of the candidates must be formed. The "
+        f"best r combinations of the queries, exactly scored, keep of the scores' variance: {kept}."
+        f"{case.get('note', '')}"
     )
     return f"""## {_title(case)}
 
