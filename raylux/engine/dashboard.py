@@ -17,7 +17,6 @@ import requests
 
 from raylux.engine import auth
 from raylux.errors import UserError
-from raylux.sources import one_line
 
 DEFAULT = "http://127.0.0.1:8265"
 # Seconds to connect, and between two bytes of an answer.
@@ -95,9 +94,10 @@ def _get(url: str, path: str, headers: Mapping[str, str]) -> Any:
     """The JSON at a path. Raises UserError."""
     try:
         answer = requests.get(url + path, headers=dict(headers), timeout=_PATIENCE)
-    except requests.Timeout:
+    except requests.Timeout as error:
+        seconds = _PATIENCE[isinstance(error, requests.ReadTimeout)]
         raise UserError(
-            f"{url}: no answer in {sum(_PATIENCE):.0f} s; is the cluster up, and can this machine reach it?"
+            f"{url}: no answer in {seconds:.0f} s; is the cluster up, and can this machine reach it?"
         ) from None
     except (requests.RequestException, ValueError) as error:
         raise UserError(
@@ -118,8 +118,8 @@ def _get(url: str, path: str, headers: Mapping[str, str]) -> Any:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost of a chain of errors: the others quote each other."""
+    """The innermost of a chain of errors, for the others quote each other; none of what was answered is quoted."""
     inner = error
     while (next_one := inner.__cause__ or inner.__context__) is not None:
         inner = next_one
-    return one_line(inner)
+    return inner.strerror if isinstance(inner, OSError) and inner.strerror else type(inner).__name__
