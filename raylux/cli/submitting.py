@@ -52,9 +52,9 @@ _STOP = 60.0
     help=manual(f"""Send the run of CONFIG to a Ray cluster as a job, and follow it to its own exit code.
 
     First checked here: address, token, Ray's version, the config's places, and CPUs, GPUs and memory against what the
-    cluster has. Then the working directory is sent, less weights, corpora and what .rayignore and .gitignore name; the
-    cluster's machines need raylux's dependencies (cluster/Dockerfile), and run.folder must be an absolute path that
-    all of them reach, or a URL.
+    cluster has. Then the working directory is sent, less weights, corpora and what .rayignore and .gitignore name.
+    Needs raylux's dependencies on the cluster's machines (cluster/Dockerfile), and as run.folder an absolute path
+    that all of them reach, or a URL.
 
     The job's id is made of the run folder and the attempt. The same command again follows an attempt that is under
     way, and goes on with a run whose last attempt failed or was stopped. Ctrl-C ends the following, not the job.
@@ -102,7 +102,7 @@ def submit(
     short_help="say how the jobs of a cluster stand",
     help=manual(f"""How the jobs stand that `raylux submit` sent to a cluster: all, or the one of TARGET.
 
-    TARGET is a submission id, or a config file: then the last attempt at its run.
+    TARGET is a submission id, or a config file: then the last attempt at its run. Reads the cluster's job server alone.
 
     {_AUTH}
 
@@ -136,7 +136,7 @@ def status(
     short_help="end a job",
     help=manual(f"""End the job of TARGET: a submission id, or a config file for the last attempt at its run.
 
-    What is committed stays: the same `raylux submit` goes on with it.
+    What is committed stays: the same `raylux submit` goes on with it. Needs a minute at most.
 
     {_AUTH}
 

@@ -74,9 +74,8 @@ def reach(address: str) -> Dashboard:
 
 def normal(address: str) -> str:
     """An address as a URL without a path's last slash. Raises UserError for what cannot be a dashboard's address."""
-    text = address.strip().rstrip("/")
-    if "://" not in text:
-        text = f"http://{text}"
+    text = address.strip()
+    text = (text if "://" in text else f"http://{text}").rstrip("/")
     how = "give the dashboard's address, as in http://HOST:8265"
     try:
         parts = urlsplit(text)

@@ -13,7 +13,7 @@ from raylux.sources import PACKAGE, is_url
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 # Left out of what is sent, beside what .rayignore and .gitignore name: weights, arrays, corpora, and what git keeps.
 EXCLUDES = (
-    ".git/", ".venv/", "runs/", "**/__pycache__/", "*.safetensors", "*.gguf", "*.bin", "*.pt", "*.pth", "*.ckpt",
+    ".git", ".venv", "runs/", "**/__pycache__/", "*.safetensors", "*.gguf", "*.bin", "*.pt", "*.pth", "*.ckpt",
     "*.zarr/", "*.parquet", "*.arrow", "*.npy", "*.npz", "*.tar", "*.zip", "*.gz", "*.zst", "*.xz", "*.bz2",
     "auth_token",
 )  # fmt: skip
