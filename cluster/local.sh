@@ -2,7 +2,7 @@
 # A Ray head with dashboard and token on this machine, to submit jobs to.
 #
 #   source cluster/local.sh start   start it and point this shell at it
-#   cluster/local.sh start          start it
+#   cluster/local.sh start          start it; what follows are more options of `ray start`, as --num-gpus=1
 #   cluster/local.sh env            print what a shell has to set: eval "$(cluster/local.sh env)"
 #   cluster/local.sh stop           end this head and what runs on it, and nothing else
 #
@@ -61,7 +61,7 @@ start() {
         --dashboard-host=127.0.0.1 --dashboard-port="$port" --dashboard-agent-listen-port=0 \
         --min-worker-port=0 --max-worker-port=0 \
         ${RAYLUX_LOCAL_CPUS:+--num-cpus=$RAYLUX_LOCAL_CPUS} \
-        --log-color=false </dev/null >"$folder/log" 2>&1 &
+        --log-color=false "$@" </dev/null >"$folder/log" 2>&1 &
     echo $! >"$folder/pid"
     for _ in $(seq 120); do
         if answers; then
@@ -114,7 +114,7 @@ variables() {
 }
 
 case ${1:-} in
-start) start ;;
+start) start "${@:2}" ;;
 stop) stop ;;
 env) variables ;;
 *)

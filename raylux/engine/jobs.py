@@ -19,7 +19,7 @@ from typing import Any
 import requests
 
 from raylux.engine.dashboard import Dashboard
-from raylux.errors import UserError
+from raylux.errors import RayluxError, UserError
 from raylux.sources import one_line
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -29,7 +29,9 @@ from ray.job_submission import JobSubmissionClient
 
 PENDING, RUNNING, STOPPED, SUCCEEDED, FAILED = "PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"
 _ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
-_POLL = 1.0
+# Seconds between two looks; until an end that was told is known; without a word on a connection.
+_POLL, _SETTLES, _SILENCE = 1.0, 10.0, 120.0
+# Connections in a row that brought nothing: half a minute.
 _TRIES = 5
 
 
@@ -60,6 +62,21 @@ class Job:
     @property
     def over(self) -> bool:
         return self.status in (STOPPED, SUCCEEDED, FAILED)
+
+
+class _Log:
+    """A log that begins anew with each connection: passes on what lies behind the first ``skip`` characters."""
+
+    def __init__(self, write: Callable[[str], None], skip: int) -> None:
+        self._write, self._skip = write, skip
+        self.passed = 0
+        self.silent = False
+
+    def take(self, chunk: str) -> None:
+        fresh = chunk[max(0, self._skip - self.passed) :]
+        self.passed += len(chunk)
+        if fresh:
+            self._write(fresh)
 
 
 class InUseError(UserError):
@@ -131,38 +148,54 @@ class JobServer:
     def follow(self, name: str, write: Callable[[str], None]) -> Job:
         """Pass on what a job writes, from its beginning, until it ends; the ended job.
 
-        A connection that breaks is made again, and nothing is passed on twice.
+        A connection that breaks or falls silent is made again, and nothing is passed on twice.
+
+        Raises:
+            RayluxError: the job server does not answer any more; the job may go on.
         """
         seen, failures = 0, 0
         while True:
-            before = seen
-            problem: Exception | None = None
+            log = _Log(write, skip=seen)
+            problem = ""
             try:
-                seen = asyncio.run(self._tail(name, seen, write))
+                asyncio.run(self._tail(name, log))
             except (RuntimeError, OSError, aiohttp.ClientError) as error:
-                problem = error
-                seen = max(seen, self._passed)
-            job = self.wait(name, 0 if problem else 10 * _POLL)
-            if job.over:
-                # What was written between the last look and the end.
-                with contextlib.suppress(UserError), self._plainly(name):
-                    write(self._client.get_job_logs(name)[seen:])
-                return job
-            failures = 0 if seen > before else failures + 1
+                problem = one_line(error)
+            failures = 0 if log.passed > seen else failures + 1
+            seen = max(seen, log.passed)
+            try:
+                # An end that was told is known to the server in a moment; a silent job may go on for long.
+                job = self.wait(name, 0.0 if problem or log.silent else _SETTLES)
+            except UserError as error:
+                problem = str(error)
+            else:
+                if job.over:
+                    self._rest(name, seen, write)
+                    return job
+                if log.silent:
+                    failures = 0
             if failures >= _TRIES:
-                why = f" ({one_line(problem)})" if problem else ""
-                raise UserError(f"{self.url}: lost sight of {name}{why}; `raylux status {name}` looks at it again")
-            time.sleep(_POLL)
+                why = f" ({problem})" if problem else ""
+                raise RayluxError(f"{self.url}: lost sight of {name}{why}; `raylux status {name}` looks again")
+            time.sleep(_POLL * min(2**failures, 8))
 
-    async def _tail(self, name: str, skip: int, write: Callable[[str], None]) -> int:
-        """Characters of the log that were passed on or skipped; it begins anew with each connection."""
-        self._passed = 0
-        async for chunk in self._client.tail_job_logs(name):
-            fresh = chunk[max(0, skip - self._passed) :]
-            self._passed += len(chunk)
-            if fresh:
-                write(fresh)
-        return max(skip, self._passed)
+    def _rest(self, name: str, seen: int, write: Callable[[str], None]) -> None:
+        """What was written between the last look and the end."""
+        with contextlib.suppress(UserError), self._plainly(name):
+            write(self._client.get_job_logs(name)[seen:])
+
+    async def _tail(self, name: str, log: _Log) -> None:
+        chunks = self._client.tail_job_logs(name)
+        while True:
+            try:
+                # A connection that was dropped on the way is as silent as a job that has nothing to say.
+                chunk = await asyncio.wait_for(anext(chunks), _SILENCE)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                log.silent = True
+                return
+            log.take(chunk)
 
     @contextmanager
     def _plainly(self, name: str = "") -> Iterator[None]:
