@@ -86,12 +86,12 @@ stop() {
     # Ray's own processes and the jobs: children of the head, and theirs.
     all=$(tree "$head")
     kill -TERM "$head" 2>/dev/null || true
-    for _ in $(seq 30); do
-        alive "$all" || break
-        sleep 1
-    done
-    # shellcheck disable=SC2086  # a list of numbers
-    if alive "$all"; then kill -KILL $all 2>/dev/null || true; fi
+    gone "$all" 15 || {
+        # Nodes that an autoscaler started hear nothing of the head's end.
+        # shellcheck disable=SC2086  # a list of numbers
+        kill -KILL $all 2>/dev/null || true
+        gone "$all" 15 || { echo "some of its processes do not end: ${all//$'\n'/ }" >&2; exit 1; }
+    }
     rm -f "$folder/pid"
     echo "stopped" >&2
 }
@@ -101,11 +101,18 @@ tree() {
     for child in $(cat /proc/"$1"/task/*/children 2>/dev/null); do tree "$child"; done
 }
 
-alive() {
-    for process in $1; do
-        if kill -0 "$process" 2>/dev/null; then return 0; fi
+# Wait until no process of list $1 runs, at most $2 seconds. One that ended and that nobody has asked after is gone.
+gone() {
+    local until=$((SECONDS + $2)) process left
+    while :; do
+        left=
+        for process in $1; do
+            grep -qs '^State:[[:space:]]*[^ZX]' "/proc/$process/status" && left=$process
+        done
+        [ -n "$left" ] || return 0
+        [ $SECONDS -lt "$until" ] || return 1
+        sleep 0.5
     done
-    return 1
 }
 
 variables() {

@@ -3,71 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-import yaml
 
 from raylux.cli import main
 from raylux.engine import auth
 from raylux.submission import flow, names
-from tests.small import CUT, Inputs, contents, differing, make_inputs
+from tests.heads import ROOT, Head, like_a_clone
+from tests.small import Inputs, contents, differing, make_inputs
 
 pytestmark = pytest.mark.cluster
-ROOT = Path(__file__).parent.parent
-
-
-@dataclass
-class Head:
-    """The head of cluster/local.sh.
-
-    Attributes:
-        folder: with its token and pid; work: the working directory of what is submitted.
-        said: by the commands of the README.
-        code: their exit code.
-    """
-
-    folder: Path
-    work: Path
-    port: int
-    said: str = ""
-    code: int = -1
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def sh(self, *lines: str) -> subprocess.CompletedProcess[str]:
-        env = {**os.environ, "RAYLUX_LOCAL": str(self.folder), "RAYLUX_LOCAL_PORT": str(self.port)}
-        env |= {"RAYLUX_LOCAL_GCS_PORT": str(_free_port()), "RAYLUX_LOCAL_CPUS": "2"}
-        for name in (auth.MODE, auth.TOKEN_PATH):
-            env.pop(name, None)
-        script = "\n".join(["set -e", *lines])
-        return subprocess.run(
-            ["bash", "-c", script], cwd=self.work, env=env, capture_output=True, text=True, timeout=280
-        )
-
-    def processes(self) -> list[psutil.Process]:
-        """The head and what it started."""
-        head = psutil.Process(int((self.folder / "pid").read_text()))
-        return [head, *head.children(recursive=True)]
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _readme() -> list[str]:
@@ -94,29 +45,14 @@ def head(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
     In a folder that looks like a clone to them, with a smaller model than theirs.
     """
     work = tmp_path_factory.mktemp("clone")
-    (work / "cluster").symlink_to(ROOT / "cluster")
-    (work / ".venv").symlink_to(sys.prefix)
-    sections = inputs.sections("overridden")
-    for text in CUT:
-        place, value = text.split("=")
-        section, key = place.split(".")
-        sections.setdefault(section, {})[key] = yaml.safe_load(value)
-    sections["engine"] |= {"backend": "ray", "workers": 1}
-    (work / "config.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
+    like_a_clone(work, inputs)
     install, activate, start, submit, stop = _readme()
     assert install == "make smollm2-data" and stop == "cluster/local.sh stop"
-    found = Head(tmp_path_factory.mktemp("head"), work, _free_port())
-    seen: list[psutil.Process] = []
-    try:
+    found = Head(tmp_path_factory.mktemp("head"), work)
+    with found.ended_by(activate, stop):
         done = found.sh(activate, start, submit.replace("configs/quickstart.yaml", "config.yaml"))
         found.said, found.code = done.stdout + done.stderr, done.returncode
         yield found
-        seen = found.processes()
-    finally:
-        ended = found.sh(activate, stop)
-    assert ended.returncode == 0, ended.stderr
-    left = [process for process in seen if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-    assert left == []
 
 
 @pytest.fixture

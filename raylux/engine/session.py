@@ -75,10 +75,13 @@ def size(demand: Demand, patience: float = 0.0) -> tuple[int, int]:
 
 
 def _bundles(demand: Demand) -> list[dict[str, float]]:
-    """What one node must have to hold a worker and its part of the shards, once per worker."""
+    """What Ray places a worker by, once per worker.
+
+    Without memory: not every autoscaler knows the memory of a node that it has not started, and one that does not
+    would take the request for one that no node can meet.
+    """
     count = demand.workers if isinstance(demand.workers, int) else 1
-    bundle = {"CPU": float(demand.threads), "memory": float(demand.worker_bytes + demand.shards_bytes // count)}
-    return [bundle | ({"GPU": 1.0} if demand.gpu else {})] * count
+    return [{"CPU": float(demand.threads)} | ({"GPU": 1.0} if demand.gpu else {})] * count
 
 
 def _ask_for(bundles: list[dict[str, float]]) -> None:
