@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import requests
 
 from raylux.cli import main
 from raylux.engine import auth
@@ -104,6 +107,28 @@ def test_the_token_is_asked_for_and_is_in_no_jobs_settings(
     monkeypatch.delenv(auth.MODE)
     assert main(["status"]) == 2
     assert "asks for a token" in capsys.readouterr().err
+
+
+def test_this_head_exports_what_the_dashboard_draws(joined: Head) -> None:
+    """All of Ray's but those of GPUs, which this machine has not, and of the autoscaler, whose port may be taken."""
+    drawn = json.loads((ROOT / "cluster" / "monitoring" / "grafana.json").read_text(encoding="utf-8"))
+    text = " ".join(target["expr"] for panel in drawn["panels"] for target in panel["targets"])
+    used = {name for name in re.findall(r"\bray_[a-z_]+(?=\{)", text) if not re.search("gpu|gram", name)}
+    token = (joined.folder / "token").read_text()
+    version = requests.get(f"{joined.url}/api/version", headers={"Authorization": f"Bearer {token}"}, timeout=20).json()
+    found = Path("/tmp/ray", version["session_name"], "prom_metrics_service_discovery.json")
+
+    def exported() -> bool:
+        names = set()
+        for target in (target for entry in json.loads(found.read_text()) for target in entry["targets"]):
+            with contextlib.suppress(requests.RequestException):
+                names |= set(
+                    re.findall(r"^([a-z_]+)\{", requests.get(f"http://{target}/metrics", timeout=5).text, re.M)
+                )
+        return used <= names
+
+    assert len(used) > 8
+    _until(exported, 60.0)
 
 
 def test_what_cannot_work_there_is_refused_in_a_line(joined: Head, capsys: pytest.CaptureFixture[str]) -> None:

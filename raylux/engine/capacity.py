@@ -57,4 +57,6 @@ def _way_out(demand: Demand, by_cpu: int) -> str:
         return f"set engine.workers to {by_cpu} or fewer" + ("" if demand.gpu else ", or engine.threads lower")
     if demand.gpu:
         return "set model.device to cpu, or use a cluster with GPUs"
-    return "set engine.threads lower" if demand.threads > 1 else "use a cluster with nodes that run workers"
+    if demand.threads > 1:
+        return "set engine.threads lower, then engine.workers to what fits"
+    return "use a cluster with nodes that run workers"
