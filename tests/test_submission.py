@@ -239,10 +239,11 @@ def test_too_little_memory_is_refused_with_demand_and_supply(
     assert server.sent == []
 
 
+@pytest.mark.parametrize("model", ["s3://bucket/model", "openai-community/gpt2", "package://no_such_module/model.gguf"])
 def test_a_model_that_is_not_here_is_said_not_to_be_checked(
-    server: StubServer, capsys: pytest.CaptureFixture[str]
+    server: StubServer, capsys: pytest.CaptureFixture[str], model: str
 ) -> None:
-    assert main(["submit", "config.yaml", "model.path=s3://bucket/model", "--no-wait"]) == 0
+    assert main(["submit", "config.yaml", f"model.path={model}", "--no-wait"]) == 0
     assert "memory is not" in capsys.readouterr().err
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from raylux.config import Config
 from raylux.engine.capacity import Demand, fit
-from raylux.sources import PACKAGE
+from raylux.errors import UserError
+from raylux.sources import resolve
 
 
 def check(
@@ -16,7 +17,7 @@ def check(
     """Refuse what cannot run there.
 
     CPUs and GPUs are held against the config alone. Memory needs the model's structure, which is read where the model
-    is on this machine; elsewhere that is said, and the job itself checks it when it starts.
+    is a folder of this machine; elsewhere that is said, and the job itself checks it when it starts.
 
     Args:
         config: of the run; config_path, overrides: as it was made.
@@ -32,13 +33,18 @@ def check(
     gpu = config.model.device == "cuda"
     fit(Demand(engine.workers, engine.shards, engine.threads, gpu, 1, 0), supply)
     if not _here(config.model.path):
-        say(f"model.path = {config.model.path} is not on this machine: CPUs and GPUs are checked, memory is not")
+        say(f"model.path = {config.model.path} is no folder of this machine: CPUs and GPUs are checked, memory is not")
         return
     fit(_demand(config_path, overrides, "cuda" if gpu else "cpu"), supply)
 
 
 def _here(place: str) -> bool:
-    return place.startswith(PACKAGE) or (Path(place).is_absolute() and Path(place).exists())
+    """Whether a model's structure can be read at once: a hub or a GGUF file would have to be fetched or converted."""
+    try:
+        path = Path(resolve(place))
+    except UserError:  # a package that only the cluster has
+        return False
+    return path.is_absolute() and path.is_dir()
 
 
 def _demand(config_path: str, overrides: Sequence[str], device: str) -> Demand:
