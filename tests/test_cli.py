@@ -26,7 +26,10 @@ from raylux.profiling import Spent
 from raylux.report.profile import StageTime
 from raylux.shown import plain
 
-COMMANDS = ("run", "fit", "prefilter", "query", "score", "report", "top", "inspect", "models", "demo", "doctor", "plan")
+COMMANDS = (
+    *("run", "fit", "prefilter", "query", "score", "report", "top", "inspect", "models", "demo", "doctor", "plan"),
+    *("submit", "status", "stop"),
+)
 STAGES = ("corpus", "fit", "prefilter", "query", "score", "report")
 ROOT = Path(__file__).parent.parent
 ESCAPES = "red \x1b[31m title \x1b]0;owned\x07 and \x9b2J"

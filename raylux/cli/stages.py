@@ -131,7 +131,9 @@ def _run_stages(
 
     config = Config.load(config_path, overrides)  # before anything heavy: a typing error answers at once
     from raylux import api
+    from raylux.submission.paths import check_in_job
 
+    check_in_job(config)
     again = restart.value if restart is not None else None
     run = api.run_stages(config, stages=stages, config_path=config_path, restart=again)
     output.print_status(run)

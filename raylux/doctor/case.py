@@ -13,7 +13,8 @@ from raylux.capture import input_groups
 from raylux.config import Config
 from raylux.corpus import Sequences, build_sequences
 from raylux.doctor.finding import OK, Finding, NotChecked
-from raylux.engine.demand import Demand, demand_of
+from raylux.engine.capacity import Demand
+from raylux.engine.demand import demand_of
 from raylux.layers import Coverage
 from raylux.queries import Query, load_queries
 from raylux.readers import read_documents

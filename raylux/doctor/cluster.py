@@ -7,7 +7,8 @@ import os
 from raylux.doctor.case import Case
 from raylux.doctor.finding import FAIL, OK, WARN, Finding
 from raylux.engine.auth import ADDRESS, MODE, TOKEN, TOKEN_PATH, Auth, look
-from raylux.engine.demand import Demand, check_memory_here
+from raylux.engine.capacity import Demand
+from raylux.engine.demand import check_memory_here
 from raylux.engine.plan import GIB
 from raylux.engine.probe import Answer, ask
 from raylux.shown import plain

@@ -12,6 +12,9 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from raylux.errors import UserError
+from raylux.sources import one_line
+
 MODE, TOKEN, TOKEN_PATH, ADDRESS = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"
 
 
@@ -90,3 +93,38 @@ def _make(file: Path) -> None:
         handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "w", encoding="ascii") as target:
             target.write(secrets.token_hex(32))
+
+
+HOW = f"set {MODE}=token and {TOKEN_PATH}=FILE (or {TOKEN}=…) as they are on the cluster's head"
+
+
+def bearer() -> tuple[str, str]:
+    """The token that the environment names for a cluster elsewhere, and where it came from; "" and "" where none is.
+
+    The file in the home folder counts only in mode "token": it belongs to clusters started here, and is not handed
+    to whoever answers at an address.
+
+    Raises:
+        UserError: the file that is named cannot be read, holds nothing, or holds what is no token.
+    """
+    if token := os.environ.get(TOKEN, "").strip():
+        return _sound(token, TOKEN), TOKEN
+    named = os.environ.get(TOKEN_PATH)
+    if not named and look().mode != "token":
+        return "", ""
+    file = token_file()
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        if not named:
+            return "", ""
+        raise UserError(f"{TOKEN_PATH}={file}: no token can be read there ({one_line(error)}); {HOW}") from None
+    if not token:
+        raise UserError(f"{file}: holds no token; {HOW}")
+    return _sound(token, str(file)), str(file)
+
+
+def _sound(token: str, where: str) -> str:
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise UserError(f"{where}: what is there is no token (a token is one word of plain characters); {HOW}")
+    return token

@@ -107,7 +107,7 @@ class Context:
         from raylux.engine.remote import RayBackend
 
         started = session.connect()
-        workers, shards = session.size(demand)
+        workers, shards = session.size(demand, engine.timeout)
         shards = min(shards, len(set(self.groups.values())))
         self._assignment = assign(layers, self.groups, shards)
         return RayBackend(

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import psutil
 
 from raylux.config import EngineSection
+from raylux.engine.capacity import Demand
 from raylux.engine.plan import GIB, shards_bytes, worker_bytes
 from raylux.errors import UserError
 from raylux.layers import TrackedLayer
-
-
-@dataclass(frozen=True)
-class Demand:
-    """Workers and shards (a number, or "auto"), what each takes, and memory in bytes."""
-
-    workers: int | str
-    shards: int | str
-    threads: int
-    gpu: bool
-    worker_bytes: int
-    shards_bytes: int
 
 
 def demand_of(

@@ -15,7 +15,7 @@ import sys
 from dataclasses import asdict, dataclass
 
 from raylux.engine import auth
-from raylux.engine.demand import Demand
+from raylux.engine.capacity import Demand
 
 # Starting a cluster takes 10 to 20 s on an idle machine, joining one a second.
 TIMEOUT = 90.0

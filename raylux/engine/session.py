@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import time
 from typing import Any
 
 from raylux.engine import auth
-from raylux.engine.demand import Demand
-from raylux.engine.plan import GIB
+from raylux.engine.capacity import Demand, fit
 from raylux.errors import UserError
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -18,9 +19,13 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 auth.switch_on()
 
 import ray  # noqa: E402
+from ray.autoscaler.sdk import request_resources  # noqa: E402
 from ray.exceptions import RayError  # noqa: E402
 
 from raylux.engine.remote import first_line  # noqa: E402
+
+GROW = "RAYLUX_GROW"
+_LOOK_EVERY = 2.0
 
 
 def connect() -> bool:
@@ -40,34 +45,49 @@ def connect() -> bool:
     return True
 
 
-def size(demand: Demand) -> tuple[int, int]:
+def size(demand: Demand, patience: float = 0.0) -> tuple[int, int]:
     """Workers and shards that fit the cluster.
 
+    With RAYLUX_GROW in the environment (``raylux submit --grow``) the autoscaler is asked for ``engine.workers``
+    first, and until this process ends.
+
+    Args:
+        demand: of the run.
+        patience: seconds to wait for what the autoscaler was asked for.
+
     Raises:
-        UserError: what is asked for, or a single worker, does not fit; with demand and supply in numbers.
+        UserError: as ``fit`` does, of the cluster as it is now, or at the end of the patience.
     """
-    supply = ray.cluster_resources()
-    cpus, gpus, memory = supply.get("CPU", 0.0), supply.get("GPU", 0.0), supply.get("memory", 0.0)
-    by_cpu = int(gpus) if demand.gpu else int(cpus // demand.threads)
-    by_memory = int((memory - demand.shards_bytes) // demand.worker_bytes)
-    workers = demand.workers if isinstance(demand.workers, int) else max(1, min(by_cpu, by_memory))
-    if workers > by_cpu:
-        kind, have = ("GPU", f"{gpus:g}") if demand.gpu else ("CPU", f"{cpus:g}")
-        need = workers if demand.gpu else workers * demand.threads
-        who = f"{workers} worker{'s' * (workers > 1)} need"
-        raise UserError(
-            f"not enough {kind}s on the cluster: {who} {need}, it has {have}; "
-            f"set engine.workers to {by_cpu or 1} or fewer, or engine.threads lower"
-        )
-    need_bytes = workers * demand.worker_bytes + demand.shards_bytes
-    if need_bytes > memory:
-        raise UserError(
-            f"not enough memory on the cluster: {workers} worker{'s' * (workers > 1)} and the factor shards need "
-            f"{need_bytes / GIB:.1f} GiB, it has {memory / GIB:.1f} GiB; use fewer engine.workers, a larger cluster, "
-            f"fewer model.layers or fewer queries"
-        )
-    shards = demand.shards if isinstance(demand.shards, int) else workers
-    return workers, shards
+    if os.environ.get(GROW, "0") in ("", "0") or not isinstance(demand.workers, int):
+        return fit(demand, ray.cluster_resources())
+    _ask_for(_bundles(demand))
+    atexit.register(_ask_for, [])
+    until = time.monotonic() + patience
+    while True:
+        try:
+            return fit(demand, ray.cluster_resources())
+        except UserError as error:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"{error} (asked of the autoscaler, which did not bring it in {patience:.0f} s)"
+                ) from None
+        time.sleep(_LOOK_EVERY)
+
+
+def _bundles(demand: Demand) -> list[dict[str, float]]:
+    """What Ray places a worker by, once per worker.
+
+    Without memory: not every autoscaler knows the memory of a node that it has not started, and one that does not
+    would take the request for one that no node can meet.
+    """
+    count = demand.workers if isinstance(demand.workers, int) else 1
+    return [{"CPU": float(demand.threads)} | ({"GPU": 1.0} if demand.gpu else {})] * count
+
+
+def _ask_for(bundles: list[dict[str, float]]) -> None:
+    """Replaces what was asked for before; nothing lets the autoscaler remove idle nodes again."""
+    if ray.is_initialized():
+        request_resources(bundles=bundles)
 
 
 def capacity(demand: Demand) -> int | None:
