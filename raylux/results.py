@@ -20,8 +20,9 @@ from raylux.engine.stages.score import token_rows
 from raylux.errors import MissingStageError, UserError
 from raylux.health import Quarantined
 from raylux.report.profile import StageTime, parsed, stage_times
+from raylux.report.watching import Seen, seen
 from raylux.shown import redacted
-from raylux.store import RunFolder, ScoreBlock, lazy_scores, read_table, score_blocks
+from raylux.store import Holder, RunFolder, ScoreBlock, lazy_scores, present_holder, read_table, score_blocks
 
 SIGN = "positive: training on the sequence raises the measurement"
 
@@ -299,11 +300,22 @@ class Run:
 
     def profile(self) -> list[StageTime]:
         """Where the time went, by stage and kind of work; empty where progress.jsonl is not there."""
+        return stage_times(self._events() or [])
+
+    def watched(self) -> Seen | None:
+        """How far the run is, by what its driver has told so far; None where progress.jsonl is not there."""
+        events = self._events()
+        return None if events is None else seen(events)
+
+    def driver(self) -> Holder | None:
+        """The driver that works on the run now; None where its last one is done, or has certainly ended."""
+        return present_holder(self._store.files)
+
+    def _events(self) -> list[dict[str, Any]] | None:
         try:
-            raw = self._store.files.get("progress.jsonl")
+            return parsed(self._store.files.get("progress.jsonl"))
         except FileNotFoundError:
-            return []
-        return stage_times(parsed(raw))
+            return None
 
     def mixed_numerics(self) -> dict[str, list[str]]:
         """What differed between the machines that computed the run's units, as torch -> its versions; empty: nothing.

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from raylux.cli import output, planning, stages, submitting
+from raylux.cli import output, planning, stages, submitting, watching
 from raylux.cli.app import ConfigArgument, OverridesArgument, RunArgument, app, manual
 from raylux.cli.codes import EXIT_USER
 
-__all__ = ["app", "planning", "stages", "submitting"]  # the stages stand first in the list of commands
+__all__ = ["app", "planning", "stages", "submitting", "watching"]  # the stages stand first in the list of commands
 
 
 class Format(StrEnum):

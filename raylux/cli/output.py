@@ -69,11 +69,15 @@ def print_status(run: Run) -> None:
     from raylux.report import tables
 
     status = run.status()
-    out = console()
-    out.print(tables.status_table(status))
-    missing = next((stage for stage in status if not stage.done), None)
+    console().print(tables.status_table(status))
+    print_next(run)
+
+
+def print_next(run: Run) -> None:
+    """The command that makes the first missing stage, or shows what is there."""
+    missing = next((stage for stage in run.status() if not stage.done), None)
     hint = f"next: {missing.command}" if missing else f"look: raylux top {run.folder} --query {run.queries[0]} -k 10"
-    _line(out, hint)
+    _line(console(), hint)
 
 
 def print_problems(problems: Sequence[str]) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from raylux.layers import Coverage
     from raylux.report.profile import StageTime
+    from raylux.report.watching import Seen
 
 _TEXT_WIDTH = 180
 _KEPT_WIDTH = 40
@@ -130,6 +131,44 @@ def profile_table(stages: Sequence[StageTime]) -> Table:
         for kind, wall, cpu in profile.by_size(stage.driver):
             table.add_row("", f"driver: {kind}", _seconds(wall), _seconds(cpu), style="dim")
     return table
+
+
+def watch_table(found: Seen, driver: object | None, now: float) -> Table:
+    """How far a run is; ``driver``: who works on it, ``now``: seconds since 1970."""
+    ago = f"; last word {clock(max(0.0, now - found.last))} ago" if found.last else ""
+    table = _table(plain((f"driver: {driver}" if driver else "no driver works on it") + ago))
+    for name in ("stage", "done", "of", "", "%", "time", "left"):
+        table.add_column(name, justify="left" if name in ("stage", "") else "right")
+    for stage in found.stages:
+        share = f"{stage.done / stage.total:.0%}" if stage.total else "–"
+        left = "" if stage.state == "done" else "–" if stage.left is None else clock(stage.left)
+        name = Text(plain(stage.stage), style="" if stage.state == "done" else "bold")
+        table.add_row(name, f"{stage.done:,}", f"{stage.total:,}", plain(stage.what), share, clock(stage.seconds), left)
+    parts = []
+    if driver:
+        parts = [f"{len(found.workers)} workers", f"{found.rate:,.0f} tokens/s in the last minute"]
+    if found.deaths:
+        parts.append(f"{found.deaths} died, last {plain(found.trouble)}")
+    table.caption = Text("; ".join(parts))
+    return table
+
+
+def watch_line(found: Seen) -> str:
+    """The stage that is worked on, in a line; empty where none is."""
+    stage = found.working
+    if stage is None:
+        return ""
+    left = "" if stage.left is None else f", about {clock(stage.left)} left"
+    return plain(f"{stage.stage}: {stage.done:,} of {stage.total:,} {stage.what}{left}")
+
+
+def clock(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 3:05 min, 2:07 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
 
 
 def _seconds(value: float) -> str:

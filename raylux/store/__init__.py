@@ -8,7 +8,7 @@ from raylux.store.corpus import CorpusReader, read_table, write_corpus
 from raylux.store.damage import DamagedError
 from raylux.store.files import Files
 from raylux.store.folder import FORMAT_VERSION, Manifest, RunFolder
-from raylux.store.lease import Lease, LeaseLostError
+from raylux.store.lease import Holder, Lease, LeaseLostError, present_holder
 from raylux.store.scores import ScoreBlock, lazy_scores, score_blocks
 
 __all__ = [
@@ -16,12 +16,14 @@ __all__ = [
     "CorpusReader",
     "DamagedError",
     "Files",
+    "Holder",
     "Lease",
     "LeaseLostError",
     "Manifest",
     "RunFolder",
     "ScoreBlock",
     "lazy_scores",
+    "present_holder",
     "read_table",
     "score_blocks",
     "write_corpus",

@@ -218,6 +218,12 @@ class _Seen:
     released: bool = False
 
 
+def present_holder(files: Files) -> Holder | None:
+    """Who holds a run folder now: None where its last lease was given back, or its holder has certainly ended."""
+    found = _read(files, max(_numbers(files), default=0))
+    return None if found.released or found.holder is None or found.holder.dead else found.holder
+
+
 class _Watch:
     """Looks at the present lease until it is free, or certainly is not."""
 
