@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from raylux.engine.context import Context
+from raylux.engine.plan import score_units
 from raylux.engine.quarantine import give_up, given_up
 from raylux.engine.records import SCORE, TOKENS, FactorFiles, factor_files, query_files
 from raylux.engine.scorer import LoadedQueries
@@ -74,25 +75,25 @@ def _quarantine(ctx: Context, stage: str, result: Result, rows: np.ndarray) -> N
 
 
 def missing(ctx: Context) -> list[ScoreJob]:
-    """The jobs that the present queries and candidates still need, in corpus order.
+    """The jobs that the present queries and candidates still need, in the order of their units.
 
     Within a unit the rows are parted by the set of queries that miss them, so each row runs once.
     """
     wanted = [query.id for query in answerable(ctx)]
-    size = ctx.plan.score_unit_size
     rows = prefilter.union(ctx)
+    units = score_units(ctx.reader.lengths, ctx.plan.score_unit_size)[rows]
     blocks = [block for block in score_blocks(ctx.folder) if block.layers or not ctx.config.score.layers]
     absent = np.ones((len(wanted), len(rows)), bool)
     for block in blocks:
         places = [wanted.index(query) for query in block.queries if query in wanted]
         absent[np.ix_(np.array(places, np.int64), np.flatnonzero(np.isin(rows, block.rows)))] = False
     out = given_up(ctx.folder, SCORE)
-    return [job for job in _jobs(wanted, rows, absent, size) if job.name not in out]
+    return [job for job in _jobs(wanted, rows, absent, units) if job.name not in out]
 
 
-def _jobs(wanted: Sequence[str], rows: np.ndarray, absent: np.ndarray, size: int) -> Iterator[ScoreJob]:
-    for unit in np.unique(rows[absent.any(0)] // size):
-        here = np.flatnonzero(rows // size == unit)
+def _jobs(wanted: Sequence[str], rows: np.ndarray, absent: np.ndarray, units: np.ndarray) -> Iterator[ScoreJob]:
+    for unit in np.unique(units[absent.any(0)]):
+        here = np.flatnonzero(units == unit)
         patterns, which = np.unique(absent[:, here], axis=1, return_inverse=True)
         for index in range(patterns.shape[1]):
             queries = tuple(query for query, flag in zip(wanted, patterns[:, index], strict=True) if flag)
