@@ -11,6 +11,8 @@ from raylux.cli import output
 from raylux.cli.app import RunArgument, app, manual
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from raylux.results import Run
 
 
@@ -54,7 +56,7 @@ def watch(
     output.print_next(opened)
 
 
-def _table(run: Run) -> object:
+def _table(run: Run) -> Table:
     from raylux.report import tables
 
     seen = run.watched()

@@ -142,8 +142,10 @@ def watch_table(found: Seen, driver: object | None, now: float) -> Table:
     for stage in found.stages:
         share = f"{stage.done / stage.total:.0%}" if stage.total else "–"
         left = "" if stage.state == "done" else "–" if stage.left is None else clock(stage.left)
-        name = Text(plain(stage.stage), style="" if stage.state == "done" else "bold")
-        table.add_row(name, f"{stage.done:,}", f"{stage.total:,}", plain(stage.what), share, clock(stage.seconds), left)
+        title = Text(plain(stage.stage), style="" if stage.state == "done" else "bold")
+        table.add_row(
+            title, f"{stage.done:,}", f"{stage.total:,}", plain(stage.what), share, clock(stage.seconds), left
+        )
     parts = []
     if driver:
         parts = [f"{len(found.workers)} workers", f"{found.rate:,.0f} tokens/s in the last minute"]

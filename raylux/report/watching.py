@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 # Seconds, by the events' own clock, over which tokens per second are taken.
 _RECENT = 60.0
@@ -79,7 +79,8 @@ def seen(events: Iterable[Mapping[str, Any]]) -> Seen:
     Args:
         events: as ``Reporter`` writes them, oldest first; what does not look like one of them is passed over.
     """
-    found, stages = Seen(), {}
+    found = Seen()
+    stages: dict[str, StageSeen] = {}
     tokens: list[tuple[float, int]] = []
     for event in events:
         time = event.get("time")
@@ -121,5 +122,5 @@ def _member(found: Seen, event: Mapping[str, Any]) -> None:
         (found.workers.add if state == "started" else found.workers.discard)(slot)
 
 
-def _number(value: Any) -> bool:
+def _number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e12
