@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -126,6 +127,8 @@ def run(options: argparse.Namespace, command: str) -> Found:
     with contextlib.ExitStack() as stack:
         base = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raylux-benchmark-")))
         taken = take_all(requests, base, say)
+    # Where the measurements are kept is nobody's business.
+    command = re.sub(r" --(json|from|folder)[ =]\S+", "", command)
     found = Found(command, machine(choice.threads), [(request, run) for request, run, _ in taken], compare(taken))
     return Found.open(options.earlier).joined(found) if options.earlier else found
 
@@ -140,7 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found.save(options.json)
         print(page.page(found))
         if options.write:
-            (RESULTS / "benchmark.md").write_text(page.page(found), encoding="utf-8")
+            path = RESULTS / "benchmark.md"
+            path.write_text(page.with_notes(page.page(found), path), encoding="utf-8")
             page.plot(found, RESULTS / "benchmark.png")
     except RayluxError as error:
         say(f"error: {error}")

@@ -13,6 +13,9 @@ from jobs.bench.records import KRONFLUENCE, RAYLUX, Measured
 from jobs.bench.rounds import FLOAT32
 from raylux.errors import UserError
 
+NOTES = "## What was missed, and why"
+"""The heading from which on a page is written by hand."""
+
 CLOCKS = {"A": CPU, "B": WALL, "C": WALL, "S": CPU}
 WHAT = {
     "A": "GPT-2, 4 layers, d = 256, 5,000 tokens; 128 sequences of 128 tokens, fitted and scored",
@@ -243,6 +246,13 @@ Beside the stages: reading config, model structure, corpus and queries, hashing 
     return "\n".join(parts)
 
 
+def with_notes(text: str, path: Path) -> str:
+    """A page with what people have written below it (from ``NOTES`` on) in the file that it takes the place of."""
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    _, heading, notes = before.partition(NOTES)
+    return f"{text.rstrip()}\n\n{heading}{notes}" if heading else text
+
+
 def plot(found: Found, path: Path) -> None:
     """Bars of a whole job, stacked by stage, in F; floors as lines.
 
@@ -264,7 +274,7 @@ def plot(found: Found, path: Path) -> None:
     ]
     floors = {("A", 8): 2.5, ("B", 32): 5.0, ("A", 256): 6.0}
     colours = dict(zip(JOB, ("#3b6ea5", "#8fb3d9", "#6aa56a", "#e0b050", "#c0653a", "#999999"), strict=True))
-    figure, axes = plt.subplots(figsize=(1.5 + 1.9 * max(2, len(groups)), 4.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(1.5 + 2.5 * max(2, len(groups)), 4.6), layout="constrained")
     ticks, labels = [], []
     for place, (workload, size) in enumerate(groups):
         variants = found.variants("speed", workload)
