@@ -79,7 +79,7 @@ def test_filling_up_changes_no_score() -> None:
     a, g = normal(4, 8, 13, seed=1), normal(4, 8, 6, seed=2)
     queries = [normal(6, 13, seed=10 + place) for place in range(11)]
     built = LayerQueries.build((6, 13), queries, tokens=8)
-    assert built.tiles[0][0].shape[1] == 6 * 16
+    assert built.tiles[0][0]().shape[1] == 6 * 16
     wanted = torch.stack([torch.einsum("ntp,pm,ntm->n", g, query, a) for query in queries], 1)
     assert difference(built.scores([(a, g)]), wanted) <= 1e-12
     torch.testing.assert_close(built.token_scores(9, a, g).sum(1), wanted[:, 9], rtol=1e-12, atol=1e-12)
@@ -137,7 +137,7 @@ def test_a_model_without_repeatable_kernels_runs_all_the_same(monkeypatch: pytes
 def test_another_error_of_a_model_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("gpt2")
     capture = Capture(model, coverage(model).tracked)
-    monkeypatch.setattr(capture, "_logits", lambda batch: (_ for _ in ()).throw(RuntimeError("no memory")))
+    monkeypatch.setattr(capture, "_logits", lambda *_: (_ for _ in ()).throw(RuntimeError("no memory")))
     with pytest.raises(RuntimeError, match="no memory"):
         capture.run(collate([TokenRow(*(torch.arange(5).numpy(),) * 2)], [0], 5))
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,10 @@ def test_ctrl_c_in_a_terminal(inputs: Inputs, filtered: raylux.Run, tmp_path: Pa
     config.write_text(yaml.safe_dump(inputs.sections(tmp_path / "run")), encoding="utf-8")
     command = [sys.executable, "-m", "raylux.cli", "run", str(config), "query.max_error=0", *CUT, *IDF]
     progress = tmp_path / "run" / "progress.jsonl"
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    # Whatever started the tests may have SIGINT ignored, as shells do for what runs in the background.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, preexec_fn=heard) as process:
         deadline = time.monotonic() + 120
         while not (progress.exists() and "covariance" in progress.read_text(encoding="utf-8")):
             assert process.poll() is None and time.monotonic() < deadline
