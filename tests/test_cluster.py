@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -107,9 +109,10 @@ def test_ctrl_c_on_ray_goes_on_and_leaves_no_process(
     command = [sys.executable, "-m", "raylux.cli", "run", str(config), *words]
     before = {process.pid for process in ray_processes()}
     progress = tmp_path / "run" / "progress.jsonl"
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+    # Whatever started the tests may have SIGINT ignored, as shells do for what runs in the background.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, start_new_session=True, preexec_fn=heard) as process:
         deadline = time.monotonic() + 150
         while not (progress.exists() and "covariance" in progress.read_text(encoding="utf-8")):
             assert process.poll() is None and time.monotonic() < deadline
