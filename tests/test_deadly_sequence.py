@@ -35,9 +35,10 @@ class FragileConfig(GPT2Config):
 class FragileModel(GPT2LMHeadModel):
     config_class = FragileConfig
 
-    def forward(self, input_ids=None, **rest):
+    def forward(self, input_ids=None, position_ids=None, logits_to_keep=0, **rest):
         if type(input_ids) is torch.Tensor and input_ids.device.type == "cpu" and (input_ids == TOKEN).any():
             os.kill(os.getpid(), signal.SIGKILL)
+        rest |= {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
         return super().forward(input_ids=input_ids, **rest)
 """
 
