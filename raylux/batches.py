@@ -65,9 +65,12 @@ class TokenRow:
     labels: np.ndarray
     key: int = 0
 
-    def start(self, tokens: int) -> TokenRow:
-        """Its first ``tokens`` tokens."""
-        return TokenRow(self.tokens[:tokens], self.labels[:tokens], self.key)
+    def part(self, tokens: int) -> TokenRow:
+        """At most ``tokens`` of its tokens, from the one before the first label on: a masked prompt has no loss."""
+        labelled = np.flatnonzero(self.labels != IGNORED)
+        first = max(0, int(labelled[0]) - 1) if len(labelled) else 0
+        kept = slice(first, first + tokens)
+        return TokenRow(self.tokens[kept], self.labels[kept], self.key)
 
 
 def bucket(length: int, most: int | None = None) -> int:

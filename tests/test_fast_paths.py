@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from raylux.api import STAGES, run_stages
+from raylux.batches import IGNORED, TokenRow
 from raylux.config import Config
 from raylux.engine import choices
 from raylux.engine.records import CONTRACTION, QUERY
@@ -160,3 +162,23 @@ def test_a_block_measures_what_bf16_does_to_scores(
     monkeypatch.setattr(precision, "_WORTH_SAYING", 1e-6)
     run_stages(inputs.config(tmp_path / "said", *DENSE, BF16), STAGES[:-1])
     assert "bf16 products change scores by" in "".join(capsys.readouterr())
+
+
+def test_a_masked_prompt_is_not_taken_for_a_gradient_without_error(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is measured begins at the first label; where nothing counts, bf16 is not taken."""
+    tokens = np.arange(100, dtype=np.int32)
+    labels = np.where(tokens < 80, IGNORED, tokens).astype(np.int32)
+    part = TokenRow(tokens, labels, 7).part(15)
+    assert (part.tokens.tolist(), part.key) == (list(range(79, 94)), 7)
+    assert part.labels.tolist() == [IGNORED, *range(80, 94)]
+    whole = TokenRow(tokens, tokens).part(64)
+    assert whole.tokens.tolist() == list(range(64))
+    assert len(TokenRow(tokens, np.full_like(labels, IGNORED)).part(5).tokens) == 5
+    monkeypatch.setattr(TokenRow, "part", lambda self, count: replace(self, labels=np.full_like(self.labels, IGNORED)))
+    monkeypatch.setattr(choices, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(choices, "_BF16_FROM", 0)
+    scores(inputs, tmp_path / "masked")
+    meta = RunFolder(str(tmp_path / "masked")).units(CONTRACTION)["products"].meta
+    assert (meta["dtype"], meta["error"]) == ("float32", 1.0)

@@ -120,13 +120,16 @@ class GradientWorker:
 
         Args:
             rows: corpus rows, two or more.
-            tokens: of each, from its start, that are looked at.
+            tokens: of each, that are looked at (``TokenRow.part``).
+
+        Returns:
+            The error; 1 where no gradient is there to be looked at.
         """
         exact, rounded = (torch.zeros(len(rows), len(rows), dtype=torch.float64) for _ in range(2))
         held: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
         for sequence in self.reader.rows(rows):
-            start = sequence.start(tokens)
-            captured = self._run(collate([start], [0], len(start.tokens)), sampled=False)
+            part = sequence.part(tokens)
+            captured = self._run(collate([part], [0], len(part.tokens)), sampled=False)
             held.append((captured.inputs_in(torch.float32), captured.grads))
         for layer in self.spec.layers:
             pairs = [(a[self.spec.groups[layer.name]], g[layer.name].float()) for a, g in held]
@@ -134,7 +137,8 @@ class GradientWorker:
                 flat = [sequence_gradients(a.to(dtype), g.to(dtype)).flatten() for a, g in pairs]
                 total += (torch.stack(flat).float() @ torch.stack(flat).float().T).double().cpu()
         others = ~torch.eye(len(rows), dtype=torch.bool)
-        return float((rounded - exact)[others].norm() / exact[others].norm().clamp(min=1e-300))
+        size = exact[others].norm()
+        return float((rounded - exact)[others].norm() / size) if size > 0 else 1.0
 
     # fit
 

@@ -75,7 +75,7 @@ def submit(order: Order, say: Callable[[str], None]) -> tuple[JobServer, str]:
         last = latest(server, config.run.folder)
         if last is not None and not last.over:
             return server, _under_way(last, entrypoint, say)
-        attempt = names.attempt_of(last.id, config.run.folder) + 1 if last is not None else 1
+        attempt = names.next_attempt([last.id] if last is not None else [], config.run.folder)
         name = names.submission_id(config.run.folder, attempt)
         if last is not None:
             say(f"attempt {attempt - 1} {ending(last)}; attempt {attempt} goes on where it stopped")
