@@ -17,8 +17,8 @@ import pytest
 
 from raylux import sources
 from raylux.corpus import Sequences
+from tests.corpora import load
 from tests.malformed import Case, case, refused, table
-from tests.test_corpus import load
 
 GOOD = b'{"text": "the fox"}\n'
 LONG = GOOD * 2000

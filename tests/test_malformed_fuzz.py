@@ -21,8 +21,8 @@ from raylux.corpus import Sequences, build_sequences
 from raylux.markup import parse_json, parse_yaml
 from raylux.queries import load_queries, parse_queries
 from raylux.readers import documents_from
+from tests.corpora import PLAIN, VOCABULARY, load, section
 from tests.malformed import valid_or_refused
-from tests.test_corpus import PLAIN, VOCABULARY, load, section
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -19,8 +19,8 @@ from raylux.models import coverage, load_model, load_structure, load_tokenizer
 from raylux.queries import load_queries
 from raylux.sources import resolve
 from tests.architectures import build
+from tests.corpora import PLAIN, load
 from tests.malformed import refused, valid_or_refused
-from tests.test_corpus import PLAIN, load
 from tests.test_models import edit_config, find, save
 
 

@@ -12,9 +12,9 @@ import yaml
 
 from raylux.cli import main
 from raylux.queries import load_queries
+from tests.corpora import PLAIN
 from tests.malformed import Case, case, clear, refused, table
 from tests.small import Inputs, make_inputs, write_lines
-from tests.test_corpus import PLAIN
 
 GOOD: dict[str, Any] = {"id": "a", "prompt": "The", "completion": " end"}
 IDS: dict[str, Any] = {"id": "a", "input_ids": [5, 6, 7], "labels": [-100, 6, 7]}

@@ -17,8 +17,8 @@ from raylux.engine.shard import FactorShard
 from raylux.engine.worker import GradientWorker
 from raylux.store import RunFolder
 from raylux.store.files import Files
+from tests.interrupts import Interrupt
 from tests.small import SEQUENCES, Inputs, contents, differing, make_inputs
-from tests.test_run import Interrupt
 
 STAGES = (COVARIANCE, EIGEN, MOMENTS, "prefilter", QUERY, SCORE, TOKENS)
 # A snapshot after every unit: as many boundaries as there can be.

@@ -1,22 +1,13 @@
-"""The command line: help, exit codes, one line per mishap, and output that programs can read."""
+"""The command line: help, exit codes, one line per mishap."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
-import pandas as pd
 import pytest
-import yaml
 
 import raylux
 from raylux.cli import main
@@ -25,118 +16,12 @@ from raylux.health import Quarantined
 from raylux.profiling import Spent
 from raylux.report.profile import StageTime
 from raylux.shown import plain
+from tests.cli.stubs import ESCAPES, ROOT, STAGES, StubApi, one_line
 
 COMMANDS = (
     *("run", "fit", "prefilter", "query", "score", "report", "top", "inspect", "models", "demo", "doctor", "plan"),
-    *("submit", "status", "stop"),
+    *("submit", "status", "stop", "watch"),
 )
-STAGES = ("corpus", "fit", "prefilter", "query", "score", "report")
-ROOT = Path(__file__).parent.parent
-ESCAPES = "red \x1b[31m title \x1b]0;owned\x07 and \x9b2J"
-
-
-@dataclass
-class StubRun:
-    """A run of two queries with three sequences each; the second text tries to steer the terminal."""
-
-    folder: str = "runs/stub"
-    unit: str = "nats"
-    queries: list[str] = field(default_factory=lambda: ["boat", "piano"])
-    missing: tuple[str, ...] = ()
-    quarantined: list[Quarantined] = field(default_factory=list)
-    damaged: list[str] = field(default_factory=list)
-    mixed: dict[str, list[str]] = field(default_factory=dict)
-    times: list[StageTime] = field(default_factory=list)
-
-    def profile(self) -> list[StageTime]:
-        return self.times
-
-    def problems(self, checksums: bool) -> list[str]:
-        assert checksums
-        return self.damaged
-
-    def mixed_numerics(self) -> dict[str, list[str]]:
-        return self.mixed
-
-    def top(self, query: str, k: int = 10, by: str = "sequence") -> pd.DataFrame:
-        frame = pd.DataFrame(
-            {
-                "rank": [1, 2, 3],
-                "sequence": ["a:0", "b:0", "c:0"],
-                "influence": np.array([1 / 3, 1e-17, -2.5]),
-                "prefilter": [7.25, np.nan, 0.1],
-                "unit": ["kept", "by", "user"],
-                "text": [f"{query} by {by}", ESCAPES, 'two\nlines, "quoted"'],
-            }
-        )
-        return frame.head(k)
-
-    def status(self) -> list[Any]:
-        return [
-            SimpleNamespace(
-                name=name, done=name not in self.missing, detail="2 units", command=f"raylux {name} stub.yaml"
-            )
-            for name in STAGES
-        ]
-
-
-@dataclass
-class StubApi:
-    """Stands in for ``raylux.api``: records the stages asked for, and ends as it is told to."""
-
-    run: Any = field(default_factory=StubRun)
-    error: BaseException | None = None
-    calls: list[Any] = field(default_factory=list)
-
-    def run_stages(
-        self, config: Any, stages: Any = None, config_path: str | None = None, restart: str | None = None
-    ) -> Any:
-        self.calls.append((config, stages, config_path, restart))
-        if self.error is not None:
-            raise self.error
-        return self.run
-
-    def open_run(self, path: str) -> Any:
-        self.calls.append(path)
-        if self.error is not None:
-            raise self.error
-        return self.run
-
-
-@pytest.fixture
-def api(monkeypatch: pytest.MonkeyPatch) -> StubApi:
-    stub = StubApi()
-    monkeypatch.setitem(sys.modules, "raylux.api", stub)
-    monkeypatch.setattr(raylux, "api", stub, raising=False)
-    monkeypatch.delenv("RAYLUX_DEBUG", raising=False)
-    monkeypatch.setenv("COLUMNS", "140")
-    return stub
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> str:
-    return _write(
-        tmp_path / "config.yaml",
-        {
-            "run": {"folder": str(tmp_path / "run")},
-            "model": {"path": str(tmp_path / "model")},
-            "corpus": {"path": str(tmp_path / "corpus.jsonl")},
-            "queries": {"path": str(tmp_path / "queries.yaml")},
-        },
-    )
-
-
-def _write(path: Path, content: Any) -> str:
-    path.write_text(yaml.safe_dump(content), encoding="utf-8")
-    return str(path)
-
-
-def _one_line(text: str) -> str:
-    """The one line of stderr; no second one, no traceback."""
-    assert text.endswith("\n")
-    assert text.count("\n") == 1, text
-    assert "Traceback" not in text
-    return text.rstrip("\n")
 
 
 # ---------------------------------------------------------------------------------------------- help
@@ -185,7 +70,7 @@ def test_a_wrong_call_ends_in_one_line_and_2(
     arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2
-    line = _one_line(capsys.readouterr().err)
+    line = one_line(capsys.readouterr().err)
     assert line.startswith("raylux: error: ")
     assert all(part in line for part in parts), line
 
@@ -205,7 +90,7 @@ def test_a_bad_override_ends_in_one_line_and_2(
     command: str, override: str, parts: list[str], config: str, api: StubApi, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([command, config, override]) == 2
-    line = _one_line(capsys.readouterr().err)
+    line = one_line(capsys.readouterr().err)
     assert all(part in line for part in parts), line
     assert not api.calls
 
@@ -215,14 +100,14 @@ def test_broken_config_files_end_in_one_line_and_2(tmp_path: Path, capsys: pytes
     for content in (b"run: [", b"\xff\xfe", b"- a list", b"", b"run: {}"):
         path.write_bytes(content)
         assert main(["run", str(path)]) == 2
-        assert str(path) in _one_line(capsys.readouterr().err)
+        assert str(path) in one_line(capsys.readouterr().err)
 
 
 def test_unknown_query_names_the_nearest(api: StubApi, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["top", "RUN", "--query", "bout"]) == 2
-    assert "did you mean 'boat'?" in _one_line(capsys.readouterr().err)
+    assert "did you mean 'boat'?" in one_line(capsys.readouterr().err)
     assert main(["top", "RUN", "--query", "zzz"]) == 2
-    assert "known: boat, piano" in _one_line(capsys.readouterr().err)
+    assert "known: boat, piano" in one_line(capsys.readouterr().err)
 
 
 # ---------------------------------------------------------------------------------------- exit codes
@@ -242,13 +127,13 @@ def test_errors_on_purpose_end_in_their_line_and_code(
     api.error = error
     for arguments in (["run", config], ["top", "RUN"], ["inspect", "RUN"]):
         assert main(arguments) == code
-        assert _one_line(capsys.readouterr().err) == f"raylux: error: {error}"
+        assert one_line(capsys.readouterr().err) == f"raylux: error: {error}"
 
 
 def test_an_error_message_cannot_steer_the_terminal(api: StubApi, capsys: pytest.CaptureFixture[str]) -> None:
     api.error = UserError(f"bad id {ESCAPES}\nsecond line")
     assert main(["inspect", "RUN"]) == 2
-    line = _one_line(capsys.readouterr().err)
+    line = one_line(capsys.readouterr().err)
     assert line.isprintable()
     assert "second line" in line
 
@@ -259,7 +144,7 @@ def test_an_internal_error_keeps_its_traceback_in_a_file(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     api.error = ZeroDivisionError("nobody foresaw this")
     assert main(["run", config]) == 1
-    line = _one_line(capsys.readouterr().err)
+    line = one_line(capsys.readouterr().err)
     assert "ZeroDivisionError: nobody foresaw this" in line
     (log,) = tmp_path.glob("raylux-*.log")
     assert str(log) in line
@@ -282,7 +167,7 @@ def test_ctrl_c_at_any_stage_says_how_to_continue(
     api.error = KeyboardInterrupt()
     assert main([command, config]) == 130
     expected = "raylux: interrupted; run the same command again to continue"
-    assert _one_line(capsys.readouterr().err) == expected
+    assert one_line(capsys.readouterr().err) == expected
 
 
 GIVEN_UP = Quarantined("score", "u000003", tuple(f"s{place}{ESCAPES}" for place in range(7)), 3, f"killed {ESCAPES}")
@@ -292,7 +177,7 @@ def test_quarantined_units_end_in_3(config: str, api: StubApi, capsys: pytest.Ca
     for units, said in (([GIVEN_UP], "1 unit is quarantined"), ([GIVEN_UP] * 2, "2 units are quarantined")):
         api.run.quarantined = units
         assert main(["score", config]) == 3
-        line = _one_line(capsys.readouterr().err)
+        line = one_line(capsys.readouterr().err)
         assert said in line
         assert "raylux inspect runs/stub" in line
 
@@ -378,7 +263,7 @@ def test_a_stage_that_cannot_be_computed_anew_is_refused(
     config: str, api: StubApi, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["run", config, "--restart", "scores"]) == 2
-    assert "'score'" in _one_line(capsys.readouterr().err)
+    assert "'score'" in one_line(capsys.readouterr().err)
     assert not api.calls
 
 
@@ -393,133 +278,3 @@ def test_demo_passes_its_check_on_as_exit_code(code: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(raylux, "demo", stub, raising=False)
     assert main(["demo", "--folder", "elsewhere", "--backend", "local"]) == code
     assert asked == [("elsewhere", "local")]
-
-
-# ----------------------------------------------------------------------------------------------- top
-
-
-def test_top_json_is_a_list_of_records_with_unit_and_sign(api: StubApi, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["top", "RUN", "--query", "boat", "--format", "json", "--by", "document"]) == 0
-    text = capsys.readouterr().out
-    assert text.replace("\n", "").isprintable()
-    records = json.loads(text)
-    assert [record["rank"] for record in records] == [1, 2, 3]
-    assert records[0]["influence"] == 1 / 3  # every digit
-    assert records[1]["prefilter"] is None
-    assert records[0]["text"] == "boat by document"
-    assert records[1]["text"] == ESCAPES  # lossless
-    assert {record["unit"] for record in records} == {"nats"}
-    assert all(record["sign"].startswith("positive") for record in records)
-    assert [record["kept.unit"] for record in records] == ["kept", "by", "user"]
-
-
-def test_top_without_a_query_holds_all_queries(api: StubApi, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["top", "RUN", "-k", "2", "--format", "json"]) == 0
-    records = json.loads(capsys.readouterr().out)
-    assert [record["query"] for record in records] == ["boat", "boat", "piano", "piano"]
-
-
-def test_top_csv_has_one_header_and_full_precision(api: StubApi, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["top", "RUN", "--format", "csv"]) == 0
-    text = capsys.readouterr().out
-    rows = list(csv.DictReader(io.StringIO(text)))
-    assert len(rows) == 6
-    assert next(iter(rows[0])) == "query"
-    assert float(rows[0]["influence"]) == 1 / 3
-    assert float(rows[1]["influence"]) == 1e-17
-    assert rows[0]["unit"] == "nats"
-    assert "\x1b" not in text
-    assert "\x9b" not in text
-    assert "owned" in rows[1]["text"]  # escaped, not dropped
-
-
-def test_top_table_shows_unit_and_no_escape_sequence(api: StubApi, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["top", "RUN", "--query", "boat"]) == 0
-    text = capsys.readouterr().out
-    assert "nats" in text
-    assert "boat by sequence" in text
-    assert "piano" not in text
-    assert "\x1b" not in text
-    assert "\x9b" not in text
-    assert "\x07" not in text
-
-
-def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
-    """A reader that stops early, with far more output than a pipe holds."""
-    script = tmp_path / "many.py"
-    script.write_text(
-        "import sys\n"
-        f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "import raylux, test_cli\n"
-        "stub = test_cli.StubApi()\n"
-        "stub.run.queries = [f'q{i}' for i in range(300)]\n"
-        "sys.modules['raylux.api'] = raylux.api = stub\n"
-        "sys.exit(raylux.cli.main(['top', 'RUN', '--format', sys.argv[1]]))\n",
-        encoding="utf-8",
-    )
-    for form in ("json", "csv", "table"):
-        process = subprocess.Popen(
-            [sys.executable, str(script), form], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.readline()
-        process.stdout.close()
-        with process.stderr as stderr:
-            assert stderr.read() == ""
-        assert process.wait(timeout=60) == 0
-
-
-# -------------------------------------------------------------------------------------------- models
-
-
-@pytest.fixture
-def model_config(config: str, tmp_path: Path) -> str:
-    """A config whose model is a tiny GPT-2 on disk, with a tokenizer of whole words and two queries."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import PreTrainedTokenizerFast
-
-    from tests.architectures import build  # torch, which the other tests do without
-
-    words = ["<s>", "<pad>", "the", "boat", "sank", "piano", "played", "itself"]
-    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    build("gpt2", vocab=len(words)).save_pretrained(tmp_path / "model")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<pad>").save_pretrained(
-        tmp_path / "model"
-    )
-    queries = [
-        {"id": "boat", "prompt": "the boat", "completion": "sank"},
-        {"id": "piano", "prompt": "the piano", "completion": "played itself"},
-    ]
-    _write(tmp_path / "queries.yaml", queries)
-    return config
-
-
-def test_models_shows_coverage_and_the_split_of_a_query(
-    model_config: str, api: StubApi, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["models", model_config, "--query", "piano"]) == 0
-    text = capsys.readouterr().out
-    assert "transformer.h.0.mlp.c_fc" in text
-    assert "transformer.h.1.mlp.c_proj" in text
-    assert "% of " in text
-    assert "skipped: " in text
-    assert "attn" in text
-    assert "played" in text
-    assert "sank" not in text
-
-
-def test_models_reports_bad_input_in_one_line(
-    model_config: str, api: StubApi, capsys: pytest.CaptureFixture[str]
-) -> None:
-    cases = {
-        "model.layers=[no.such.*]": "no.such.*",
-        f"model.path={os.devnull}/nowhere": "nowhere",
-        "queries.path=no-such.yaml": "no-such.yaml",
-    }
-    for override, part in cases.items():
-        assert main(["models", model_config, override]) == 2
-        assert part in _one_line(capsys.readouterr().err)
