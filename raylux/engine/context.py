@@ -26,7 +26,11 @@ from raylux.store import CorpusReader, RunFolder, read_table
 
 @dataclass
 class Context:
-    """One run being worked on."""
+    """One run being worked on.
+
+    Attributes:
+        keepers: fit unit -> the worker that ran it since this command began, and may keep its sequences.
+    """
 
     config: Config
     folder: RunFolder
@@ -38,6 +42,7 @@ class Context:
     reporter: Reporter
     queries: list[Query] = field(default_factory=list)
     stages: tuple[str, ...] = ()
+    keepers: dict[int, int] = field(default_factory=dict)
     _backend: Backend | None = None
     _assignment: list[list[str]] = field(default_factory=list)
     _reader: CorpusReader | None = None

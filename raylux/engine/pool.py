@@ -15,12 +15,15 @@ from typing import Any
 from raylux import profiling
 from raylux.engine.roster import Flight, Roster, Slot
 from raylux.engine.transport import Transport, WorkerDied
+from raylux.engine.waiting import Waiting
 from raylux.engine.work import Failure, Job, Result
 from raylux.errors import RayluxError
 
 # Calls queued at a worker: one runs, one waits where calls are so short that fetching the next would count.
 WINDOW = 2
 SHORT = 10.0
+# Jobs of all kinds that wait here, per worker.
+AHEAD = 4
 # Deaths of a suspect, alone in a fresh worker, after which it is given up.
 DEATHS = 3
 # Workers that die one after the other before any has loaded the model.
@@ -52,7 +55,11 @@ class Pool:
         welcome: Callable[[dict[str, Any]], None] = lambda facts: None,
     ) -> None:
         self._transport, self._timeout, self._notify, self._welcome = transport, timeout, notify, welcome
-        self._queue: deque[Job] = deque()
+        self._queue = Waiting()
+        # Workers that may have jobs of their own to take, by the number of their process.
+        self._processes: dict[int, Slot] = {}
+        self._started_processes = 0
+        self._asked: dict[int, None] = {}
         self._suspects: deque[Job] = deque()
         self._deaths: dict[Job, int] = {}
         self._results: deque[Result] = deque()
@@ -92,7 +99,7 @@ class Pool:
                     flight.forgotten = True
                 slot.alone = False
                 self._slots.sort(slot)
-            for held in (self._queue, self._suspects, self._results):
+            for held in (self._queue, self._suspects, self._results, self._asked):
                 held.clear()
             self._deaths.clear()
             self._pending = 0
@@ -101,8 +108,11 @@ class Pool:
 
     @property
     def room(self) -> bool:
-        # Workers that only start count too: when they are ready there is a job for each.
-        return len(self._queue) < max(1, self._window * len(self._slots) - self._flying)
+        # Workers that only start count too: when they are ready there is a job for each. Of jobs that wait for a
+        # certain worker there are more, or it would find none of its own among them.
+        workers = len(self._slots)
+        free = self._queue.for_anyone < max(1, self._window * workers - self._flying)
+        return free and len(self._queue) < AHEAD * workers
 
     @property
     def _window(self) -> int:
@@ -115,7 +125,10 @@ class Pool:
 
     def submit(self, job: Job) -> None:
         self._pending += 1
-        self._queue.append(job)
+        own = job.near if job.near in self._processes else None
+        self._queue.put(job, own)
+        if own is not None:
+            self._asked[own] = None
 
     def next(self) -> Result | None:
         """The next finished job; None: none yet, but a worker joined and there is room for another job.
@@ -153,13 +166,17 @@ class Pool:
     def _slot(self, number: int) -> Slot:
         handle = self._transport.start()
         (ready,) = self._transport.call(handle, "prepare", (), 1)
-        slot = Slot(number, handle, ready, self._transport.now())
+        self._started_processes += 1
+        slot = Slot(number, self._started_processes, handle, ready, self._transport.now())
         self._watch(ready, slot)
         return slot
 
     def _end(self, slot: Slot) -> None:
         """End a slot's process, and wait for nothing of it any more."""
         self._transport.kill(slot.handle)
+        self._processes.pop(slot.process, None)
+        self._asked.pop(slot.process, None)
+        self._queue.release(slot.process)
         for ref in (slot.ready, *(flight.head for flight in slot.flights)):
             self._unwatch(ref)
         self._flying -= len(slot.flights)
@@ -168,7 +185,7 @@ class Pool:
     def _replace(self, slot: Slot) -> None:
         self._end(slot)
         new = self._slot(slot.number)
-        slot.handle, slot.ready, slot.since = new.handle, new.ready, new.since
+        slot.process, slot.handle, slot.ready, slot.since = new.process, new.handle, new.ready, new.since
         slot.facts, slot.fresh, slot.alone = None, True, False
         self._watched[slot.ready] = slot
         self._slots.sort(slot)
@@ -191,6 +208,7 @@ class Pool:
         self._welcome(facts)
         self._unwatch(slot.ready)
         slot.facts, slot.since = facts, self._transport.now()
+        self._processes[slot.process] = slot
         self._slots.sort(slot)
         self._moved, self._failed_starts = slot.since, 0
         self._notify("worker", slot=slot.number, state="started", **facts, **profiling.facts(spent))
@@ -202,6 +220,7 @@ class Pool:
         self._flying -= 1
         slot.alone = False
         self._slots.sort(slot)
+        self._asked[slot.process] = None
         now = self._transport.now()
         seconds, slot.since, self._moved = now - slot.since, now, now
         if flight.forgotten:
@@ -214,7 +233,7 @@ class Pool:
         self._finished += 1
         self._deaths.pop(flight.job, None)
         assert slot.facts is not None
-        self._results.append(Result(flight.job, value, flight.parts, slot.facts["numerics"]))
+        self._results.append(Result(flight.job, value, flight.parts, slot.facts["numerics"], worker=slot.process))
 
     def _died(self, slot: Slot, death: WorkerDied) -> None:
         running, *waiting = [None if flight.forgotten else flight.job for flight in slot.flights] or [None]
@@ -230,10 +249,12 @@ class Pool:
                     f"{STARTS} gradient workers in a row died before their model was loaded (last: {death.reason}); "
                     "give each more memory (fewer engine.workers), or look at the log of Ray's workers"
                 )
-        self._queue.extendleft(job for job in reversed(waiting) if job is not None)
+        self._queue.put_back(job for job in waiting if job is not None)
         if running is not None:
-            if death.cause == "node":
-                (self._suspects if slot.alone else self._queue).appendleft(running)
+            if death.cause == "node" and slot.alone:
+                self._suspects.appendleft(running)
+            elif death.cause == "node":
+                self._queue.put_back([running])
             else:
                 self._suspect(running, slot.alone, death)
         self._replace(slot)
@@ -255,7 +276,7 @@ class Pool:
     # jobs
 
     def _fill(self) -> None:
-        """Hand out jobs: suspects alone to fresh workers, the rest evenly."""
+        """Hand out jobs: suspects alone to fresh workers, then to each its own, the rest evenly."""
         if not self._suspects and not self._queue:
             return
         if self._suspects and not self._soon_fresh:
@@ -265,9 +286,20 @@ class Pool:
         while self._suspects and (slot := self._slots.fresh):
             slot.alone = True
             self._call(slot, self._suspects.popleft())
+        for process in list(self._asked):
+            self._give_own(self._processes[process])
+        self._asked.clear()
         for held in range(self._window):
-            while self._queue and (slot := self._slots.holding(held)):
-                self._call(slot, self._queue.popleft())
+            while (slot := self._slots.holding(held)) and (job := self._next_for(held)):
+                self._call(slot, job)
+
+    def _give_own(self, slot: Slot) -> None:
+        while not slot.alone and len(slot.flights) < self._window and (job := self._queue.own(slot.process)):
+            self._call(slot, job)
+
+    def _next_for(self, held: int) -> Job | None:
+        """A job for a worker that has so many calls and none of its own waiting: another's only if it would idle."""
+        return self._queue.any() or (self._queue.others() if held == 0 else None)
 
     @property
     def _soon_fresh(self) -> bool:

@@ -29,6 +29,7 @@ class Slot:
 
     Attributes:
         number: of the place.
+        process: a number of the process in it, never used again.
         handle: of the process.
         ready: reference that has the process's facts once its model is loaded.
         since: when the process, or what it does now, began.
@@ -39,6 +40,7 @@ class Slot:
     """
 
     number: int
+    process: int
     handle: Any
     ready: Any
     since: float

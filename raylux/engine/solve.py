@@ -61,7 +61,8 @@ def solve_layer(
     first = torch.zeros(0)
     inverse = curvature.inverse(damping)
     for place, gradient in enumerate(_gradients(curvature, tokens, dtype)):
-        squares.append(float(gradient.square().sum(dtype=torch.float64)))
+        flat = gradient.flatten()
+        squares.append(float(torch.dot(flat, flat)))  # a float64 sum of squares takes fifteen times as long
         divided = gradient if inverse is None else gradient * inverse
         solved.append((divided if eigen else curvature.back(divided)).to(dtype))
         first = divided if place == 0 else first

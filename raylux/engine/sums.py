@@ -42,6 +42,7 @@ class Units:
         args: unit -> arguments of the method.
         sequences: unit -> ids of its sequences.
         leave_out: names of units that another pass gave up.
+        near: unit -> the worker that keeps its sequences, as far as is known.
     """
 
     stage: str
@@ -51,6 +52,7 @@ class Units:
     args: Callable[[int], tuple[Any, ...]]
     sequences: Callable[[int], list[str]]
     leave_out: frozenset[str] = frozenset()
+    near: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,14 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Finished:
-    """A pass's outcome: what the shards wrote (matrix -> key, objects, counts), heads by unit, numerics, repeats."""
+    """A pass's outcome: what the shards wrote (matrix -> key, objects, counts), heads by unit, numerics, repeats,
+    and who computed a unit last."""
 
     written: dict[str, tuple[str, dict[str, tuple[int, str]], dict[str, Any]]]
     heads: dict[int, np.ndarray]
     numerics: list[Numerics]
     repeated: int
+    workers: dict[int, int]
 
 
 class SumPass:
@@ -97,6 +101,7 @@ class SumPass:
         self._backend, self._folder, self._units, self._pace, self._reporter = backend, folder, units, pace, reporter
         self._snapshot = load_snapshot(folder, units.stage)
         self._heads = _read_heads(folder, self._snapshot)
+        self._workers: dict[int, int] = {}
         self._numerics: list[Numerics] = list(self._snapshot.numerics)
         self._cursors: dict[int, int] = {}
         # Units that a shard has before they are due.
@@ -136,7 +141,7 @@ class SumPass:
             if written is not None:
                 # The sums are on the disk: they need not stay in memory beside what comes next.
                 self._backend.ask("begin", dict.fromkeys(self._cursors, ()))
-                return Finished(written, self._heads, distinct(self._numerics), self._repeated)
+                return Finished(written, self._heads, distinct(self._numerics), self._repeated, self._workers)
 
     # shards
 
@@ -222,7 +227,8 @@ class SumPass:
             if unit < self._furthest:
                 self._repeated += 1
             self._furthest = max(self._furthest, unit + 1)
-            work.submit(Job(self._units.names[unit], self._units.args(unit), unit))
+            near = self._units.near.get(unit)
+            work.submit(Job(self._units.names[unit], self._units.args(unit), unit, near))
 
     def _take(self, result: Result) -> None:
         unit: int = result.job.item
@@ -231,6 +237,7 @@ class SumPass:
             self._give_up(unit, result.failure)
             return
         self._held[unit] = result
+        self._workers[unit] = result.worker
         if result.value is not None:
             self._heads.setdefault(unit, result.value)
         self._numerics = distinct([*self._numerics, result.numerics])

@@ -20,11 +20,13 @@ class Job:
         name: the unit's, for people and for the quarantine.
         args: of the method.
         item: whatever the stage wants back with the result.
+        near: the worker that had best do it (``Result.worker``), if it still lives: it keeps what the job needs.
     """
 
     name: str
     args: tuple[Any, ...]
     item: Any = None
+    near: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Result:
         parts: one handle per shard, where the method returns parts.
         numerics: what the bits of the value depend on beside the inputs (hardware, threads, torch).
         failure: set where the job was given up; there is no value then.
+        worker: who did it, a number of its own for each process.
     """
 
     job: Job
@@ -52,6 +55,7 @@ class Result:
     parts: Sequence[Any] = ()
     numerics: Mapping[str, Any] = field(default_factory=dict)
     failure: Failure | None = None
+    worker: int = 0
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from raylux.store import Manifest
 
 def run(ctx: Context) -> None:
     """Do what the kind of curvature needs and the folder lacks."""
-    units = _FitUnits(ctx)
+    units = FitUnits(ctx)
     if ctx.kind.basis:
         _covariances(ctx, units)
         _eigenbases(ctx)
@@ -51,7 +51,7 @@ def _layers(ctx: Context) -> set[str]:
     return {layer.name for layer in ctx.coverage.tracked}
 
 
-class _FitUnits:
+class FitUnits:
     """The sequences of the fit, cut into units: a function of ids and lengths alone."""
 
     def __init__(self, ctx: Context) -> None:
@@ -76,7 +76,7 @@ class _FitUnits:
 
 def _pass(
     ctx: Context,
-    units: _FitUnits,
+    units: FitUnits,
     stage: str,
     names: tuple[str, str, str],
     args: Any,
@@ -87,7 +87,7 @@ def _pass(
     what, method, write = names
     work = Units(
         stage, method, write, units.names, args, lambda index: ids_at(ctx.ids, units.rows[units.slices[index]]),
-        frozenset(leave_out),
+        frozenset(leave_out), ctx.keepers,
     )  # fmt: skip
     with ctx.reporter.task(what, len(units.names), "units") as task:
         done = SumPass(ctx.backend, ctx.folder, work, Pace(ctx.config.fit.snapshot, size), ctx.reporter).run(task)
@@ -99,7 +99,7 @@ def _pass(
     return done
 
 
-def _covariances(ctx: Context, units: _FitUnits) -> None:
+def _covariances(ctx: Context, units: FitUnits) -> None:
     if not set(matrices(ctx)) - ctx.folder.committed(COVARIANCE):
         forget_snapshot(ctx.folder, COVARIANCE)
         return
@@ -111,6 +111,7 @@ def _covariances(ctx: Context, units: _FitUnits) -> None:
 
     size = covariance_bytes(ctx.coverage.tracked, ctx.groups, 8)
     done = _pass(ctx, units, COVARIANCE, ("covariance", "covariance_unit", "write_covariances"), args, size, ())
+    ctx.keepers |= done.workers
     key, objects = ctx.folder.write("factors/labels", {"labels": units.joined(done.heads)})
     ctx.folder.commit(LABELS, "labels", objects, key=key)
     _commit(ctx, COVARIANCE, done)
@@ -137,7 +138,7 @@ def _eigenbases(ctx: Context) -> None:
             task.advance()
 
 
-def _moments(ctx: Context, units: _FitUnits) -> None:
+def _moments(ctx: Context, units: FitUnits) -> None:
     if not _layers(ctx) - ctx.folder.committed(MOMENTS):
         forget_snapshot(ctx.folder, MOMENTS)
         return

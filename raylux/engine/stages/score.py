@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from raylux.engine.quarantine import give_up, given_up
 from raylux.engine.records import SCORE, TOKENS, FactorFiles, factor_files, query_files
 from raylux.engine.scorer import LoadedQueries
 from raylux.engine.stages import precision, prefilter
+from raylux.engine.stages.fit import FitUnits
 from raylux.engine.stages.query import answerable
 from raylux.engine.work import Job, Result, ids_at, results
 from raylux.store import RunFolder, ScoreBlock, score_blocks
@@ -22,28 +23,46 @@ from raylux.store import RunFolder, ScoreBlock, score_blocks
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """Rows of one unit and the queries that miss their scores."""
+    """Rows of one unit and the queries that miss their scores; ``near``: the worker that may keep the rows."""
 
     name: str
     rows: np.ndarray
     queries: tuple[str, ...]
+    near: int | None = None
 
 
 def run(ctx: Context) -> None:
     """Compute and commit the scores that are missing, then the per-token scores of the best."""
-    jobs = missing(ctx)
-    if jobs:
-        _score(ctx, jobs)
+    jobs = missing(ctx, _keepers(ctx))
+    if jobs and not _score(ctx, jobs):
+        # What failed in the company that it was given here is tried in its own, by which it is known from then on.
+        _score(ctx, missing(ctx))
     _tokens(ctx)
 
 
-def _score(ctx: Context, jobs: Sequence[ScoreJob]) -> None:
+def _keepers(ctx: Context) -> np.ndarray | None:
+    """The worker that may keep each corpus row [N], −1 where nobody does; None where it makes no difference."""
+    if len(set(ctx.keepers.values())) < 2:
+        return None
+    found = np.full(len(ctx.ids), -1, np.int64)
+    units = FitUnits(ctx)
+    for unit, worker in ctx.keepers.items():
+        found[units.rows[units.slices[unit]]] = worker
+    return found
+
+
+def _score(ctx: Context, jobs: Sequence[ScoreJob]) -> bool:
+    """Run jobs; whether there is nothing to be tried again."""
+    through = True
     layers, norms = ctx.config.score.layers, ctx.kind.normalised
     loaded = _loaded(ctx, {query for job in jobs for query in job.queries})
-    calls = (Job(job.name, (job.name, job.rows, job.queries, layers, norms, loaded), job) for job in jobs)
+    calls = (Job(job.name, (job.name, job.rows, job.queries, layers, norms, loaded), job, job.near) for job in jobs)
     with ctx.reporter.task("score", sum(len(job.rows) for job in jobs), "sequences") as task:
         for result in results(ctx.backend, "score_unit", calls):
             job: ScoreJob = result.job.item
+            if result.failure is not None and job.near is not None:
+                through = False
+                continue
             if result.failure is not None:
                 _quarantine(ctx, SCORE, result, job.rows)
             else:
@@ -59,6 +78,7 @@ def _score(ctx: Context, jobs: Sequence[ScoreJob]) -> None:
                     numerics=[dict(result.numerics)],
                 )
             task.advance(len(job.rows))
+    return through
 
 
 def _loaded(ctx: Context, wanted: set[str]) -> Any:
@@ -74,24 +94,53 @@ def _quarantine(ctx: Context, stage: str, result: Result, rows: np.ndarray) -> N
     ctx.reporter.say(f"{stage}: unit {result.job.name} is quarantined ({result.failure.reason})")
 
 
-def missing(ctx: Context) -> list[ScoreJob]:
+def missing(ctx: Context, keepers: np.ndarray | None = None) -> list[ScoreJob]:
     """The jobs that the present queries and candidates still need, in the order of their units.
 
     Within a unit the rows are parted by the set of queries that miss them, so each row runs once.
+
+    Args:
+        ctx: the run.
+        keepers: [N] the worker that keeps each corpus row, or −1: what one worker keeps is cut into units of its own.
     """
     wanted = [query.id for query in answerable(ctx)]
     rows = prefilter.union(ctx)
-    units = score_units(ctx.reader.lengths, ctx.plan.score_unit_size)[rows]
+    lengths, size = ctx.reader.lengths, ctx.plan.score_unit_size
+    units = score_units(lengths, size)[rows]
+    near: dict[int, int] = {}
+    if keepers is not None:
+        units, near = _units_by_keeper(units, lengths[rows], keepers[rows], size)
     blocks = [block for block in score_blocks(ctx.folder) if block.layers or not ctx.config.score.layers]
     absent = np.ones((len(wanted), len(rows)), bool)
     for block in blocks:
         places = [wanted.index(query) for query in block.queries if query in wanted]
         absent[np.ix_(np.array(places, np.int64), np.flatnonzero(np.isin(rows, block.rows)))] = False
     out = given_up(ctx.folder, SCORE)
-    return [job for job in _jobs(wanted, rows, absent, units) if job.name not in out]
+    return [job for job in _jobs(wanted, rows, absent, units, near) if job.name not in out]
 
 
-def _jobs(wanted: Sequence[str], rows: np.ndarray, absent: np.ndarray, units: np.ndarray) -> Iterator[ScoreJob]:
+def _units_by_keeper(
+    units: np.ndarray, lengths: np.ndarray, keepers: np.ndarray, size: int
+) -> tuple[np.ndarray, dict[int, int]]:
+    """Rows that a worker keeps in units of their own, the workers' in turn; a score does not depend on its company.
+
+    Returns:
+        The unit of each row [n], and the worker of each new unit.
+    """
+    found = units.copy()
+    near: dict[int, int] = {}
+    workers = sorted(set(keepers[keepers >= 0].tolist()))
+    first = int(units.max(initial=-1)) + 1
+    for place, worker in enumerate(workers):
+        kept = np.flatnonzero(keepers == worker)
+        found[kept] = first + score_units(lengths[kept], size) * len(workers) + place
+        near |= dict.fromkeys(np.unique(found[kept]).tolist(), worker)
+    return found, near
+
+
+def _jobs(
+    wanted: Sequence[str], rows: np.ndarray, absent: np.ndarray, units: np.ndarray, near: Mapping[int, int]
+) -> Iterator[ScoreJob]:
     for unit in np.unique(units[absent.any(0)]):
         here = np.flatnonzero(units == unit)
         patterns, which = np.unique(absent[:, here], axis=1, return_inverse=True)
@@ -101,7 +150,7 @@ def _jobs(wanted: Sequence[str], rows: np.ndarray, absent: np.ndarray, units: np
                 chosen = rows[here[which.reshape(-1) == index]]
                 text = f"{queries} {chosen.tolist()}"
                 tail = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-                yield ScoreJob(f"u{unit:06d}-{tail}", chosen, queries)
+                yield ScoreJob(f"u{unit:06d}-{tail}", chosen, queries, near.get(int(unit)))
 
 
 def _tokens(ctx: Context) -> None:
