@@ -107,7 +107,7 @@ class FitSection(Section):
 
 
 class CurvatureSection(Section):
-    kind: Literal["ekfac", "kfac", "diagonal", "identity", "cosine"] = "ekfac"
+    kind: Literal["ekfac", "kfac", "tekfac", "tkfac", "eshampoo", "shampoo", "diagonal", "identity", "cosine"] = "ekfac"
     damping: NotNegative | Auto = Field("auto", description="λ; auto: 0.1 × mean(Λ) of each layer")
 
 

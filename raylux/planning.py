@@ -55,7 +55,8 @@ def find_shape(config: Config) -> tuple[ModelShape, models.ModelFiles, int | Non
         files = models.find_model(setting)
     structure = models.load_structure(files, setting.trust_remote_code, weights)
     covered = models.coverage(structure, setting.layers)
-    shape = ModelShape.of(structure, covered, input_groups(structure, covered.tracked))
+    groups = KINDS[config.curvature.kind].groups(input_groups(structure, covered.tracked))
+    shape = ModelShape.of(structure, covered, groups)
     return shape, files, models.context_length(structure.config)
 
 
@@ -100,6 +101,7 @@ def _workload(config: Config, sizes: Sizes, device: str) -> tuple[Workload, Plan
         contraction=plan.contraction if device == "cpu" else _contraction(config, device),
         basis=kind.basis,
         moments=kind.moments,
+        sequence_products=kind.statistics == "sequences",
         fit_sequences=min(config.fit.sequences, corpus),
         corpus=corpus,
         candidates=candidates,

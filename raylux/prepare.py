@@ -14,6 +14,7 @@ from raylux import fingerprints, models
 from raylux.capture import input_groups
 from raylux.config import Config
 from raylux.corpus import Sequences, load_corpus
+from raylux.curvature import KINDS
 from raylux.engine.context import Context
 from raylux.engine.plan import Plan, make_plan
 from raylux.engine.progress import Reporter
@@ -48,7 +49,7 @@ class _Model:
         return cls(
             files,
             coverage,
-            input_groups(structure, coverage.tracked),
+            KINDS[config.curvature.kind].groups(input_groups(structure, coverage.tracked)),
             models.vocabulary_size(structure.config),
             models.context_length(structure.config),
             models.load_tokenizer(files, trusted),

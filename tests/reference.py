@@ -123,10 +123,21 @@ def curvature(kind: str, grads: Sequence[np.ndarray], pairs: Sequence[tuple[np.n
     if kind == "diagonal":
         return Dense(np.diag(np.diag(exact)), exact)
     a, g = np.vstack([a for a, _ in pairs]), np.vstack([g for _, g in pairs])
-    input_covariance, output_covariance = a.T @ a / len(a), g.T @ g / len(g)
-    if kind == "kfac":
-        return Dense(len(a) / len(pairs) * np.kron(output_covariance, input_covariance), exact)
-    assert kind == "ekfac"
+    if kind in ("kfac", "ekfac"):
+        input_covariance, output_covariance = a.T @ a / len(a), g.T @ g / len(g)
+        product = len(a) / len(pairs) * np.kron(output_covariance, input_covariance)
+    elif kind in ("tkfac", "tekfac"):
+        norms = (a**2).sum(1), (g**2).sum(1)
+        input_covariance = sum(size * np.outer(one, one) for one, size in zip(a, norms[1], strict=True)) / len(pairs)
+        output_covariance = sum(size * np.outer(one, one) for one, size in zip(g, norms[0], strict=True)) / len(pairs)
+        product = np.kron(output_covariance, input_covariance) / (norms[0] @ norms[1] / len(pairs))
+    else:
+        assert kind in ("shampoo", "eshampoo")
+        input_covariance = sum(one.T @ one for one in grads) / len(grads)
+        output_covariance = sum(one @ one.T for one in grads) / len(grads)
+        product = np.kron(output_covariance, input_covariance) / (sum(np.sum(one**2) for one in grads) / len(grads))
+    if not kind.startswith("e") and kind != "tekfac":
+        return Dense(product, exact)
     basis = np.kron(np.linalg.eigh(output_covariance)[1], np.linalg.eigh(input_covariance)[1])
     return Dense(basis @ np.diag(np.diag(basis.T @ exact @ basis)) @ basis.T, exact, basis)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from raylux.batches import TokenRow, collate
 from raylux.capture import Capture, input_groups
 from raylux.cost.contraction import rotate_tokens_first
-from raylux.curvature import KINDS, Covariances, Spectral, add_second_moment, eigenbasis
+from raylux.curvature import KINDS, Covariances, Spectral, add_second_moment, eigenbasis, weighted
 from raylux.errors import NumericsError
 from raylux.layers import coverage
 from tests import reference
@@ -60,7 +60,7 @@ def fit(batches: Sequence[Tokens], kind: str) -> Spectral:
     """The passes of a fit over batches of one layer."""
     sums = Covariances()
     for batch in batches:
-        sums.add({"layer": batch.a}, {"layer": batch.g}, batch.mask)
+        sums.add(*weighted(KINDS[kind].statistics, {"layer": batch.a}, {"layer": batch.g}, batch.mask))
     rows = sums.rows["layer"]
     a_values, q_a = eigenbasis(sums.inputs["layer"] / rows, "A")
     s_values, q_s = eigenbasis(sums.grads["layer"] / rows, "S")
@@ -84,7 +84,7 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
 # K-FAC where theory says that it is the Gauss-Newton matrix
 
 
-@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "tkfac", "tekfac", "shampoo", "eshampoo"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_token_of_one_sequence(shape: tuple[int, int], bias: bool, kind: str) -> None:
@@ -238,14 +238,19 @@ def test_on_every_layer_of_a_model(name: str) -> None:
         tokens_ = Tokens(captured.inputs[groups[layer.name]], captured.grads[layer.name], batch.mask)
         mine = [pair[layer.name] for pair in pairs]
         gradients = [g.T @ a for a, g in mine]
-        expected = {kind: reference.curvature(kind, gradients, mine) for kind in ("kfac", "ekfac", "diagonal")}
+        kinds = [kind.name for kind in KINDS.values() if kind.fitted]
+        expected = {kind: reference.curvature(kind, gradients, mine) for kind in kinds}
         found = {kind: dense(fit([tokens_], kind), layer.shape) for kind in expected}
         for kind, matrix in found.items():
             # RMS norms of a llama round to float32.
             assert error(matrix, expected[kind].matrix) <= (1e-9 if name == "gpt2" else 1e-6)
         exact = expected["ekfac"].fisher
         assert np.linalg.norm(found["ekfac"] - exact) < np.linalg.norm(found["kfac"] - exact)
-        assert np.trace(found["ekfac"]) == pytest.approx(np.trace(exact), rel=1e-9)
+        for kind in ("ekfac", "tekfac", "eshampoo", "shampoo"):
+            assert np.trace(found[kind]) == pytest.approx(np.trace(exact), rel=1e-9)
+        # No other diagonal in its basis is as close.
+        for corrected, plain in (("tekfac", "tkfac"), ("eshampoo", "shampoo")):
+            assert np.linalg.norm(found[corrected] - exact) < np.linalg.norm(found[plain] - exact)
 
 
 @pytest.mark.parametrize("with_basis", [True, False])

@@ -129,7 +129,7 @@ QUESTIONS = tuple(logprob(*pair) for pair in ASKED)
 
 class TestGpt2:
     @pytest.mark.parametrize("damping", ["auto", "0.01"])
-    @pytest.mark.parametrize("kind", ["ekfac", "kfac", "diagonal"])
+    @pytest.mark.parametrize("kind", ["ekfac", "kfac", "tekfac", "tkfac", "eshampoo", "shampoo", "diagonal"])
     def test_dataset_labels(self, kind: str, damping: str) -> None:
         run = attribute(gpt2(), f"curvature.kind={kind}", f"curvature.damping={damping}", "fit.labels=dataset")
         assert run.unit == "nats"

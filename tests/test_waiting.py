@@ -47,7 +47,7 @@ def test_jobs_of_a_worker_that_dies_are_anyones() -> None:
     before = {result.job.item: result.worker for result in scene.run(UNITS)}
     scene.cluster.at(scene.cluster.now() + 200, lambda: scene.cluster.crash(scene.cluster.workers[0]))
     assert values(again(scene, before)) == list(range(UNITS))
-    assert values(again(scene, {unit: 10_000 for unit in range(UNITS)})) == list(range(UNITS)), "of nobody known"
+    assert values(again(scene, dict.fromkeys(range(UNITS), 10000))) == list(range(UNITS)), "of nobody known"
 
 
 def test_waiting_keeps_the_order_within_each_queue() -> None:

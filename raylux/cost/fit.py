@@ -139,6 +139,8 @@ def covariance(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
     share = 0.5 if costs.SYMMETRIC in can else 1.0
     size = min(batch, model.hidden)
     flops = work.fit_tokens * 2.0 * sum(covariance_entries(model.tracked, groups)) * share
+    if work.sequence_products:
+        flops = _sequence_flops(work, share)
     touched = work.fit_tokens / batch * 2 * covariance_bytes(model.tracked, groups, itemsize)
     units = max(1, math.ceil(work.fit_tokens / work.unit_tokens))
     sums = covariance_bytes(model.tracked, groups, itemsize)
@@ -171,6 +173,13 @@ def covariance(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
             f"{move(sums, cluster).seconds / max(1e-12, stage.work_seconds / units):.1%} of a unit's time",
         ),
     ]
+
+
+def _sequence_flops(work: Workload, share: float) -> float:
+    """G of every sequence, GᵀG and GGᵀ; ``share`` of a product that is computed where it is symmetric."""
+    forming = work.fit_tokens * 2.0 * sum(layer.parameters for layer in work.model.tracked)
+    sides = sum(layer.parameters * (layer.outputs + layer.inputs) for layer in work.model.tracked)
+    return forming + work.fit_sequences * 2.0 * sides * share
 
 
 def eigenbases(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageCost, list[Choice]]:

@@ -22,6 +22,7 @@ class Workload:
         contraction: precision of the products of a and g (DESIGN, decision 9).
         basis: the curvature has eigenbases.
         moments: and Λ.
+        sequence_products: A and S are sums over sequences' gradients, not over tokens.
         fit_sequences: that the curvature is fitted on.
         corpus: sequences of the corpus, which the prefilter reads.
         candidates: sequences that are scored.
@@ -71,6 +72,7 @@ class Workload:
     query_basis: str | None = None
     keep_bytes: float = 0.0
     scores_fit: bool = False
+    sequence_products: bool = False
 
     @property
     def itemsize(self) -> int:

@@ -8,14 +8,17 @@ from raylux.curvature.covariance import Covariances, eigenbasis
 from raylux.curvature.kinds import KINDS, Kind
 from raylux.curvature.moments import add_second_moment, add_second_moments, rotate
 from raylux.curvature.spectral import Spectral
+from raylux.curvature.statistics import Statistics, weighted
 
 __all__ = [
     "KINDS",
     "Covariances",
     "Kind",
     "Spectral",
+    "Statistics",
     "add_second_moment",
     "add_second_moments",
     "eigenbasis",
     "rotate",
+    "weighted",
 ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from raylux.curvature.spectral import Spectral
+from raylux.curvature.statistics import Statistics, own_groups
 
 
 @dataclass(frozen=True)
@@ -19,12 +21,14 @@ class Kind:
         basis: needs A, S and their eigenbases (the covariance pass).
         moments: needs the second moments of per-sequence gradients in that basis (the Λ pass).
         normalised: scores are cosines, divided by the norms of the two gradients.
+        statistics: what A and S are sums of.
     """
 
     name: str
     basis: bool = False
     moments: bool = False
     normalised: bool = False
+    statistics: Statistics = "tokens"
 
     @property
     def fitted(self) -> bool:
@@ -34,6 +38,10 @@ class Kind:
     def predicts(self) -> bool:
         """Whether a score divided by N is a prediction in nats."""
         return self.fitted
+
+    def groups(self, found: Mapping[str, str]) -> dict[str, str]:
+        """Layer -> the layer whose A it shares, of those that read the same tensor."""
+        return dict(found) if self.statistics == "tokens" else own_groups(found)
 
     def assemble(
         self,
@@ -52,14 +60,17 @@ class Kind:
             a_values: [M] and ``s_values`` [P]: eigenvalues of the token means A and S.
             s_values: see ``a_values``.
             moments: [P, M], the mean of (Q_Sᵀ G Q_A)² over sequences.
-            rows_per_sequence: T̄, token rows per sequence. K-FAC's token means are multiplied by it: its
-                scale is then that of a whole sequence, like every other kind's.
+            rows_per_sequence: T̄, rows per sequence. Means over rows are multiplied by it: the scale is then that of a
+                whole sequence, like every other kind's.
         """
         if self.moments:
             return Spectral(moments, q_a if self.basis else None, q_s if self.basis else None)
         if self.basis:
             assert a_values is not None and s_values is not None
-            return Spectral(rows_per_sequence * torch.outer(s_values, a_values), q_a, q_s)
+            product = rows_per_sequence * torch.outer(s_values, a_values)
+            if self.statistics != "tokens":  # each of the two has the trace of the whole
+                product /= a_values.sum().clamp(min=torch.finfo(a_values.dtype).tiny)
+            return Spectral(product, q_a, q_s)
         return Spectral()
 
 
@@ -68,6 +79,10 @@ KINDS = {
     for kind in (
         Kind("ekfac", basis=True, moments=True),
         Kind("kfac", basis=True),
+        Kind("tekfac", basis=True, moments=True, statistics="traced"),
+        Kind("tkfac", basis=True, statistics="traced"),
+        Kind("eshampoo", basis=True, moments=True, statistics="sequences"),
+        Kind("shampoo", basis=True, statistics="sequences"),
         Kind("diagonal", moments=True),
         Kind("identity"),
         Kind("cosine", normalised=True),

@@ -12,6 +12,7 @@ from raylux import models
 from raylux.capture import input_groups
 from raylux.config import Config
 from raylux.corpus import Sequences, build_sequences
+from raylux.curvature import KINDS
 from raylux.doctor.finding import OK, Finding, NotChecked
 from raylux.engine.capacity import Demand
 from raylux.engine.demand import demand_of
@@ -130,7 +131,7 @@ class Case:
         return Model(
             files,
             covered,
-            input_groups(structure, covered.tracked),
+            KINDS[self.config.curvature.kind].groups(input_groups(structure, covered.tracked)),
             models.load_tokenizer(files, setting.trust_remote_code),
             models.vocabulary_size(structure.config),
             models.context_length(structure.config),

@@ -100,6 +100,7 @@ class Context:
             self.config.fit.seed,
             self.config.model.trust_remote_code,
             keep=keep,
+            statistics=self.kind.statistics,
         )
         parameters, queries = self.coverage.parameters, len(self.queries)
         demand = demand_of(engine, self.plan.dtype, self.plan.device, layers, self.groups, parameters, queries)

@@ -19,7 +19,7 @@ from torch import Tensor
 from raylux import fingerprints, gpu, models, profiling
 from raylux.batches import Batch, TokenRow, collate, fit_batches, is_scored_so, score_batches
 from raylux.capture import Capture, Captured
-from raylux.curvature import Covariances, add_second_moments
+from raylux.curvature import Covariances, Statistics, add_second_moments, weighted
 from raylux.engine import numerics
 from raylux.engine.kept import Kept
 from raylux.engine.plan import Plan
@@ -36,7 +36,8 @@ from raylux.store import CorpusReader, RunFolder
 class WorkerSpec:
     """What a worker is made from: small, and readable by any process of the cluster.
 
-    ``keep``: bytes of captured sequences that it may keep on its disk; None: by what is free there.
+    ``keep``: bytes of captured sequences that it may keep on its disk; None: by what is free there. ``statistics``: of
+    the kind of curvature.
     """
 
     folder: str
@@ -47,6 +48,7 @@ class WorkerSpec:
     seed: int
     trust_remote_code: bool = False
     keep: int | None = 0
+    statistics: Statistics = "tokens"
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class GradientWorker:
             captured = self._run(batch, sampled, both)
             inputs, grads = self._summed(captured)
             with profiling.of("covariance"):
-                sums.add(inputs, grads, batch.mask.to(self.device))
+                sums.add(*weighted(self.spec.statistics, inputs, grads, batch.mask.to(self.device)))
             with profiling.of("keep"):
                 self._keep(rows, batch, captured, contraction)
             drawn = captured.labels.cpu().numpy()
@@ -412,7 +414,7 @@ class GradientWorker:
 
     def _summed(self, captured: Captured) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """a and g as their covariances are summed: widened, but for bf16 on a GPU, which multiplies it exactly."""
-        native = self.device == "cuda" and self.spec.plan.dtype == "bfloat16"
+        native = self.device == "cuda" and self.spec.plan.dtype == "bfloat16" and self.spec.statistics == "tokens"
         return self._operands(captured, torch.bfloat16 if native else self.compute)
 
     def _widened(self, captured: Captured) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -1,0 +1,54 @@
+"""What is summed into the two matrices of a layer, before they are decomposed: a choice among Kronecker factors.
+
+- ``tokens``: A = E[a aᵀ], S = E[g gᵀ] over tokens, as if a and g of a token had nothing to do with each other
+  (K-FAC, Martens & Grosse 2015).
+- ``traced``: A = E[‖g‖² a aᵀ], S = E[‖a‖² g gᵀ] over tokens: each token counts by the trace of the other factor
+  (TKFAC, Gao et al. 2020). The two traces are equal, E[‖g‖² ‖a‖²].
+- ``sequences``: A = E[GᵀG], S = E[GGᵀ] over the gradients G = Σ_t g_t a_tᵀ of whole sequences (Shampoo, Gupta et al.
+  2018; A ⊗ S over their trace is the square of its preconditioner, Morwani et al. 2024). They see how the tokens of a
+  sequence add up, which the other two do not.
+
+The last two differ from layer to layer even where layers read the same tensor, so no layers share an A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Statistics = Literal["tokens", "traced", "sequences"]
+
+
+def own_groups(groups: Mapping[str, str]) -> dict[str, str]:
+    """Every layer in an input group of its own."""
+    return {layer: layer for layer in groups}
+
+
+def weighted(
+    statistics: Statistics, inputs: Mapping[str, Tensor], grads: Mapping[str, Tensor], mask: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """Rows whose sums of outer products are A and S up to a common factor.
+
+    Args:
+        statistics: which; other than ``tokens``, ``inputs`` has every layer.
+        inputs: input group -> a [N, T, M], zero on padding.
+        grads: layer -> g [N, T, P], zero on padding.
+        mask: [N, T] bool, True on real tokens.
+
+    Returns:
+        Rows for A [N, ·, M] and for S [N, ·, P], and a mask by which they are counted.
+    """
+    if statistics == "tokens":
+        return dict(inputs), dict(grads), mask
+    if statistics == "traced":
+        return (
+            {name: inputs[name] * g.norm(dim=2, keepdim=True) for name, g in grads.items()},
+            {name: g * inputs[name].norm(dim=2, keepdim=True) for name, g in grads.items()},
+            mask,
+        )
+    formed = {name: torch.bmm(g.mT, inputs[name]) for name, g in grads.items()}
+    # One of the mask for each sequence: how many rows stand for it cancels in the trace.
+    return formed, {name: gradient.mT for name, gradient in formed.items()}, mask.new_ones(len(mask), 1)
