@@ -53,6 +53,9 @@ class TrainingSettings:
 Progress = Callable[[int, int, float], None]
 """Called after each step with (step, steps, loss per token)."""
 
+Watch = Callable[[int, float, PreTrainedModel], None]
+"""Called after each epoch with (epoch, learning rate of its last step, the model as it is then)."""
+
 
 def train_cached(
     texts: Sequence[str], settings: TrainingSettings, progress: Progress | None = None
@@ -108,6 +111,7 @@ def train_model(
     tokenizer: PreTrainedTokenizerFast,
     settings: TrainingSettings,
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> PreTrainedModel:
     """A small GPT of the Llama kind, trained on the mean token loss of each batch.
 
@@ -121,7 +125,7 @@ def train_model(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             model = LlamaForCausalLM(_model_config(tokenizer, settings))
-            _fit(model, rows, settings, progress)
+            _fit(model, rows, settings, progress, watch)
     finally:
         torch.set_num_threads(threads)
     return model.eval()
@@ -145,7 +149,13 @@ def _model_config(tokenizer: PreTrainedTokenizerFast, settings: TrainingSettings
     )
 
 
-def _fit(model: LlamaForCausalLM, rows: list[list[int]], settings: TrainingSettings, progress: Progress | None) -> None:
+def _fit(
+    model: LlamaForCausalLM,
+    rows: list[list[int]],
+    settings: TrainingSettings,
+    progress: Progress | None,
+    watch: Watch | None,
+) -> None:
     generator = torch.Generator().manual_seed(settings.seed)
     epochs = [_batches(rows, settings.batch_tokens, generator) for _ in range(settings.epochs)]
     steps = sum(len(epoch) for epoch in epochs)
@@ -157,15 +167,22 @@ def _fit(model: LlamaForCausalLM, rows: list[list[int]], settings: TrainingSetti
         optimizer, lambda step: min((step + 1) / warm, max(0.0, (steps - step) / max(1, steps - warm)))
     )
     model.train()
-    batches = (batch for epoch in epochs for batch in epoch)
-    for step, batch in enumerate(batches, start=1):
+    batches = [
+        (number, place == len(epoch), batch)
+        for number, epoch in enumerate(epochs, start=1)
+        for place, batch in enumerate(epoch, start=1)
+    ]
+    for step, (epoch, last, batch) in enumerate(batches, start=1):
         tokens, mask, labels = _pad([rows[i] for i in batch])
         optimizer.zero_grad(set_to_none=True)
         loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        rate = float(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
+        if watch is not None and last:
+            watch(epoch, rate, model)
         if progress is not None:
             progress(step, steps, float(loss.detach()))
 

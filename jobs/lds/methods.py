@@ -1,0 +1,127 @@
+"""What each method says of the model that was trained on all texts: scores [Q, N]."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedModel
+
+import raylux
+from jobs.lds.retrain import FIRST_SEED
+from jobs.lds.study import Study
+from raylux import prefilter
+from raylux.curvature import KINDS
+from raylux.demo.training import train_model
+
+EKFAC = "ekfac"
+# Epochs whose models TracIn and the average are taken over: the last ones.
+CHECKPOINTS = 4
+
+
+@dataclass(frozen=True)
+class Method:
+    """Scores of a method.
+
+    Attributes:
+        name: in the tables.
+        what: in a few words.
+        scores: [Q, N].
+        seconds: that it took, the training of the model left out.
+    """
+
+    name: str
+    what: str
+    scores: np.ndarray
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model after an epoch, and the learning rate of the step before."""
+
+    model: PreTrainedModel
+    rate: float
+
+
+WHAT = {
+    "ekfac": "K-FAC's basis, Λ measured",
+    "kfac": "Kronecker product of token covariances",
+    "tekfac": "TKFAC's basis, Λ measured",
+    "tkfac": "token covariances weighted by one another's traces",
+    "eshampoo": "Shampoo's basis, Λ measured",
+    "shampoo": "Kronecker product of sequences' GᵀG and GGᵀ",
+    "diagonal": "Fisher matrix's diagonal",
+    "identity": "gradient dot product",
+    "cosine": "gradient cosine",
+}
+
+
+def all_methods(study: Study, folder: Path) -> list[Method]:
+    """Every kind of curvature on the last model; the best known two over checkpoints; BM25."""
+    points = train(study)
+    last = points[-1].model
+    methods = [_timed(kind, WHAT.get(kind, kind), partial(scores, study, last, folder / kind, kind)) for kind in KINDS]
+    methods.append(_timed("TracIn", f"dot products by learning rate over {len(points)} epochs' models",
+                          lambda: _weighted(study, points, folder / "tracin", "identity")))  # fmt: skip
+    level = [Checkpoint(point.model, 1.0) for point in points]
+    methods.append(_timed("ekfac, averaged", f"mean over {len(points)} epochs' models",
+                          lambda: _weighted(study, level, folder / "averaged", EKFAC)))  # fmt: skip
+    methods.append(_timed("bm25", "shared tokens, no model", lambda: bm25(study)))
+    return methods
+
+
+def train(study: Study) -> list[Checkpoint]:
+    """The model of all texts after each of the last epochs."""
+    kept: list[Checkpoint] = []
+    settings = study.settings.training(FIRST_SEED)
+
+    def watch(epoch: int, rate: float, model: PreTrainedModel) -> None:
+        if epoch > settings.epochs - CHECKPOINTS:
+            copy = type(model)(model.config)
+            copy.load_state_dict(model.state_dict())
+            kept.append(Checkpoint(copy.eval(), rate))
+
+    train_model(study.texts, study.tokenizer, settings, watch=watch)
+    return kept
+
+
+def scores(study: Study, model: PreTrainedModel, folder: Path, kind: str, overrides: Sequence[str] = ()) -> np.ndarray:
+    """raylux's scores [Q, N], in the order of the texts."""
+    options = [f"curvature.kind={kind}", "query.max_error=0", "score.token_top=0", "score.unit=raw", *overrides]
+    train = [{"text": text, "id": f"{place:06d}"} for place, text in enumerate(study.texts)]
+    run = raylux.attribute(model, study.tokenizer, train, study.asked, folder=folder, overrides=options)
+    ids = [row["id"] for row in train]
+    queries = [query["id"] for query in study.asked]
+    return run.scores().sel(query=queries, sequence=ids).to_numpy().astype(np.float64)
+
+
+def _weighted(study: Study, points: Sequence[Checkpoint], folder: Path, kind: str) -> np.ndarray:
+    return sum(
+        (point.rate * scores(study, point.model, folder / str(place), kind) for place, point in enumerate(points)),
+        np.zeros((len(study.asked), len(study.texts))),
+    )
+
+
+def bm25(study: Study) -> np.ndarray:
+    """The prefilter's score of every text for each query."""
+    rows = study.tokenizer(study.texts, add_special_tokens=False)["input_ids"]
+    tokens, offsets = np.concatenate(rows), np.cumsum([0, *map(len, rows)])
+    asked = [query["prompt"] + query["completion"] for query in study.asked]
+    queries = [np.asarray(row) for row in study.tokenizer(asked, add_special_tokens=False)["input_ids"]]
+    counts = prefilter.count_terms(tokens, offsets, len(study.tokenizer))
+    found = np.zeros((len(asked), len(rows)))
+    for place, (best, values) in enumerate(
+        prefilter.score_shard("bm25", tokens, offsets, counts, queries, len(rows), 0)
+    ):
+        found[place, best] = values
+    return found
+
+
+def _timed(name: str, what: str, make: Callable[[], np.ndarray]) -> Method:
+    began = time.process_time()
+    return Method(name, what, make(), time.process_time() - began)

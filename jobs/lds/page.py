@@ -1,0 +1,100 @@
+"""The study's page and plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jobs.lds.methods import EKFAC, Method
+from jobs.lds.study import Settings
+from raylux.evaluate import Judgement
+from raylux.evaluate.datamodel import Estimate, spearman
+
+
+def agreement(measured: np.ndarray) -> float:
+    """Mean over queries of Spearman's ρ between two models of the same subset; NaN where there is one for each.
+
+    Args:
+        measured: [S, repeats, Q].
+    """
+    if measured.shape[1] < 2:
+        return float("nan")
+    return float(np.nanmean(spearman(measured[:, 0], measured[:, 1])))
+
+
+def ceiling(measured: np.ndarray) -> float:
+    """The correlation that the subset's true effect itself would have with the mean of the repeats (Spearman-Brown)."""
+    one, repeats = agreement(measured), measured.shape[1]
+    return float(np.sqrt(repeats * one / (1 + (repeats - 1) * one))) if one > 0 else float("nan")
+
+
+def page(settings: Settings, methods: Sequence[Method], judged: Judgement, measured: np.ndarray, command: str) -> str:
+    """docs/results/datamodel.md."""
+    order = sorted(methods, key=lambda method: -judged.lds[method.name].value)
+    rows = [
+        f"| {method.name} | {method.what} | {judged.lds[method.name]} | "
+        f"{'' if method.name == EKFAC else _signed(judged.above[method.name])} | {method.seconds:.0f} |"
+        for method in order
+    ]
+    spread = measured.mean(1).std(0).mean()
+    table = "\n".join(rows)
+    return f"""# What other training sets would have done: the linear datamodeling score
+
+    {command}
+
+{settings.train:,} Wikipedia leads (their first {settings.characters} characters), {settings.queries} held-out ones as
+queries (f = log p of the last three quarters). A Llama of {settings.layers} layers, width {settings.width}, with a
+vocabulary of {settings.vocabulary:,}, is trained on all of them for {settings.epochs} epochs; and, from
+{settings.repeats} seeds each, on {settings.subsets} random halves. A method predicts f after training on a half by the
+sum of its scores there; LDS is Spearman's correlation over the halves between these sums and f (the mean of the
+{settings.repeats} seeds), averaged over the queries. In brackets 90 % of a bootstrap over halves and queries;
+differences are taken on the same draws.
+
+![LDS by method](datamodel.png)
+
+| method | what | LDS | above EK-FAC | CPU, s |
+| --- | --- | --- | --- | --- |
+{table}
+
+## What could be reached
+
+Models of the same half that differ in their seed agree by a Spearman's ρ of {agreement(measured):.3f}: even the true
+effect of a half would correlate with the mean of {settings.repeats} of them by about {ceiling(measured):.3f}. Over the
+halves f of a query has a standard deviation of {spread:.2f} nats.
+
+## How to read it
+
+- Scores are those of one model, trained on all texts with the first of the seeds; only the MLP layers are tracked.
+- An interval of a difference that leaves out 0 is a difference on these texts and this model; other models may
+  order methods otherwise.
+- λ is a tenth of the mean eigenvalue of each layer throughout; it was not tuned for any method.
+- CPU seconds are those of scoring, on one thread, without training the model.
+"""
+
+
+def _signed(found: Estimate) -> str:
+    return f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+
+
+def plot(judged: Judgement, path: Path) -> None:
+    """LDS of each method with its interval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    order = sorted(judged.lds, key=lambda name: judged.lds[name].value)
+    found = [judged.lds[name] for name in order]
+    figure, axes = plt.subplots(figsize=(7, 0.35 * len(order) + 1.2), layout="constrained")
+    middle = [one.value for one in found]
+    sides = [[one.value - one.low for one in found], [one.high - one.value for one in found]]
+    colours = ["#c44e52" if name == EKFAC else "#4c72b0" for name in order]
+    axes.barh(order, middle, color=colours, height=0.6)
+    axes.errorbar(middle, order, xerr=sides, fmt="none", ecolor="#333333", elinewidth=1, capsize=3)
+    axes.set_xlabel("linear datamodeling score, 90 % intervals")
+    axes.axvline(0, color="#333333", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

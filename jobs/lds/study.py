@@ -1,0 +1,116 @@
+"""A study: its texts and queries, its subsets, and the model that is trained on all of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from raylux.batches import IGNORED, TokenRow, collate
+from raylux.demo.corpus import read_leads
+from raylux.demo.training import TrainingSettings, train_tokenizer
+from raylux.errors import UserError
+from raylux.queries import parse_queries
+
+# A lead that is no longer than this many characters is no text; a query's prompt is its first quarter.
+_SHORTEST = 160
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Equal settings give equal numbers on the same machine.
+
+    Attributes:
+        seed: chooses texts, queries and subsets.
+        train: N, training sequences.
+        queries: Q, held-out texts.
+        subsets: S, half of the training sequences each.
+        repeats: models for each subset, each from other initial weights and in another order; f is their mean.
+        characters: of a text.
+        vocabulary: of the tokenizer; with ``layers``, ``width`` and ``epochs`` what ``TrainingSettings`` says.
+        layers: see ``vocabulary``.
+        width: see ``vocabulary``.
+        epochs: see ``vocabulary``.
+    """
+
+    seed: int = 0
+    train: int = 1024
+    queries: int = 40
+    subsets: int = 64
+    repeats: int = 2
+    characters: int = 160
+    vocabulary: int = 1024
+    layers: int = 2
+    width: int = 64
+    epochs: int = 8
+
+    def training(self, seed: int) -> TrainingSettings:
+        """How a model is trained; ``seed``: of its initial weights and the order of its batches."""
+        return TrainingSettings(
+            vocabulary=self.vocabulary, layers=self.layers, width=self.width, heads=2, context=128,
+            epochs=self.epochs, batch_tokens=1024, seed=seed,
+        )  # fmt: skip
+
+    @property
+    def name(self) -> str:
+        """Of the folder of its results: other settings, other results."""
+        return hashlib.blake2b(json.dumps(asdict(self)).encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study's settings stand for.
+
+    Attributes:
+        settings: as asked for.
+        texts: [N] for training.
+        asked: [Q] queries, held-out texts.
+        members: [S, N] bool, the subsets.
+        tokenizer: trained on all texts.
+    """
+
+    settings: Settings
+    texts: list[str]
+    asked: list[dict[str, str]]
+    members: np.ndarray
+    tokenizer: PreTrainedTokenizerFast
+
+    @classmethod
+    def of(cls, settings: Settings) -> Study:
+        """Drawn from Wikipedia leads, before anything is trained.
+
+        Raises:
+            UserError: there are not enough leads, or their package is missing.
+        """
+        random = np.random.default_rng(settings.seed)
+        cleaned = (" ".join(text.split()) for _, text in read_leads())
+        pool = sorted({text[: settings.characters] for text in cleaned if len(text) >= _SHORTEST})
+        count = settings.train + settings.queries
+        if count > len(pool):
+            raise UserError(f"lds: {count:,} texts are wanted, there are {len(pool):,}; lower --train or --queries")
+        chosen = [pool[place] for place in random.choice(len(pool), count, replace=False)]
+        texts, held = chosen[: settings.train], chosen[settings.train :]
+        members = np.zeros((settings.subsets, settings.train), bool)
+        for row in members:
+            row[random.choice(settings.train, settings.train // 2, replace=False)] = True
+        asked = [
+            {"id": f"q{place:03d}", "prompt": text[: len(text) // 4], "completion": text[len(text) // 4 :]}
+            for place, text in enumerate(held)
+        ]
+        return cls(settings, texts, asked, members, train_tokenizer(texts, settings.training(0)))
+
+    def logprobs(self, model: PreTrainedModel) -> np.ndarray:
+        """f of each query: log p of its completion, in nats [Q]."""
+        queries = parse_queries(self.asked, self.tokenizer, len(self.tokenizer), 128)
+        rows = [TokenRow(part.tokens, part.labels) for query in queries for part in query.parts]
+        batch = collate(rows, range(len(rows)), max(len(row.tokens) for row in rows))
+        with torch.no_grad():
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False).logits
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].mT.double(), batch.labels[:, 1:], ignore_index=IGNORED, reduction="none"
+        )
+        return -losses.sum(1).numpy()

@@ -1,0 +1,112 @@
+"""The linear datamodeling score (LDS; Park et al. 2023): do scores add up to what other training sets would do?
+
+Models are trained on random subsets S of the training sequences. A method predicts the measurement f of a query after
+training on S by the sum of its scores of S; LDS is Spearman's correlation, over the subsets, of these sums with what
+f was. Only the order counts: scores without a unit can be judged beside scores in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import rankdata
+
+Scores = np.ndarray
+"""[Q, N] scores of the training sequences for each query."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and the interval in which it lies with the level that was asked for."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def correlations(scores: Scores, members: np.ndarray, measured: np.ndarray) -> np.ndarray:
+    """LDS of each query [Q].
+
+    Args:
+        scores: [Q, N].
+        members: [S, N] bool, the sequences of each subset.
+        measured: [S, Q] f of each query after training on each subset.
+
+    Returns:
+        Spearman's ρ over the subsets; NaN where one of the two is constant.
+    """
+    return spearman(members.astype(np.float64) @ scores.T, measured)
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """ρ of each column of x with that of y [columns]; NaN where one of them is constant."""
+    ranks = [rankdata(values, axis=0) for values in (x, y)]
+    centred = [one - one.mean(0) for one in ranks]
+    sizes = np.sqrt((centred[0] ** 2).sum(0) * (centred[1] ** 2).sum(0))
+    with np.errstate(invalid="ignore"):
+        return (centred[0] * centred[1]).sum(0) / sizes
+
+
+def _mean(values: np.ndarray) -> float:
+    """Over the queries that have a correlation: with few subsets a draw may hold one of them again and again."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Mean LDS of each method, and by how much it is above that of the one they are compared with."""
+
+    lds: dict[str, Estimate]
+    above: dict[str, Estimate]
+
+
+def judge(
+    methods: Mapping[str, Scores],
+    members: np.ndarray,
+    measured: np.ndarray,
+    against: str,
+    level: float = 0.9,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Judgement:
+    """Mean LDS over the queries, with percentile intervals of a bootstrap.
+
+    Subsets and queries are both drawn again, the same for all methods, so that differences between methods are
+    those on the same draws.
+
+    Args:
+        methods: name -> scores [Q, N].
+        members: [S, N] bool.
+        measured: [S, Q].
+        against: the method that differences are taken from.
+        level: of the intervals.
+        draws: of the bootstrap.
+        seed: of the draws.
+    """
+    sums = {name: members.astype(np.float64) @ scores.T for name, scores in methods.items()}
+    random = np.random.default_rng(seed)
+    drawn: dict[str, list[float]] = {name: [] for name in methods}
+    for _ in range(draws):
+        subsets = random.integers(0, len(members), len(members))
+        queries = random.integers(0, measured.shape[1], measured.shape[1])
+        for name, predicted in sums.items():
+            found = spearman(predicted[np.ix_(subsets, queries)], measured[np.ix_(subsets, queries)])
+            drawn[name].append(_mean(found))
+    value = {name: _mean(spearman(predicted, measured)) for name, predicted in sums.items()}
+    tails = [(1 - level) / 2, (1 + level) / 2]
+
+    def estimate(middle: float, values: np.ndarray) -> Estimate:
+        low, high = np.nanquantile(values, tails)
+        return Estimate(middle, float(low), float(high))
+
+    base = np.array(drawn[against])
+    return Judgement(
+        {name: estimate(value[name], np.array(drawn[name])) for name in methods},
+        {name: estimate(value[name] - value[against], np.array(drawn[name]) - base) for name in methods},
+    )
