@@ -38,7 +38,7 @@ class Settings:
     """
 
     seed: int = 0
-    train: int = 1024
+    train: int = 512
     queries: int = 40
     subsets: int = 64
     repeats: int = 2
@@ -46,7 +46,7 @@ class Settings:
     vocabulary: int = 1024
     layers: int = 2
     width: int = 64
-    epochs: int = 8
+    epochs: int = 12
 
     def training(self, seed: int) -> TrainingSettings:
         """How a model is trained; ``seed``: of its initial weights and the order of its batches."""
