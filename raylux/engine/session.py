@@ -10,7 +10,7 @@ from typing import Any
 
 from raylux.engine import auth
 from raylux.engine.capacity import Demand, fit
-from raylux.errors import UserError
+from raylux.errors import RayluxError, UserError
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray announces a change of this default at every start of an actor without a GPU.
@@ -37,11 +37,16 @@ def connect() -> bool:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(**quiet)
             return False
+    except (ConnectionError, RayError) as error:
+        raise UserError(f"Ray: no cluster at {os.environ['RAY_ADDRESS']} ({first_line(error)})") from None
+    try:
         # "local": Ray would otherwise join whatever cluster it finds on this machine.
         ray.init(address="local", include_dashboard=False, num_cpus=os.cpu_count(), **quiet)
-    except (ConnectionError, RayError) as error:
-        where = os.environ.get("RAY_ADDRESS", "this machine")
-        raise UserError(f"Ray: no cluster at {where} ({first_line(error)})") from None
+    except Exception as error:  # what Ray raises of a process that does not come up has no type of its own
+        raise RayluxError(
+            f"Ray did not start on this machine ({first_line(error)}); it may be short of CPU or memory for now: "
+            "run the same command again, or set engine.backend=local"
+        ) from None
     return True
 
 
