@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raylux.routed import ROW_BLOCK
+
 IGNORED = -100
-# A multiple of the rows that any BLAS takes together.
-ROW_BLOCK = 8
 MOST_ROWS = 16
 # Padding, as a share of the real tokens, that a fit batch accepts to be of use to the scores too.
 _PADDING = 0.05

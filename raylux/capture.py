@@ -5,6 +5,7 @@ Layout, fixed for everything that builds on it:
 - ``a_NTM``: N sequences, T tokens (a module called c times in one forward has c·T), M inputs, the last
   being the constant 1 of the bias where the layer has one; zero on padding.
 - ``g_NTP``: the gradient of the summed loss of sequence n with respect to the layer's output; zero on padding.
+- of an expert of a mixture, which sees some tokens of some sequences: a and g as ``Routed``.
 
 The gradient of sequence n is then ``G_PM = Σ_t g_tP a_tM``, whatever the layer's own storage (``nn.Linear``
 keeps [P, M], GPT-2's ``Conv1D`` [M, P]). Parameters are frozen: no weight gradient is ever formed, and the
@@ -24,11 +25,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from raylux.batches import IGNORED, Batch
-from raylux.errors import NumericsError
+from raylux.errors import NumericsError, UserError
+from raylux.experts import SplitExperts
 from raylux.gpu import is_unrepeatable, repeatable
 from raylux.layers import TrackedLayer
 from raylux.loss import LogitLoss, logit_loss
 from raylux.profiling import of
+from raylux.routed import Routed, Rows
 
 # The share of a sequence's tokens up to which logits are computed for those with a loss alone.
 _FEW = 0.9
@@ -42,7 +45,7 @@ class Captured:
     """What one batch left behind. Legend: N rows (filler included), T tokens (times calls), M inputs, P outputs.
 
     Attributes:
-        raw: input group -> its calls' inputs [N, T, M] without the bias's coordinate.
+        raw: input group -> its calls' inputs [N, T, M] without the bias's coordinate; ``Routed`` of an expert.
         biased: input group -> whether its layers have a bias.
         mask: [N, T] bool, True on real tokens; None where there is no padding.
         grads: layer -> g [N, T, P].
@@ -51,22 +54,33 @@ class Captured:
         loss: [N] summed token loss of each sequence.
     """
 
-    raw: dict[str, Tensor]
+    raw: dict[str, Rows]
     biased: dict[str, bool]
     mask: Tensor | None
-    grads: dict[str, Tensor]
-    given: dict[str, Tensor]
+    grads: dict[str, Rows]
+    given: dict[str, Rows]
     labels: Tensor
     loss: Tensor
 
     @cached_property
-    def inputs(self) -> dict[str, Tensor]:
+    def inputs(self) -> dict[str, Rows]:
         """Input group -> a [N, T, M] in the model's precision."""
         return self.inputs_in(None)
 
-    def inputs_in(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    def inputs_in(self, dtype: torch.dtype | None) -> dict[str, Rows]:
         """Input group -> a [N, T, M], the bias's ones included, in one pass over memory."""
-        return {name: self._input(name, x, x.dtype if dtype is None else dtype) for name, x in self.raw.items()}
+        return {
+            name: self._routed(name, x, dtype or x.rows.dtype)
+            if isinstance(x, Routed)
+            else self._input(name, x, dtype or x.dtype)
+            for name, x in self.raw.items()
+        }
+
+    def _routed(self, name: str, x: Routed, dtype: torch.dtype) -> Routed:
+        """Rows of zeros may have become something on the way through an expert with biases."""
+        assert x.places is not None
+        ones = x.rows.new_ones(len(x.rows), int(self.biased[name]))
+        return x.over(torch.cat([x.rows, ones], 1).to(dtype).masked_fill_((x.places < 0)[:, None], 0))
 
     def _input(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         if self.mask is None and not self.biased[name]:
@@ -94,6 +108,14 @@ class Capture:
         self.layers = tuple(layers)
         self.groups = groups or {layer.name: layer.name for layer in layers}
         self._modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
+        self._blocks = [module for module in model.modules() if isinstance(module, SplitExperts)]
+        # An expert's matrix -> its block, and which of its experts it is.
+        self._experts = {
+            layer.name: (model.get_submodule(block), int(expert))
+            for layer in layers
+            if layer.routed
+            for block, expert, _ in [layer.name.rsplit(".", 2)]
+        }
         takes = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in takes
         self._takes_places = "logits_to_keep" in takes
@@ -136,17 +158,13 @@ class Capture:
                     with of("backward"), repeatable(logits.device.type if self._repeatable else "cpu"):
                         logits.backward(one.gradient.view_as(logits), retain_graph=index + 1 < len(losses))
                 taken.append(self._gradients(record, batch))
+            raw = self._inputs(record, batch)
         labels, loss = batch.labels.clone(), losses[0].token_loss
         targets.view(-1)[places] = losses[0].labels
         labels[:, 1:] = targets[:, :-1]
         loss = loss.view(len(labels), -1).sum(1)
         if not torch.isfinite(loss).all():
             raise NumericsError("the loss of a sequence is not finite")
-        raw = {
-            name: torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-            for name, calls in record.inputs.items()
-            for parts in [[_by_sequence(x, len(batch.mask)) for x in calls]]
-        }
         biased = {layer.name: layer.bias for layer in self.layers if layer.name in raw}
         mask = None if bool(batch.mask.all()) else batch.mask
         return Captured(raw, biased, mask, taken[0], taken[1] if len(taken) > 1 else {}, labels, loss)
@@ -199,18 +217,48 @@ class Capture:
             module.register_forward_hook(record.hook(name, keep_input=name in leaders))
             for name, module in self._modules.items()
         ]
+        for block in self._blocks:
+            block.mask = batch.mask
         try:
             yield record
         finally:
             for handle in handles:
                 handle.remove()
+            for block in self._blocks:
+                block.mask = block.routing = None
 
-    def _gradients(self, record: _Record, batch: Batch) -> dict[str, Tensor]:
+    def _inputs(self, record: _Record, batch: Batch) -> dict[str, Rows]:
+        """Input group -> a without the bias's coordinate."""
+        found: dict[str, Rows] = {}
+        for name in dict.fromkeys(self.groups[layer.name] for layer in self.layers):
+            calls = record.inputs.get(name, [])
+            if name in self._experts:
+                found[name] = self._routed(name, calls, self._modules[name].in_features)
+            elif calls:
+                parts = [_by_sequence(x, len(batch.mask)) for x in calls]
+                found[name] = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        return found
+
+    def _routed(self, name: str, calls: Sequence[Tensor], width: int) -> Routed:
+        """What an expert's module saw or was given back, by sequence; zeros where that is nothing."""
+        block, expert = self._experts[name]
+        routing, weight = block.routing, self._modules[name].weight
+        if routing is None:
+            raise NumericsError(f"layer '{name}' took no part in the loss")
+        if len(calls) > 1:
+            raise UserError(f"layer '{name}': experts that run more than once in a forward pass cannot be tracked")
+        rows = calls[0] if calls else weight.new_zeros(routing.totals[expert], width)
+        return routing.routed(expert, rows)
+
+    def _gradients(self, record: _Record, batch: Batch) -> dict[str, Rows]:
         count, mask = len(batch.mask), batch.mask
         padded = not bool(mask.all())
-        grads: dict[str, Tensor] = {}
+        grads: dict[str, Rows] = {}
         for layer in self.layers:
             calls = record.grads.get(layer.name, {})
+            if layer.routed:
+                grads[layer.name] = self._routed(layer.name, list(calls.values()), layer.outputs)
+                continue
             if not calls:
                 raise NumericsError(f"layer '{layer.name}' took no part in the loss")
             # A call whose output the loss does not depend on has no gradient, but its inputs are there.
@@ -266,7 +314,7 @@ def input_groups(model: nn.Module, layers: Sequence[TrackedLayer]) -> dict[str, 
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            alive.append(inputs[0])
+            alive.append(inputs[0])  # so that no other tensor gets its id
             seen[name].append((id(inputs[0]), inputs[0]._version))
 
         return look

@@ -71,6 +71,7 @@ class ModelSection(Section):
     layers: Names | None = Field(
         None, min_length=1, description="glob patterns of module names to track; default: every MLP linear"
     )
+    strict: bool = Field(False, description="a layer of an MLP that cannot be tracked is an error, not a line")
     trust_remote_code: bool = Field(False, description="run code that ships with the model")
 
 

@@ -58,6 +58,7 @@ _FREE = frozenset(
         "model.path",  # the weights are compared, wherever they lie
         "corpus.path",  # the documents are
         "model.device",  # resolved, then compared
+        "model.strict",
         "model.trust_remote_code",
         "queries.path",
         "fit.snapshot",

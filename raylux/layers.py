@@ -2,7 +2,8 @@
 
 A tracked layer is a linear map, y = W a with W of shape [P, M]: ``nn.Linear``, or the ``Conv1D`` of GPT-2,
 which keeps its weight as [in, out]. With a bias, the bias is the last column of W and the input gets a
-last coordinate of one, so M counts it. By default every linear of an MLP is tracked.
+last coordinate of one, so M counts it. By default every linear of an MLP is tracked, and every matrix of every expert
+where the MLPs are mixtures (``raylux.experts`` takes fused ones apart).
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from raylux.errors import UserError
+from raylux.experts import ExpertLinear, SplitExperts
 
 # Names of the module that holds an MLP, as transformers' architectures have them.
 MLP_PARTS = frozenset(
@@ -32,13 +34,20 @@ OTHER_MODALITIES = ("vision", "visual", "audio", "image", "speech")
 
 @dataclass(frozen=True)
 class TrackedLayer:
-    """One tracked layer: its module path and the shape [P, M] of its weight, bias column included."""
+    """One tracked layer: its module path and the shape [P, M] of its weight, bias column included.
+
+    Attributes:
+        share: of all tokens that it sees, on average; less than 1 for an expert of a mixture.
+        pool: of an expert: what its block calls this matrix of all its experts, which share a least damping.
+    """
 
     name: str
     inputs: int
     outputs: int
     bias: bool
     conv1d: bool
+    share: float = 1.0
+    pool: str | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -50,15 +59,24 @@ class TrackedLayer:
         """Weights and biases of the layer."""
         return self.outputs * self.inputs
 
+    @property
+    def routed(self) -> bool:
+        """Whether it is an expert's, which sees the tokens that are routed to it."""
+        return self.pool is not None
+
 
 @dataclass(frozen=True)
 class SkippedLayer:
-    """A module with parameters of its own that is not tracked; ``parameters`` counts a shared tensor once."""
+    """A module with parameters of its own that is not tracked; ``parameters`` counts a shared tensor once.
+
+    ``wanted``: it would be tracked if it could be, which is an error where the config is strict.
+    """
 
     name: str
     type: str
     parameters: int
     reason: str
+    wanted: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,16 +92,27 @@ class Coverage:
         """Tracked parameters as a share of all."""
         return sum(layer.parameters for layer in self.tracked) / self.parameters
 
+    def check(self, strict: bool) -> None:
+        """Raises UserError where ``strict`` and a layer that is wanted cannot be tracked."""
+        missing = [layer for layer in self.skipped if layer.wanted]
+        if strict and missing:
+            more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(
+                f"model.strict: '{missing[0].name}' cannot be tracked ({missing[0].reason}){more}; set "
+                "model.strict=false to do without, or name the layers you want in model.layers"
+            )
 
-def coverage(model: nn.Module, patterns: Sequence[str] | None = None) -> Coverage:
+
+def coverage(model: nn.Module, patterns: Sequence[str] | None = None, strict: bool = False) -> Coverage:
     """Choose the tracked layers of a model.
 
     Args:
         model: a causal LM; its weights are not read, so a model on the meta device will do.
         patterns: globs of module paths (``*`` also crosses dots); None: every linear of an MLP.
+        strict: part of an MLP, or what a pattern names, that cannot be tracked is an error.
 
     Raises:
-        UserError: a pattern matches nothing, or nothing that can be tracked; the model has no MLP layer.
+        UserError: a pattern matches nothing, or nothing that can be tracked; the model has no MLP layer; ``strict``.
     """
     barriers = _barriers(model)
     chosen = _mlp_names(model, barriers) if patterns is None else _matching(model, patterns, barriers)
@@ -97,11 +126,14 @@ def coverage(model: nn.Module, patterns: Sequence[str] | None = None) -> Coverag
         fresh = sum(p.numel() for p in own if id(p) not in seen)
         seen.update(id(p) for p in own)
         if name in chosen:
-            tracked.append(tracked_layer(name, module))
+            tracked.append(tracked_layer(name, module, model))
         elif own:
             reason = barriers.get(name) or _reason(name, module, model)
-            skipped.append(SkippedLayer(name, type(module).__name__, fresh, reason))
-    return Coverage(tuple(tracked), tuple(skipped), sum(p.numel() for p in model.parameters()))
+            wanted = _wanted(name, module, patterns, barriers)
+            skipped.append(SkippedLayer(name, type(module).__name__, fresh, reason, wanted))
+    found = Coverage(tuple(tracked), tuple(skipped), sum(p.numel() for p in model.parameters()))
+    found.check(strict)
+    return found
 
 
 def _no_layers(model: nn.Module, barriers: dict[str, str]) -> str:
@@ -110,19 +142,47 @@ def _no_layers(model: nn.Module, barriers: dict[str, str]) -> str:
     if not usable:
         return f"{kind}: no MLP layers found to track, nor any other linear layer"
     experts = any("expert" in type(module).__name__.lower() for module in model.modules())
-    why = "its MLPs are routed experts, which are not tracked yet" if experts else "no MLP layers found to track"
+    why = "its MLPs are experts of a kind that cannot be tracked" if experts else "no MLP layers found to track"
     return f"{kind}: {why}; name other linear layers in model.layers, such as '{usable[0]}'"
 
 
-def tracked_layer(name: str, module: nn.Module) -> TrackedLayer:
-    """Describe one ``nn.Linear`` or ``Conv1D``."""
+def _wanted(name: str, module: nn.Module, patterns: Sequence[str] | None, barriers: dict[str, str]) -> bool:
+    """Whether a module that is not tracked would be, by the patterns or by its place, if it could."""
+    if patterns is not None:
+        return name in barriers and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return (name in barriers and (_in_mlp(name) or _is_expert(name))) or _are_fused_experts(name, module)
+
+
+def _is_expert(name: str) -> bool:
+    return "experts" in name.split(".")[:-1]
+
+
+def _are_fused_experts(name: str, module: nn.Module) -> bool:
+    return "expert" in type(module).__name__.lower() or name.split(".")[-1] == "experts"
+
+
+def tracked_layer(name: str, module: nn.Module, model: nn.Module | None = None) -> TrackedLayer:
+    """Describe one ``nn.Linear`` or ``Conv1D``; an expert's with the ``model`` that it is of."""
     conv1d = isinstance(module, Conv1D)
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     rows, columns = weight.shape
     outputs, inputs = (columns, rows) if conv1d else (rows, columns)
     bias = module.bias is not None
-    return TrackedLayer(name, inputs + int(bias), outputs, bias, conv1d)
+    layer = TrackedLayer(name, inputs + int(bias), outputs, bias, conv1d)
+    if model is None or not isinstance(module, ExpertLinear):
+        return layer
+    block, _, leaf = name.rsplit(".", 2)
+    return replace(layer, share=token_share(model, name, module), pool=f"{block}.*.{leaf}")
+
+
+def token_share(model: nn.Module, name: str, module: nn.Module) -> float:
+    """The share of all tokens that a linear sees on average: all, but for an expert's."""
+    if not isinstance(module, ExpertLinear):
+        return 1.0
+    block = model.get_submodule(name.rsplit(".", 2)[0])
+    assert isinstance(block, SplitExperts)
+    return block.share
 
 
 def _linears(model: nn.Module) -> Iterator[str]:
@@ -134,7 +194,11 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _mlp_names(model: nn.Module, barriers: dict[str, str]) -> set[str]:
-    return {name for name in _linears(model) if name not in barriers and _in_mlp(name)}
+    return {
+        name
+        for name in _linears(model)
+        if name not in barriers and (_in_mlp(name) or isinstance(model.get_submodule(name), ExpertLinear))
+    }
 
 
 def _in_mlp(name: str) -> bool:
@@ -189,9 +253,9 @@ def _barriers(model: nn.Module) -> dict[str, str]:
             weight = module.weight
             if not (isinstance(weight, nn.Parameter) and weight.dtype.is_floating_point and weight.dim() == 2):
                 barriers[name] = "linear with quantised or packed weights"
-            elif "experts" in name.split(".")[:-1]:
+            elif _is_expert(name) and not isinstance(module, ExpertLinear):
                 # An expert sees some tokens of some sequences, flattened: no token says whose it is.
-                barriers[name] = "linear of an expert: routed tokens are not tracked yet"
+                barriers[name] = "linear of an expert that is no part of transformers' fused experts"
     return barriers
 
 
@@ -215,10 +279,11 @@ def _reason(name: str, module: nn.Module, model: nn.Module) -> str:
         return "another modality: does not act on text tokens"
     if "router" in kind.lower() or any(part in ROUTERS for part in parts):
         return f"router: a choice of experts ({kind}), not an MLP layer"
-    if "expert" in kind.lower() or leaf == "experts":
-        return f"fused experts (type {kind}): not tracked yet"
+    if _are_fused_experts(name.lower(), module):
+        return f"fused experts (type {kind}) of a kind that cannot be taken apart"
     if _has_attention(parts):
         return "attention: not an MLP layer"
     if _is_linear(module):
-        return "MLP layer not named in model.layers" if _in_mlp(name) else "linear outside the MLPs"
+        inside = _in_mlp(name) or isinstance(module, ExpertLinear)
+        return "MLP layer not named in model.layers" if inside else "linear outside the MLPs"
     return f"type {kind}: not a linear layer"

@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from raylux.cache import build_once, entry_name
 from raylux.config import ModelSection
 from raylux.errors import UserError
+from raylux.experts import split_experts
 from raylux.layers import Coverage, SkippedLayer, TrackedLayer, coverage
 from raylux.modelcheck import check_folder, check_shapes
 
@@ -151,11 +152,12 @@ def load_structure(files: ModelFiles, trust_remote_code: bool = False, weights: 
         ) from None
     if weights:
         check_shapes(Path(files.folder), {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    split_experts(model)
     return model
 
 
 def load_model(files: ModelFiles, dtype: str, device: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Load the model for gradients: eval mode (no dropout), frozen parameters, no key-value cache.
+    """Load the model for gradients: eval mode (no dropout), frozen, no key-value cache, fused experts taken apart.
 
     Args:
         files: from ``find_model``; the network is not touched.
@@ -184,7 +186,9 @@ def load_model(files: ModelFiles, dtype: str, device: str, trust_remote_code: bo
     model, report = loaded
     _check_weights(model, report, files.folder)
     model.config.use_cache = False
-    return model.eval().requires_grad_(False).to(device)
+    model = model.eval().requires_grad_(False).to(device)
+    split_experts(model)
+    return model
 
 
 def resolve_device(device: str) -> str:

@@ -54,7 +54,7 @@ def find_shape(config: Config) -> tuple[ModelShape, models.ModelFiles, int | Non
     else:
         files = models.find_model(setting)
     structure = models.load_structure(files, setting.trust_remote_code, weights)
-    covered = models.coverage(structure, setting.layers)
+    covered = models.coverage(structure, setting.layers, setting.strict)
     groups = KINDS[config.curvature.kind].groups(input_groups(structure, covered.tracked))
     shape = ModelShape.of(structure, covered, groups)
     return shape, files, models.context_length(structure.config)

@@ -45,7 +45,7 @@ class _Model:
         trusted = config.model.trust_remote_code
         files = models.find_model(config.model)
         structure = models.load_structure(files, trusted)
-        coverage = models.coverage(structure, config.model.layers)
+        coverage = models.coverage(structure, config.model.layers, config.model.strict)
         return cls(
             files,
             coverage,

@@ -15,15 +15,25 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 # Sizes that tell dimensions apart: width 16, MLP 24, 4 heads (2 for keys and values), 2 layers, 64 positions.
@@ -85,6 +95,38 @@ def _opt(vocab: int, overrides: dict[str, Any]) -> PreTrainedModel:
     return OPTForCausalLM(OPTConfig(vocab_size=vocab, **{**sizes, **_IDS, **overrides}))
 
 
+def _mixtral(vocab: int, overrides: dict[str, Any]) -> PreTrainedModel:
+    """Two of four experts, their weights normalised after the choice."""
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False, **_LLAMA}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=vocab, **{**sizes, **overrides}))
+
+
+def _qwen2_moe(vocab: int, overrides: dict[str, Any]) -> PreTrainedModel:
+    """Two of five experts beside a shared one with a gate; the first block's MLP is dense."""
+    sizes = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "mlp_only_layers": [0]}
+    sizes |= {"shared_expert_intermediate_size": 20, "decoder_sparse_step": 1}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(vocab_size=vocab, **{**sizes, **_LLAMA, **overrides}))
+
+
+def _qwen3_moe(vocab: int, overrides: dict[str, Any]) -> PreTrainedModel:
+    """Two of five experts."""
+    sizes = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 4}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=vocab, **{**sizes, **_LLAMA, **overrides}))
+
+
+def _olmoe(vocab: int, overrides: dict[str, Any]) -> PreTrainedModel:
+    """Three of eight experts, of which a short sequence leaves some without a token."""
+    sizes = {**_LLAMA, "num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 12}
+    return OlmoeForCausalLM(OlmoeConfig(vocab_size=vocab, **{**sizes, **overrides}))
+
+
+def _gpt_oss(vocab: int, overrides: dict[str, Any]) -> PreTrainedModel:
+    """Two of four experts with biases, weights transposed, gate and up interleaved, a gate of its own."""
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 4, **_LLAMA}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
+    return GptOssForCausalLM(GptOssConfig(vocab_size=vocab, **{**sizes, **rope, **overrides}))
+
+
 _BUILDERS: dict[str, Callable[[int, dict[str, Any]], PreTrainedModel]] = {
     "gpt2": _gpt2,
     "llama": _llama,
@@ -94,6 +136,14 @@ _BUILDERS: dict[str, Callable[[int, dict[str, Any]], PreTrainedModel]] = {
     "opt": _opt,
 }
 NAMES = tuple(_BUILDERS)
+_MIXTURES: dict[str, Callable[[int, dict[str, Any]], PreTrainedModel]] = {
+    "mixtral": _mixtral,
+    "qwen2_moe": _qwen2_moe,
+    "qwen3_moe": _qwen3_moe,
+    "olmoe": _olmoe,
+    "gpt_oss": _gpt_oss,
+}
+MIXTURES = tuple(_MIXTURES)
 
 
 def build(
@@ -106,7 +156,7 @@ def build(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _BUILDERS[name](vocab, overrides)
+        model = (_BUILDERS | _MIXTURES)[name](vocab, overrides)
         for _, parameter in sorted(model.named_parameters()):
             centre = 1.0 if parameter.dim() == 1 and bool((parameter == 1).all()) else 0.0
             scale = 0.2 if parameter.dim() == 1 else 0.3

@@ -58,11 +58,16 @@ def gradients(model: nn.Module, layers: Sequence[str], example: Example) -> dict
             parameter.requires_grad_(False)
     result = {}
     for name, module in zip(layers, modules, strict=True):
-        weight = next(found)
+        weight = _or_zero(next(found), module.weight)
         weight = weight.T if isinstance(module, Conv1D) else weight
-        columns = [weight] if module.bias is None else [weight, next(found)[:, None]]
+        columns = [weight] if module.bias is None else [weight, _or_zero(next(found), module.bias)[:, None]]
         result[name] = torch.cat(columns, 1).numpy()
     return result
+
+
+def _or_zero(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    """An expert that no token of the sequence went to has no part in its loss."""
+    return torch.zeros_like(parameter) if gradient is None else gradient
 
 
 def token_pairs(model: nn.Module, layers: Sequence[str], example: Example) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -86,7 +91,12 @@ def token_pairs(model: nn.Module, layers: Sequence[str], example: Example) -> di
             handle.remove()
     result = {}
     for name in layers:
-        biased = model.get_submodule(name).bias is not None
+        module = model.get_submodule(name)
+        biased = module.bias is not None
+        if not calls[name]:
+            outputs, inputs = module.weight.shape
+            result[name] = np.zeros((0, inputs + biased)), np.zeros((0, outputs))
+            continue
         grads = torch.autograd.grad(value, [output for _, output in calls[name]], retain_graph=True)
         a = torch.cat([x.reshape(-1, x.shape[-1]) for x, _ in calls[name]]).numpy()
         a = np.hstack([a, np.ones((len(a), 1))]) if biased else a
@@ -102,12 +112,17 @@ class Dense:
     fisher: np.ndarray
     basis: np.ndarray | None = None
 
-    def damping(self, setting: float | str) -> float:
-        """0.1 × the mean eigenvalue, which is the trace by the size whatever the basis."""
-        return 0.1 * float(np.trace(self.matrix)) / len(self.matrix) if isinstance(setting, str) else setting
+    @property
+    def mean(self) -> float:
+        """The mean eigenvalue, which is the trace by the size whatever the basis."""
+        return float(np.trace(self.matrix)) / len(self.matrix)
 
-    def solve(self, v: np.ndarray, setting: float | str) -> np.ndarray:
-        damped = self.matrix + self.damping(setting) * np.eye(len(self.matrix))
+    def damping(self, setting: float | str, least: float = 0.0) -> float:
+        """0.1 × the mean eigenvalue, or × ``least`` where that is more."""
+        return 0.1 * max(self.mean, least) if isinstance(setting, str) else setting
+
+    def solve(self, v: np.ndarray, setting: float | str, least: float = 0.0) -> np.ndarray:
+        damped = self.matrix + self.damping(setting, least) * np.eye(len(self.matrix))
         return np.linalg.solve(damped, v.reshape(-1)).reshape(v.shape)
 
 
@@ -124,7 +139,8 @@ def curvature(kind: str, grads: Sequence[np.ndarray], pairs: Sequence[tuple[np.n
         return Dense(np.diag(np.diag(exact)), exact)
     a, g = np.vstack([a for a, _ in pairs]), np.vstack([g for _, g in pairs])
     if kind in ("kfac", "ekfac"):
-        input_covariance, output_covariance = a.T @ a / len(a), g.T @ g / len(g)
+        rows = max(1, len(a))
+        input_covariance, output_covariance = a.T @ a / rows, g.T @ g / rows
         product = len(a) / len(pairs) * np.kron(output_covariance, input_covariance)
     elif kind in ("tkfac", "tekfac"):
         norms = (a**2).sum(1), (g**2).sum(1)
@@ -156,8 +172,12 @@ def influences(
     questions: Sequence[Question],
     kind: str,
     damping: float | str,
+    pools: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Layer -> ∇f(q)ᵀ (G + λI)⁻¹ ∇log p(n), [Q, N]; for "cosine" divided by both norms over all layers."""
+    """Layer -> ∇f(q)ᵀ (G + λI)⁻¹ ∇log p(n), [Q, N]; for "cosine" divided by both norms over all layers.
+
+    ``pools``: layer -> layers whose mean eigenvalue, over all of them, is the least that its damping goes by.
+    """
     asked = [question_gradient(model, layers, question) for question in questions]
     sequences = [gradients(model, layers, example) for example in candidates]
     if kind in ("identity", "cosine"):
@@ -166,10 +186,13 @@ def influences(
         fitted = [gradients(model, layers, example) for example in fit]
         pairs = [token_pairs(model, layers, example) for example in fit] if kind != "diagonal" else []
         solved = [{} for _ in asked]
+        dense = {
+            name: curvature(kind, [g[name] for g in fitted], [p[name] for p in pairs]) for name in layers
+        }  # fmt: skip
         for name in layers:
-            dense = curvature(kind, [g[name] for g in fitted], [p[name] for p in pairs])
+            least = float(np.mean([dense[one].mean for one in (pools or {}).get(name, [name])]))
             for place, query in enumerate(asked):
-                solved[place][name] = dense.solve(query[name], damping)
+                solved[place][name] = dense[name].solve(query[name], damping, least)
     scores = {
         name: np.array([[-float((s[name] * g[name]).sum()) for g in sequences] for s in solved]) for name in layers
     }

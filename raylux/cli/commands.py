@@ -157,6 +157,7 @@ def models(
     console = output.console()
     console.print(tables.coverage_table(covered))
     output.print_skipped(console, covered)
+    covered.check(loaded.model.strict)
 
     tokenizer = load_tokenizer(files, trusted)
     queries = load_queries(loaded.queries.path, tokenizer, vocabulary_size(model.config), context_length(model.config))

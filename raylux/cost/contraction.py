@@ -26,15 +26,15 @@ def rotate_tokens_first(tokens: float, outputs: int, inputs: int) -> bool:
     return tokens * (inputs**2 + outputs**2) <= outputs * inputs * (outputs + inputs)
 
 
-def captured_width(layer: TrackedLayer, groups: Mapping[str, str]) -> int:
-    """Numbers that are captured of a token at a layer: g, and a where it leads its input group."""
-    return layer.outputs + (layer.inputs if groups[layer.name] == layer.name else 0)
+def captured_width(layer: TrackedLayer, groups: Mapping[str, str]) -> float:
+    """Numbers that are captured of a token at a layer, on average: g, and a where it leads its input group."""
+    return layer.share * (layer.outputs + (layer.inputs if groups[layer.name] == layer.name else 0))
 
 
 def candidate_rotation(layers: Sequence[TrackedLayer], groups: Mapping[str, str], tokens: float) -> float:
     """Multiplications that put a and g of one sequence into the eigenbases: T·(M² + P²)."""
-    leaders = sum(layer.inputs**2 for layer in layers if groups[layer.name] == layer.name)
-    return tokens * (leaders + sum(layer.outputs**2 for layer in layers))
+    leaders = sum(layer.share * layer.inputs**2 for layer in layers if groups[layer.name] == layer.name)
+    return tokens * (leaders + sum(layer.share * layer.outputs**2 for layer in layers))
 
 
 def query_rotation(layers: Sequence[TrackedLayer]) -> float:

@@ -10,7 +10,7 @@ from raylux.cost import costs
 from raylux.cost.contraction import rotate_tokens_first
 from raylux.cost.costs import Choice, StageCost, Work
 from raylux.cost.machine import Cluster, Device, eigh_flops
-from raylux.cost.sizes import PROCESS_BYTES, covariance_bytes, covariance_entries, layer_bytes
+from raylux.cost.sizes import PROCESS_BYTES, covariance_bytes, covariance_entries, covariance_products, layer_bytes
 from raylux.cost.workload import Workload
 from raylux.errors import UserError
 from raylux.layers import TrackedLayer
@@ -138,7 +138,7 @@ def covariance(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
     blocks, batch = passes(work, cluster, held, covariance_bytes(model.tracked, groups, 8), can)
     share = 0.5 if costs.SYMMETRIC in can else 1.0
     size = min(batch, model.hidden)
-    flops = work.fit_tokens * 2.0 * sum(covariance_entries(model.tracked, groups)) * share
+    flops = work.fit_tokens * 2.0 * covariance_products(model.tracked, groups) * share
     if work.sequence_products:
         flops = _sequence_flops(work, share)
     touched = work.fit_tokens / batch * 2 * covariance_bytes(model.tracked, groups, itemsize)
@@ -177,7 +177,7 @@ def covariance(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
 
 def _sequence_flops(work: Workload, share: float) -> float:
     """G of every sequence, GᵀG and GGᵀ; ``share`` of a product that is computed where it is symmetric."""
-    forming = work.fit_tokens * 2.0 * sum(layer.parameters for layer in work.model.tracked)
+    forming = work.fit_tokens * 2.0 * sum(layer.share * layer.parameters for layer in work.model.tracked)
     sides = sum(layer.parameters * (layer.outputs + layer.inputs) for layer in work.model.tracked)
     return forming + work.fit_sequences * 2.0 * sides * share
 
@@ -224,8 +224,10 @@ def moments(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[Stag
     tokens, sequences = work.fit_tokens, work.fit_sequences
     rotation = sum(rotation_flops(layer, work.tokens, shared and layer.name not in model.leaders)[0]
                    for layer in model.tracked) if work.basis else 0.0  # fmt: skip
-    forming = 2.0 * sum(layer.parameters for layer in model.tracked)
-    squared = sequences * _SQUARING_PASSES * layer_bytes(model.tracked, work.stored)
+    forming = 2.0 * sum(layer.share * layer.parameters for layer in model.tracked)
+    # An expert's gradient is formed of the sequences that have a token there.
+    reached = work.stored * sum(min(1.0, layer.share * work.tokens) * layer.parameters for layer in model.tracked)
+    squared = sequences * _SQUARING_PASSES * reached
     small = min(work.tokens, *(min(layer.shape) for layer in model.tracked))
     starting = device.starting(tokens / batch * len(model.tracked) * LAYER_OPERATIONS)
     units = max(1, math.ceil(tokens / work.unit_tokens))
@@ -288,7 +290,7 @@ def _kept_choice(work: Workload, cluster: Cluster) -> Choice:
 
 
 def rotation_flops(layer: TrackedLayer, tokens: float, shared: bool = False) -> tuple[float, bool]:
-    """FLOPs per token of the cheaper rotation of a layer, and whether it is that of the tokens.
+    """FLOPs per token of the cheaper rotation of a layer, and whether it is that of the tokens (an expert's own).
 
     Args:
         layer: [P, M].
@@ -296,15 +298,16 @@ def rotation_flops(layer: TrackedLayer, tokens: float, shared: bool = False) -> 
         shared: the layer's inputs are rotated already, with those of its group's leader.
     """
     outputs, inputs = layer.shape
-    if rotate_tokens_first(math.ceil(tokens), outputs, inputs):
-        return 2.0 * (outputs**2 + (0 if shared else inputs**2)), True
+    if rotate_tokens_first(math.ceil(layer.share * tokens), outputs, inputs):
+        return 2.0 * layer.share * (outputs**2 + (0 if shared else inputs**2)), True
     return 2.0 * outputs * inputs * (outputs + inputs) / tokens, False
 
 
 def _formed_first(work: Workload) -> float:
     """GFLOP per token of forming and rotating every gradient."""
     return sum(
-        2.0 * layer.parameters * ((layer.outputs + layer.inputs) / work.tokens + 1) for layer in work.model.tracked
+        2.0 * layer.parameters * ((layer.outputs + layer.inputs) / work.tokens + layer.share)
+        for layer in work.model.tracked
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from raylux.layers import Coverage, TrackedLayer
+from raylux.layers import Coverage, TrackedLayer, token_share
 
 # How often the numbers of a token are written or read beside the products, by forward and backward together: those
 # of the residual stream (norms, residuals, positions), and those of the MLP's wide outputs (activation, gate).
@@ -32,7 +32,8 @@ class ModelShape:
         tracked: layers, in the order in which the model runs them.
         groups: layer -> leader of its input group.
         parameters: of the whole model, tied ones once.
-        linears: (name, entries of its weight) of every linear map, the head included.
+        linears: (name, entries of its weight) of every linear map, the head included; an expert's entries by its
+            share of the tokens.
         blocks: transformer blocks.
         hidden: width of the residual stream.
         attention: heads × head size.
@@ -56,7 +57,7 @@ class ModelShape:
         config: Any = model.config
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         linears = tuple(
-            (name, module.weight.numel())
+            (name, round(module.weight.numel() * token_share(model, name, module)))
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear | Conv1D) and isinstance(module.weight, nn.Parameter)
         )
@@ -105,13 +106,13 @@ class ModelShape:
         saved = self.blocks * (8 * self.hidden + 3 * self._wide()) * itemsize
         logits = self.vocabulary * (itemsize + 8)
         captured = itemsize * sum(
-            layer.outputs + (layer.inputs if layer.name in self.leaders else 0) for layer in wanted
+            layer.share * (layer.outputs + (layer.inputs if layer.name in self.leaders else 0)) for layer in wanted
         )
         return float(saved + logits + captured)
 
     def _wide(self) -> float:
         """Outputs of all tracked layers of a block that are wider than the residual stream, or that stream."""
-        wide = sum(layer.outputs for layer in self.tracked if layer.outputs > self.hidden)
+        wide = sum(layer.share * layer.outputs for layer in self.tracked if layer.outputs > self.hidden)
         return max(float(self.hidden), wide / self.blocks)
 
 

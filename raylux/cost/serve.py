@@ -30,7 +30,7 @@ def query(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     low = [layer for layer in layers if work.max_error > 0 and rank_limit(work.max_rank, layer) > 0]
     tokenwise = costs.TOKEN_SOLVE in can
     solve = sum(_solve_flops(layer.outputs, layer.inputs, tokens, tokenwise) for layer in layers) if work.basis else 0.0
-    solve += 2.0 * tokens * sum(layer.parameters for layer in layers)
+    solve += 2.0 * tokens * sum(layer.share * layer.parameters for layer in layers)
     touched = count * _SOLVE_PASSES * layer_bytes(layers, work.stored)
     finder = costs.RANGE_FINDER in can
     products = sum(_factorise_flops(*layer.shape, rank_limit(work.max_rank, layer), finder) for layer in low)
@@ -194,7 +194,7 @@ def _scoring(work: Workload, device: Device, can: frozenset[str], batch: float) 
     bytes_each = work.operand
     sequences = _sequences(work, batch)
     all_forms = [
-        contraction.forms(*layer.shape, work.tokens, work.queries, work.stored_rank(layer) or min(layer.shape),
+        contraction.forms(*layer.shape, work.tokens * layer.share, work.queries, work.stored_rank(layer) or min(layer.shape),
                           work.subspace, bytes_each)
         for layer in layers
     ]  # fmt: skip

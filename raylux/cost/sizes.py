@@ -27,6 +27,14 @@ def covariance_entries(layers: Sequence[TrackedLayer], groups: Mapping[str, str]
     return [layer.inputs**2 for layer in layers if layer.name in leaders] + [layer.outputs**2 for layer in layers]
 
 
+def covariance_products(layers: Sequence[TrackedLayer], groups: Mapping[str, str]) -> float:
+    """Multiplications of a token for all A and S, an expert's by its share of the tokens."""
+    leaders = set(groups.values())
+    return sum(
+        layer.share * (layer.outputs**2 + (layer.inputs**2 if layer.name in leaders else 0)) for layer in layers
+    )
+
+
 def covariance_bytes(layers: Sequence[TrackedLayer], groups: Mapping[str, str], itemsize: int = 4) -> int:
     """One set of sums of A and S."""
     return itemsize * sum(covariance_entries(layers, groups))
@@ -78,7 +86,8 @@ def unit_tokens(
     batch_tokens: int,
 ) -> int:
     """Tokens of a fit unit: computing its sums takes ``_MOVE_SHARE`` times as long as moving them."""
-    flops_per_token = 4.0 * parameters + 2.0 * sum(covariance_entries(layers, groups))
+    active = parameters - sum((1 - layer.share) * layer.parameters for layer in layers)
+    flops_per_token = 4.0 * active + 2.0 * covariance_products(layers, groups)
     moving = covariance_bytes(layers, groups) / _BYTES[device]
     cheap = _MOVE_SHARE * moving * _FLOPS[device] / flops_per_token
     return math.ceil(max(cheap, fitted_tokens / _MOST_UNITS, 2 * batch_tokens))

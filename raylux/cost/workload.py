@@ -105,7 +105,7 @@ class Workload:
         """a and g of all fitted tokens on disk; with the gradients on true labels where they are to be scored."""
         layers = self.model.tracked
         width = sum(captured_width(layer, self.model.groups) for layer in layers)
-        width += sum(layer.outputs for layer in layers) if self.scores_fit else 0
+        width += sum(layer.share * layer.outputs for layer in layers) if self.scores_fit else 0
         return self.fit_tokens * self.operand * width
 
     def kept_share(self, workers: int) -> float:

@@ -5,6 +5,7 @@ Martens & Grosse 2015; for transformers as in Grosse et al. 2023, eq. 12-17: tok
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from raylux.errors import NumericsError
 from raylux.products import aligned, wide_product
+from raylux.routed import Routed, Rows
 
 # How far an eigendecomposition in float32 may be off before it is done again in float64, relative to what it is
 # applied to: Q from orthonormal, and Q diag(values) Qᵀ from the matrix, at so many random vectors.
@@ -28,7 +30,7 @@ class Covariances:
     """Running sums over tokens, on the device and in the precision of what is added.
 
     Attributes:
-        rows: layer -> number of token rows summed (real tokens × calls of the module).
+        rows: layer -> number of token rows summed (real tokens × calls of the module; of an expert, those routed to it).
         sequences: number of sequences summed.
     """
 
@@ -37,11 +39,11 @@ class Covariances:
     _inputs: dict[str, Tensor] = field(default_factory=dict)
     _grads: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, inputs: dict[str, Tensor], grads: dict[str, Tensor], mask: Tensor) -> None:
+    def add(self, inputs: Mapping[str, Rows], grads: Mapping[str, Rows], mask: Tensor) -> None:
         """Add a batch.
 
         Args:
-            inputs: input group -> a [N, c·T, M], zero on padding, c the calls of the module.
+            inputs: input group -> a [N, c·T, M], zero on padding, c the calls of the module; an expert's ``Routed``.
             grads: layer -> g [N, c·T, P], zero on padding.
             mask: [N, T] bool, True on real tokens.
         """
@@ -50,7 +52,8 @@ class Covariances:
             _add_gram(self._inputs, name, a)
         for name, g in grads.items():
             _add_gram(self._grads, name, g)
-            self.rows[name] = self.rows.get(name, 0) + tokens * (g.shape[1] // mask.shape[1])
+            seen = g.count if isinstance(g, Routed) else tokens * (g.shape[1] // mask.shape[1])
+            self.rows[name] = self.rows.get(name, 0) + seen
         self.sequences += len(mask)
 
     @property
@@ -64,12 +67,16 @@ class Covariances:
         return {name: _whole(total) for name, total in self._grads.items()}
 
 
-def _add_gram(sums: dict[str, Tensor], name: str, x: Tensor) -> None:
+def _add_gram(sums: dict[str, Tensor], name: str, x: Rows) -> None:
     """Add xᵀx; on a CPU only one triangle of it, by the BLAS routine for products that are symmetric.
 
     On a GPU tokens in bf16 are multiplied as they are, with sums in float32: a product of two of them is exact there.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.rows if isinstance(x, Routed) else x.reshape(-1, x.shape[-1])
+    if not len(rows):  # an expert that no token of the batch was routed to
+        wide = torch.float32 if rows.dtype == torch.bfloat16 else rows.dtype
+        sums.setdefault(name, torch.zeros(rows.shape[1], rows.shape[1], dtype=wide, device=rows.device))
+        return
     if rows.dtype == torch.bfloat16 and rows.is_cuda:
         width, rows = rows.shape[1], aligned(rows)
         part = wide_product(rows.T, rows)[:width, :width]

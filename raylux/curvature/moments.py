@@ -8,6 +8,7 @@ Q_Sᵀ G Q_A.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from raylux.cost.contraction import rotate_tokens_first
 from raylux.products import aligned, aligned_width, gradients_into, rotated
 from raylux.profiling import of
+from raylux.routed import Routed, Rows, row_count, sequence_parts, width
 
 # Of formed gradients, that are held on a GPU at a time.
 _GPU_ENTRIES = 1 << 28
@@ -69,26 +71,38 @@ Basis = tuple[Tensor | None, Tensor | None]
 
 def add_second_moments(
     totals: Mapping[str, Tensor],
-    inputs: Mapping[str, Tensor],
-    grads: Mapping[str, Tensor],
+    inputs: Mapping[str, Rows],
+    grads: Mapping[str, Rows],
     groups: Mapping[str, str],
     bases: Mapping[str, Basis],
 ) -> None:
-    """``add_second_moment`` for every layer; layers of one input group share the rotation of their inputs."""
-    held: tuple[str, Tensor] | None = None
+    """``add_second_moment`` for every layer; layers of one input group share the rotation of their inputs.
+
+    A sequence of which no token was routed to an expert adds zeros to its sum, and counts.
+    """
+    held: tuple[str, Rows] | None = None
     for name, g in grads.items():
         (q_a, q_s), a = bases[name], inputs[groups[name]]
-        if rotate_tokens_first(a.shape[1], g.shape[2], a.shape[2]):
+        if rotate_tokens_first(row_count(a), width(g), width(a)):
             if held is None or held[0] != groups[name]:
                 held = groups[name], rotate(a, q_a)
-            add_second_moment(totals[name], held[1], rotate(g, q_s), None, None)
-        else:
-            add_second_moment(totals[name], a, g, q_a, q_s)
+            a, g, q_a, q_s = held[1], rotate(g, q_s), None, None
+        for _, own_a, own_g in sequence_parts(a, g):
+            add_second_moment(totals[name], own_a, own_g, q_a, q_s)
 
 
-def rotate(x: Tensor, basis: Tensor | None) -> Tensor:
-    """Tokens in a basis: x [N, T, D] Q [D, D]."""
+@overload
+def rotate(x: Tensor, basis: Tensor | None) -> Tensor: ...
+@overload
+def rotate(x: Rows, basis: Tensor | None) -> Rows: ...
+
+
+def rotate(x: Rows, basis: Tensor | None) -> Rows:
+    """Tokens in a basis: x [N, T, D] Q [D, D]; an expert's one sequence after the other, for the bits' sake."""
     if basis is None:
         return x
     with of("rotate"):
+        if isinstance(x, Routed):
+            turned = [rotated(own, basis) for own in x.rows.split(x.sizes) if len(own)]
+            return x.over(torch.cat(turned)) if turned else x
         return rotated(x, basis)

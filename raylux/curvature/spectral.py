@@ -30,11 +30,19 @@ class Spectral:
     q_a: Tensor | None = None
     q_s: Tensor | None = None
 
-    def damping(self, setting: float | str) -> float:
-        """λ: the setting, or 0.1 × mean(Λ) of this layer for "auto"."""
+    def damping(self, setting: float | str, least: float = 0.0) -> float:
+        """λ: the setting, or 0.1 × mean(Λ) of this layer for "auto".
+
+        Args:
+            setting: a number, or "auto".
+            least: a mean that "auto" does not go below: of an expert, that over all experts of its block. Λ of an
+                expert is a mean over all sequences; one that few tokens reach would be divided by next to nothing.
+        """
         if self.values is None:
             return 0.0
-        return DAMPING_SHARE * float(self.values.double().mean()) if isinstance(setting, str) else float(setting)
+        if not isinstance(setting, str):
+            return float(setting)
+        return DAMPING_SHARE * max(float(self.values.double().mean()), least)
 
     def multiply(self, v: Tensor) -> Tensor:
         """G V for V [..., P, M]."""

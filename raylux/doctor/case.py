@@ -127,7 +127,7 @@ class Case:
         setting = self.config.model
         files = models.find_model(setting)
         structure = models.load_structure(files, setting.trust_remote_code)
-        covered = models.coverage(structure, setting.layers)
+        covered = models.coverage(structure, setting.layers, setting.strict)
         return Model(
             files,
             covered,

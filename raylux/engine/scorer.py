@@ -15,6 +15,7 @@ from raylux.engine.records import Contraction, FactorFiles, QueryFiles, read_bas
 from raylux.influence.dots import LayerQueries, in_memory, squared_norms
 from raylux.layers import TrackedLayer
 from raylux.memory import give_back
+from raylux.routed import Routed, Rows, sequence_parts
 from raylux.store import RunFolder
 
 # Dense queries up to so many bytes are held in memory, more of them on the disk, read once for each pack.
@@ -45,14 +46,14 @@ class PackPart:
     Attributes:
         places: of its sequences in the caller's list; rows beyond them are filler.
         tokens: padded tokens of a sequence.
-        inputs: input group -> a [N, T, M].
+        inputs: input group -> a [N, T, M]; an expert's ``Routed``.
         grads: layer -> g [N, T, P].
     """
 
     places: tuple[int, ...]
     tokens: int
-    inputs: dict[str, Tensor]
-    grads: dict[str, Tensor]
+    inputs: dict[str, Rows]
+    grads: dict[str, Rows]
 
     def __len__(self) -> int:
         return len(next(iter(self.grads.values())))
@@ -140,7 +141,7 @@ class Scorer:
             layer.name: LayerQueries.build(
                 layer.shape,
                 read_layer_queries(folder, loaded.files, layer, loaded.ids, dtype, plan.device),
-                plan.typical_tokens,
+                plan.typical_tokens * layer.share,
                 plan.tile,
                 hold,
             )
@@ -150,7 +151,7 @@ class Scorer:
 
     def layer_scores(self, pack: Pack) -> Iterator[Tensor]:
         """[rows, Q] of each layer, in order."""
-        held: tuple[str, list[Tensor]] | None = None
+        held: tuple[str, list[Rows]] | None = None
         for layer in self._layers:
             group, (q_a, q_s) = self._groups[layer.name], self._bases[layer.name]
             if held is None or held[0] != group:
@@ -164,7 +165,20 @@ class Scorer:
         for layer in self._layers:
             q_a, q_s = self._bases[layer.name]
             a, g = rotate(part.inputs[self._groups[layer.name]], q_a), rotate(part.grads[layer.name], q_s)
+            if isinstance(g, Routed):
+                self._add_routed(whole, layer.name, place, a, g)
+                continue
+            assert isinstance(a, Tensor)
             shares = self._queries[layer.name].token_scores(place, a, g)
             # A module called c times has c·T rows; a token's share is the sum over its calls.
             whole += shares.reshape(len(part), -1, part.tokens).sum(1)
         return whole
+
+    def _add_routed(self, whole: Tensor, name: str, place: int, a: Rows, g: Routed) -> None:
+        """Add the shares of an expert's tokens, where they stand in their sequences."""
+        assert g.places is not None, "kept without its tokens' places"
+        places = g.places.split(g.sizes)
+        for own, own_a, own_g in sequence_parts(a, g):
+            shares = self._queries[name].token_scores(place, own_a, own_g)[0]
+            real = places[own.start] >= 0
+            whole[own.start, places[own.start][real]] += shares[real]

@@ -148,9 +148,11 @@ class FactorShard:
         written = {}
         for name, total in self._sums.items():
             rows = self._counts[name.partition(":")[2]]
-            mean: np.ndarray = (total / rows).astype(self._storage())
+            # To an expert perhaps no token was routed: its sums are zeros.
+            mean: np.ndarray = (total / max(1, rows)).astype(self._storage())
             key, objects = self.folder.write(f"factors/{_tidy(name)}/covariance", {"matrix": mean})
-            written[name] = key, objects, {"rows": rows, "sequences": self._counts[""]}
+            eigenvalue = float(np.trace(mean, dtype=np.float64)) / len(mean)
+            written[name] = key, objects, {"rows": rows, "sequences": self._counts[""], "mean": eigenvalue}
         return written
 
     def write_moments(self) -> Written:
@@ -159,7 +161,8 @@ class FactorShard:
         for name, total in self._sums.items():
             mean: np.ndarray = (total / self._counts[""]).astype(self._storage())
             key, objects = self.folder.write(f"factors/{name}/lambda", {"matrix": mean})
-            written[name] = key, objects, {"sequences": self._counts[""]}
+            facts = {"sequences": self._counts[""], "mean": float(mean.mean(dtype=np.float64))}
+            written[name] = key, objects, facts
         return written
 
     def _own(self) -> list[str]:
@@ -187,6 +190,7 @@ class FactorShard:
         files: FactorFiles,
         moments: Mapping[str, str],
         rows_per_sequence: Mapping[str, float],
+        least: Mapping[str, float],
         rank_limit: Mapping[str, int],
         contraction: Contraction,
         eigen: bool,
@@ -199,6 +203,7 @@ class FactorShard:
             files: the eigenbases.
             moments: layer -> key of its Λ.
             rows_per_sequence: layer -> T̄.
+            least: expert's layer -> the mean Λ below which that of its own does not count for its damping.
             rank_limit: layer -> largest rank to try; 0: dense only.
             contraction: how products with sequences will be taken; layers that may be compressed keep full precision.
             eigen: leave s_test in the eigenbases.
@@ -216,7 +221,7 @@ class FactorShard:
         for name in self.layers:
             dtype = self.compute if rank_limit[name] else contraction.torch_dtype
             curvature = self._curvature(name, files, moments, rows_per_sequence)
-            damping[name] = curvature.damping(self.spec.damping)
+            damping[name] = curvature.damping(self.spec.damping, least.get(name, 0.0))
             tokens = [self._tokens(part, name) for part in parts]
             try:
                 with profiling.of("solve"):

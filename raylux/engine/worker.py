@@ -28,6 +28,7 @@ from raylux.engine.scorer import Bases, LoadedQueries, Pack, PackPart, Scorer, p
 from raylux.errors import NumericsError
 from raylux.influence.dots import sequence_gradients
 from raylux.layers import TrackedLayer
+from raylux.routed import Routed, Rows
 from raylux.sampling import sample_labels
 from raylux.store import CorpusReader, RunFolder
 
@@ -84,6 +85,7 @@ class GradientWorker:
         self._bases = Bases(self.folder, spec.layers, spec.groups, self.device)
         self._held: Scorer | None = None
         self._kept = Kept(spec.keep) if spec.keep != 0 else None
+        self._routed = frozenset(layer.name for layer in spec.layers if layer.routed)
 
     def prepare(self) -> dict[str, Any]:
         """Load the model. Apart from ``__init__``, so that its errors arrive as what they are.
@@ -128,13 +130,13 @@ class GradientWorker:
             The error; 1 where no gradient is there to be looked at.
         """
         exact, rounded = (torch.zeros(len(rows), len(rows), dtype=torch.float64) for _ in range(2))
-        held: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+        held: list[tuple[dict[str, Rows], dict[str, Rows]]] = []
         for sequence in self.reader.rows(rows):
             part = sequence.part(tokens)
             captured = self._run(collate([part], [0], len(part.tokens)), sampled=False)
             held.append((captured.inputs_in(torch.float32), captured.grads))
         for layer in self.spec.layers:
-            pairs = [(a[self.spec.groups[layer.name]], g[layer.name].float()) for a, g in held]
+            pairs = [(a[self.spec.groups[layer.name]], g[layer.name].to(torch.float32)) for a, g in held]
             for total, dtype in ((exact, torch.float32), (rounded, torch.bfloat16)):
                 flat = [sequence_gradients(a.to(dtype), g.to(dtype)).flatten() for a, g in pairs]
                 total += (torch.stack(flat).float() @ torch.stack(flat).float().T).double().cpu()
@@ -239,29 +241,29 @@ class GradientWorker:
 
     def _kept_batch(
         self, rows: np.ndarray, batch: Batch, which: str, dtype: torch.dtype
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+    ) -> tuple[dict[str, Rows], dict[str, Rows]] | None:
         """a and g of a batch whose sequences are all kept; rows beyond them repeat the first, as its tokens do."""
         kept = self._kept
         places = [int(rows[at]) for at in batch.rows]
         if kept is None or not all((what, row) in kept for row in places for what in (INPUTS, which)):
             return None
-        count = len(batch.mask)
-        inputs, grads = (
-            {
-                name: torch.empty(count, *shape, dtype=dtype)
-                for name, shape in kept.shapes((what, places[0])).items()
-            }
-            for what in (INPUTS, which)
-        )  # fmt: skip
-        for place in range(count):
-            row = places[place] if place < len(places) else places[0]
-            for what, tensors in ((INPUTS, inputs), (which, grads)):
+        filled = [places[at] if at < len(places) else places[0] for at in range(len(batch.mask))]
+        found = []
+        for what in (INPUTS, which):
+            shapes = [kept.shapes((what, row)) for row in filled]
+            tensors = {name: self._empty(name, [own[name] for own in shapes], dtype) for name in shapes[0]}
+            for place, row in enumerate(filled):
                 if not kept.read((what, row), {name: x[place] for name, x in tensors.items()}):
                     return None
-        return (
-            {name: x.to(self.device) for name, x in inputs.items()},
-            {name: x.to(self.device) for name, x in grads.items()},
-        )
+            found.append({name: _moved(x, self.device) for name, x in tensors.items()})
+        return found[0], found[1]
+
+    def _empty(self, name: str, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Rows:
+        """Room for what is kept of the sequences of a batch in a layer: of an expert each has rows of its own number."""
+        if name not in self._routed:
+            return torch.empty(len(shapes), *shapes[0], dtype=dtype)
+        sizes = tuple(shape[0] for shape in shapes)
+        return Routed(torch.empty(sum(sizes), shapes[0][1], dtype=dtype), sizes)
 
     # queries
 
@@ -282,19 +284,20 @@ class GradientWorker:
             captured = self._run(collate([row], [0], len(row.tokens)), sampled=False)
             part_inputs, part_grads = self._widened(captured)
             for name, a in part_inputs.items():
-                inputs.setdefault(name, []).append(a)
+                inputs.setdefault(name, []).append(a[0])
             for name, g in part_grads.items():
-                grads.setdefault(name, []).append(g * weight)
+                grads.setdefault(name, []).append(g[0] * weight)
             value -= weight * float(captured.loss[0])
-        joined = {name: torch.cat(parts, 1) for name, parts in inputs.items()}
-        weighted = {name: torch.cat(parts, 1) for name, parts in grads.items()}
+        joined = {name: torch.cat(parts) for name, parts in inputs.items()}
+        weighted = {name: torch.cat(parts) for name, parts in grads.items()}
         return ({"measurement": value}, *self._token_parts(joined, weighted, shards))
 
     def probe(self, row: int, shards: Sequence[Sequence[str]]) -> tuple[Any, ...]:
         """a and g of one corpus sequence, for measuring what compression loses; parts as ``query_gradient``."""
         (sequence,) = self.reader.rows([row])
         inputs, grads = self._widened(self._run(collate([sequence], [0], len(sequence.tokens)), sampled=False))
-        return (None, *self._token_parts(inputs, grads, shards))
+        own_inputs, own_grads = ({name: x[0] for name, x in rows.items()} for rows in (inputs, grads))
+        return (None, *self._token_parts(own_inputs, own_grads, shards))
 
     def _token_parts(
         self, inputs: Mapping[str, Tensor], grads: Mapping[str, Tensor], shards: Sequence[Sequence[str]]
@@ -302,8 +305,8 @@ class GradientWorker:
         groups = self.spec.groups
         return [
             {
-                "inputs": {name: _array(inputs[name][0]) for name in sorted({groups[name] for name in names})},
-                "grads": {name: _array(grads[name][0]) for name in names},
+                "inputs": {name: _array(inputs[name]) for name in sorted({groups[name] for name in names})},
+                "grads": {name: _array(grads[name]) for name in names},
             }
             for names in shards
         ]
@@ -362,7 +365,8 @@ class GradientWorker:
         place = loaded.ids.index(query)
         sequences = self.reader.rows(rows)
         shares: list[np.ndarray] = [np.zeros(0)] * len(rows)
-        for pack in self._packs(rows, loaded.contraction):
+        # Of an expert's tokens it is not kept where in their sequences they stand.
+        for pack in self._packs(rows, loaded.contraction, kept=not self._routed):
             for part in pack.parts:
                 found = _array(scorer.token_scores(place, part))
                 for at, row in enumerate(part.places):
@@ -373,12 +377,12 @@ class GradientWorker:
             f"scores/tokens/{name}", {"shares": np.concatenate(shares), "offsets": offsets, "tokens": tokens}
         )
 
-    def _packs(self, rows: np.ndarray, contraction: Contraction) -> Iterator[Pack]:
+    def _packs(self, rows: np.ndarray, contraction: Contraction, kept: bool = True) -> Iterator[Pack]:
         """Captured sequences, as many together as a product takes; those that are kept are not run again."""
         plan, dtype = self.spec.plan, contraction.torch_dtype
         sequences = self.reader.rows(rows)
-        kept = self._kept or ()
-        here = [at for at, row in enumerate(rows) if (GIVEN, int(row)) in kept and (INPUTS, int(row)) in kept]
+        held = (self._kept if kept else None) or ()
+        here = [at for at, row in enumerate(rows) if (GIVEN, int(row)) in held and (INPUTS, int(row)) in held]
         rest = sorted(set(range(len(rows))) - set(here))
 
         def parts(chosen: list[int], which: str | None) -> Iterator[PackPart]:
@@ -408,18 +412,22 @@ class GradientWorker:
         labeller = (lambda p, keys, places: sample_labels(p, keys, places, seed)) if sampled else None
         return self._capture.run(batch.to(self.device), labeller, both)
 
-    def _operands(self, captured: Captured, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _operands(self, captured: Captured, dtype: torch.dtype) -> tuple[dict[str, Rows], dict[str, Rows]]:
         """a and g in the precision of the products."""
         return captured.inputs_in(dtype), {name: g.to(dtype) for name, g in captured.grads.items()}
 
-    def _summed(self, captured: Captured) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _summed(self, captured: Captured) -> tuple[dict[str, Rows], dict[str, Rows]]:
         """a and g as their covariances are summed: widened, but for bf16 on a GPU, which multiplies it exactly."""
         native = self.device == "cuda" and self.spec.plan.dtype == "bfloat16" and self.spec.statistics == "tokens"
         return self._operands(captured, torch.bfloat16 if native else self.compute)
 
-    def _widened(self, captured: Captured) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _widened(self, captured: Captured) -> tuple[dict[str, Rows], dict[str, Rows]]:
         """a and g in the precision of the sums."""
         return self._operands(captured, self.compute)
+
+
+def _moved(x: Rows, device: str) -> Rows:
+    return x.over(x.rows.to(device)) if isinstance(x, Routed) else x.to(device)
 
 
 def _array(x: Tensor) -> np.ndarray:

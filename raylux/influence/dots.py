@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from raylux.batches import ROW_BLOCK
 from raylux.cost.contraction import tokens_pay
 from raylux.products import aligned, aligned_width, gradients_into, wide_product
 from raylux.profiling import of
+from raylux.routed import ROW_BLOCK, Routed, Rows, sequence_parts, width
 
 TILE = 8
 """Dense queries per matrix product, unless the plan says more."""
@@ -37,9 +37,15 @@ def in_memory(x: Tensor) -> Held:
     return lambda: x
 
 
-def sequence_gradients(a: Tensor, g: Tensor) -> Tensor:
-    """G [N, P, M] from a [N, T, M] and g [N, T, P]."""
-    return torch.bmm(g.mT, a)
+def sequence_gradients(a: Rows, g: Rows) -> Tensor:
+    """G [N, P, M] from a [N, T, M] and g [N, T, P]; zero where no token of a sequence was routed to an expert."""
+    if isinstance(a, Tensor) and isinstance(g, Tensor):
+        return torch.bmm(g.mT, a)
+    rows = a.rows if isinstance(a, Routed) else a
+    gradients = rows.new_zeros(len(a), width(g), width(a))
+    for places, own_a, own_g in sequence_parts(a, g):
+        gradients[places.start : places.stop] = torch.bmm(own_g.mT, own_a)
+    return gradients
 
 
 @dataclass
@@ -112,16 +118,31 @@ class LayerQueries:
                 result.tiles.append(held)
         return result
 
-    def scores(self, parts: Sequence[tuple[Tensor, Tensor]], rows: int | None = None) -> Tensor:
+    def scores(self, batches: Sequence[tuple[Rows, Rows]], rows: int | None = None) -> Tensor:
         """Scores of the sequences of some batches.
 
         Args:
-            parts: a [N, T, M] and g [N, T, P] of each batch, in the dtype of the queries.
+            batches: a [N, T, M] and g [N, T, P] of each, in the dtype of the queries.
             rows: of the products, at least as many as there are sequences; default: as many.
 
         Returns:
             [N, Q] over all batches, in float32 or better.
         """
+        count, taken, places = 0, [], []
+        for a, g in batches:
+            for own, own_a, own_g in sequence_parts(a, g):
+                taken.append((own_a, own_g))
+                places += [count + place for place in own]
+            count += len(a)
+        if len(places) == count:
+            return self._scores(taken, rows)
+        # An expert that not every sequence has tokens at: the others' score is 0.
+        result = torch.zeros(count, self.count, dtype=_wide(self.dtype), device=batches[0][1].device)
+        if places:
+            result[places] = self._scores(taken, rows or count)
+        return result
+
+    def _scores(self, parts: Sequence[tuple[Tensor, Tensor]], rows: int | None) -> Tensor:
         parts = [(_whole_blocks(a), _whole_blocks(g)) for a, g in parts]
         count = sum(len(a) for a, _ in parts)
         some = parts[0][0]
@@ -194,7 +215,7 @@ def _no_vectors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return torch.nn.functional.pad(left, (0, 1)), torch.nn.functional.pad(right, (0, 1))
 
 
-def squared_norms(inputs: Mapping[str, Tensor], grads: Mapping[str, Tensor], groups: Mapping[str, str]) -> Tensor:
+def squared_norms(inputs: Mapping[str, Rows], grads: Mapping[str, Rows], groups: Mapping[str, str]) -> Tensor:
     """‖G_n‖² over all layers, [N]."""
     total: Tensor | None = None
     for name, g in grads.items():

@@ -173,3 +173,29 @@ def rows_per_sequence(units: Mapping[str, Manifest]) -> dict[str, float]:
         for name, manifest in units.items()
         if name.startswith("S:")
     }
+
+
+def shared_means(ctx: Context) -> dict[str, float]:
+    """Expert's layer -> mean of Λ over this matrix of all tracked experts of its block, whatever the kind's Λ is."""
+    pools: dict[str, list[str]] = {}
+    for layer in ctx.coverage.tracked:
+        if layer.pool is not None:
+            pools.setdefault(layer.pool, []).append(layer.name)
+    if not pools or not ctx.kind.fitted:
+        return {}
+    found = {}
+    for names in pools.values():
+        mean = sum(_mean_curvature(ctx, name) for name in names) / len(names)
+        found |= dict.fromkeys(names, mean)
+    return found
+
+
+def _mean_curvature(ctx: Context, name: str) -> float:
+    """Mean of Λ of a layer; K-FAC's is T̄ λ_S λ_A, whose mean is that of its factors."""
+    if ctx.kind.moments:
+        return float(ctx.folder.manifest(MOMENTS, name).meta["mean"])
+    inputs, outputs = (
+        ctx.folder.manifest(COVARIANCE, matrix).meta
+        for matrix in (input_matrix(ctx.groups[name]), output_matrix(name))
+    )
+    return float(outputs["rows"] / outputs["sequences"] * outputs["mean"] * inputs["mean"])

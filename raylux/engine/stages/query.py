@@ -18,7 +18,7 @@ from raylux.engine.quarantine import give_up, given_up
 from raylux.engine.records import COVARIANCE, MOMENTS, PROBE, QUERY, factor_files
 from raylux.engine.shard import Measured
 from raylux.engine.stages import precision, prefilter
-from raylux.engine.stages.fit import rows_per_sequence
+from raylux.engine.stages.fit import rows_per_sequence, shared_means
 from raylux.engine.work import Job, ShardLostError, every_shard, ids_at, results
 from raylux.engine.worker import QuerySpec
 from raylux.errors import RayluxError
@@ -106,7 +106,7 @@ def _block(ctx: Context, name: str, queries: Sequence[Query]) -> None:
     tokens = rows_per_sequence(ctx.folder.units(COVARIANCE))
     damping: dict[str, float] = {}
     handles = [[parts[shard] for parts in gradients.parts] for shard in range(backend.shards)]
-    how = files, moments, tokens, limits, precision.resolve(ctx), ctx.plan.query_basis == "eigen", name
+    how = files, moments, tokens, shared_means(ctx), limits, precision.resolve(ctx), ctx.plan.query_basis == "eigen", name
     norms, pairs = np.zeros(len(gradients.queries)), []
     for part, squares, taken in every_shard(backend, "solve", [(*how, *own) for own in handles]):
         damping |= part
