@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raylux import models, prepare
+from raylux.adapters import has_adapter
 from raylux.config import Config
 from raylux.engine.context import Context
 from raylux.engine.progress import Reporter
@@ -138,6 +139,11 @@ def attribute(
     Raises:
         UserError: as ``run``.
     """
+    if has_adapter(model):
+        raise UserError(
+            "attribute: the model carries an adapter; save both, and run a config that names them in model.path and "
+            "model.adapter"
+        )
     keep = tempfile.TemporaryDirectory(prefix="raylux-") if folder is None else None
     base = Path(keep.name if keep else str(folder))
     inputs = base.with_name(base.name + "-inputs") if keep is None else base / "inputs"

@@ -109,13 +109,8 @@ class Capture:
         self.groups = groups or {layer.name: layer.name for layer in layers}
         self._modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
         self._blocks = [module for module in model.modules() if isinstance(module, SplitExperts)]
-        # An expert's matrix -> its block, and which of its experts it is.
-        self._experts = {
-            layer.name: (model.get_submodule(block), int(expert))
-            for layer in layers
-            if layer.routed
-            for block, expert, _ in [layer.name.rsplit(".", 2)]
-        }
+        self._widths = {layer.name: layer.inputs - int(layer.bias) for layer in layers}
+        self._experts = {layer.name: _expert_of(model, layer.name) for layer in layers if layer.routed}
         takes = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in takes
         self._takes_places = "logits_to_keep" in takes
@@ -233,7 +228,7 @@ class Capture:
         for name in dict.fromkeys(self.groups[layer.name] for layer in self.layers):
             calls = record.inputs.get(name, [])
             if name in self._experts:
-                found[name] = self._routed(name, calls, self._modules[name].in_features)
+                found[name] = self._routed(name, calls, self._widths[name])
             elif calls:
                 parts = [_by_sequence(x, len(batch.mask)) for x in calls]
                 found[name] = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
@@ -242,12 +237,12 @@ class Capture:
     def _routed(self, name: str, calls: Sequence[Tensor], width: int) -> Routed:
         """What an expert's module saw or was given back, by sequence; zeros where that is nothing."""
         block, expert = self._experts[name]
-        routing, weight = block.routing, self._modules[name].weight
+        routing, some = block.routing, next(block.parameters())
         if routing is None:
             raise NumericsError(f"layer '{name}' took no part in the loss")
         if len(calls) > 1:
             raise UserError(f"layer '{name}': experts that run more than once in a forward pass cannot be tracked")
-        rows = calls[0] if calls else weight.new_zeros(routing.totals[expert], width)
+        rows = calls[0] if calls else some.new_zeros(routing.totals[expert], width)
         return routing.routed(expert, rows)
 
     def _gradients(self, record: _Record, batch: Batch) -> dict[str, Rows]:
@@ -269,6 +264,14 @@ class Capture:
             # the loss; a zero there is exact.
             grads[layer.name] = joined * mask.repeat(1, len(parts)).unsqueeze(-1) if padded else joined
         return grads
+
+
+def _expert_of(model: nn.Module, name: str) -> tuple[SplitExperts, int]:
+    """The block of an expert's matrix, and which of its experts it is."""
+    path, expert, _ = name.rsplit(".", 2)
+    block = model.get_submodule(path)
+    assert isinstance(block, SplitExperts)
+    return block, int(expert)
 
 
 class _Record:

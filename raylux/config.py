@@ -66,6 +66,7 @@ class RunSection(Section):
 class ModelSection(Section):
     path: Name = Field(description="local folder, GGUF file, hub name, fsspec URL or package://MODULE/FILE")
     tokenizer: Name | None = Field(None, description="where the tokenizer is, if not with the model")
+    adapter: Name | None = Field(None, description="a LoRA adapter, as PEFT keeps it: its own matrices are tracked")
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     layers: Names | None = Field(

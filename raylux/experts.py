@@ -33,7 +33,8 @@ class ExpertLinear(nn.Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        own = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", own)
 
     def forward(self, x: Tensor, step: int | None = None) -> Tensor:
         """[R, out] from x [R, in], ``step`` rows in a product; default: all."""
@@ -70,10 +71,10 @@ class Routing:
             mask: [N, T] True on the tokens that count.
             experts: E.
         """
-        device, (count, tokens), (_, active) = index.device, mask.shape, index.shape
+        device, (count, tokens), active = index.device, mask.shape, index.shape[1]
         index, mask = index.cpu(), mask.cpu()
         # What an expert gets on average: a function of the batch's shape.
-        step = max(ROW_BLOCK, whole_blocks(-(-index.numel() // experts)))
+        step = whole_blocks(-(-index.numel() // experts))
         sequence = torch.arange(count).repeat_interleave(tokens)[:, None]
         goes = mask.reshape(-1, 1) & (index < experts)
         groups = experts * count
@@ -82,16 +83,16 @@ class Routing:
         order = torch.argsort(group, stable=True)
         counts = torch.bincount(group, minlength=groups + 1)[:groups]
         order = order[: int(counts.sum())]
-        sizes = (counts + ROW_BLOCK - 1) // ROW_BLOCK * ROW_BLOCK
-        totals = (sizes.view(experts, count).sum(1) + step - 1) // step * step
-        starts = (totals.cumsum(0) - totals)[:, None] + sizes.view(experts, count).cumsum(1) - sizes.view(experts, count)
+        sizes = ((counts + ROW_BLOCK - 1) // ROW_BLOCK * ROW_BLOCK).view(experts, count)
+        totals = (sizes.sum(1) + step - 1) // step * step
+        starts = (totals.cumsum(0) - totals)[:, None] + sizes.cumsum(1) - sizes
         rank = torch.arange(len(order)) - (counts.cumsum(0) - counts)[group[order]]
         row, total = starts.reshape(-1)[group[order]] + rank, int(totals.sum())
         pairs = torch.full((total,), index.numel())
         rows = torch.full((index.numel(),), total)
         pairs[row], rows[order] = order, row
         places = torch.where(pairs < index.numel(), pairs // active % tokens, -1)
-        by_expert = [tuple(own) for own in sizes.view(experts, count).tolist()]
+        by_expert = [tuple(own) for own in sizes.tolist()]
         return cls(pairs.to(device), rows.to(device), by_expert, totals.tolist(), places.to(device), step)
 
     def routed(self, expert: int, rows: Tensor) -> Routed:
@@ -109,7 +110,7 @@ class _Pick(torch.autograd.Function):
         return _rows(x, index)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _rows(grad, ctx.saved_tensors[0]), None, None
 
 
@@ -216,7 +217,8 @@ def split_experts(model: nn.Module) -> None:
     """
     config = getattr(model, "config", None)
     config = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
-    active = next((int(getattr(config, name)) for name in _ACTIVE if isinstance(getattr(config, name, None), int)), None)
+    known = (getattr(config, name, None) for name in _ACTIVE)
+    active = next((value for value in known if isinstance(value, int)), None)
     for name, module in list(model.named_modules()):
         if can_split(module):
             parent, _, leaf = name.rpartition(".")

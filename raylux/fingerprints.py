@@ -18,8 +18,8 @@ from raylux.weights import tensor_hashes
 
 __all__ = ["ModelPrint", "digest", "of_file", "of_model", "of_query", "of_source", "of_tokenizer", "of_weights"]
 
-# What config.json says of where and by what it was written does not reach the numbers.
-_ASIDE = ("_name_or_path", "transformers_version")
+# What config.json, of a model or an adapter, says of where and by what it was written does not reach the numbers.
+_ASIDE = ("_name_or_path", "transformers_version", "base_model_name_or_path", "peft_version", "revision")
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,15 @@ def of_model(files: ModelFiles) -> ModelPrint:
         UserError: a file cannot be read.
     """
     folder = Path(files.folder)
-    return ModelPrint(tensor_hashes(folder), _of_config(folder), _of_code(folder), of_tokenizer(files.tokenizer))
+    tensors, config = tensor_hashes(folder), _of_config(folder)
+    if files.adapter is not None:
+        adapter = Path(files.adapter)
+        tensors |= {f"adapter {name}": value for name, value in tensor_hashes(adapter).items()}
+        config = digest({"model": config, "adapter": _of_config(adapter, "adapter_config.json")})
+    return ModelPrint(tensors, config, _of_code(folder), of_tokenizer(files.tokenizer))
 
 
-def of_weights(folder: str) -> str:
+def of_weights(folder: str, adapter: str | None = None) -> str:
     """One digest of all tensors of a model folder, with its config.json and code: 32 hexadecimal digits.
 
     Two folders have the same digest where they hold the same model, however its tensors are spread over files. A
@@ -90,7 +95,10 @@ def of_weights(folder: str) -> str:
         UserError: a file cannot be read.
     """
     path = Path(folder)
-    return digest(tensor_hashes(path), {"config.json": _of_config(path)}, _of_code(path))
+    parts = [tensor_hashes(path), {"config.json": _of_config(path)}, _of_code(path)]
+    if adapter is not None:
+        parts += [tensor_hashes(Path(adapter)), {"adapter": _of_config(Path(adapter), "adapter_config.json")}]
+    return digest(*parts)
 
 
 def of_tokenizer(folder: str) -> dict[str, str]:
@@ -129,8 +137,8 @@ def of_query(query: Query) -> str:
     return folded.hexdigest()
 
 
-def _of_config(folder: Path) -> str:
-    path = folder / "config.json"
+def _of_config(folder: Path, name: str = "config.json") -> str:
+    path = folder / name
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

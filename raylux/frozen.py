@@ -56,6 +56,7 @@ _FREE = frozenset(
     {
         "run.folder",
         "model.path",  # the weights are compared, wherever they lie
+        "model.adapter",  # likewise
         "corpus.path",  # the documents are
         "model.device",  # resolved, then compared
         "model.strict",

@@ -3,7 +3,8 @@
 A tracked layer is a linear map, y = W a with W of shape [P, M]: ``nn.Linear``, or the ``Conv1D`` of GPT-2,
 which keeps its weight as [in, out]. With a bias, the bias is the last column of W and the input gets a
 last coordinate of one, so M counts it. By default every linear of an MLP is tracked, and every matrix of every expert
-where the MLPs are mixtures (``raylux.experts`` takes fused ones apart).
+where the MLPs are mixtures (``raylux.experts`` takes fused ones apart). Of a model with a LoRA adapter the adapter's
+own matrices are tracked, and nothing else.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from raylux.adapters import has_adapter, is_adapter
 from raylux.errors import UserError
 from raylux.experts import ExpertLinear, SplitExperts
 
@@ -29,6 +31,8 @@ MLP_LEAVES = frozenset(
 )
 # What chooses experts: one linear, or a small network below such a name.
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "gate_network"})
+# Why the weights beside an adapter are not tracked.
+_FROZEN = "linear of the base model, which was frozen: the adapter's own matrices are tracked"
 OTHER_MODALITIES = ("vision", "visual", "audio", "image", "speech")
 
 
@@ -108,13 +112,13 @@ def coverage(model: nn.Module, patterns: Sequence[str] | None = None, strict: bo
 
     Args:
         model: a causal LM; its weights are not read, so a model on the meta device will do.
-        patterns: globs of module paths (``*`` also crosses dots); None: every linear of an MLP.
+        patterns: globs of module paths (``*`` also crosses dots); None: every linear of an MLP, or of the adapter.
         strict: part of an MLP, or what a pattern names, that cannot be tracked is an error.
 
     Raises:
         UserError: a pattern matches nothing, or nothing that can be tracked; the model has no MLP layer; ``strict``.
     """
-    barriers = _barriers(model)
+    barriers, adapted = _barriers(model), has_adapter(model)
     chosen = _mlp_names(model, barriers) if patterns is None else _matching(model, patterns, barriers)
     if not chosen:
         raise UserError(_no_layers(model, barriers))
@@ -129,7 +133,7 @@ def coverage(model: nn.Module, patterns: Sequence[str] | None = None, strict: bo
             tracked.append(tracked_layer(name, module, model))
         elif own:
             reason = barriers.get(name) or _reason(name, module, model)
-            wanted = _wanted(name, module, patterns, barriers)
+            wanted = _wanted(name, module, patterns, barriers, adapted)
             skipped.append(SkippedLayer(name, type(module).__name__, fresh, reason, wanted))
     found = Coverage(tuple(tracked), tuple(skipped), sum(p.numel() for p in model.parameters()))
     found.check(strict)
@@ -146,8 +150,14 @@ def _no_layers(model: nn.Module, barriers: dict[str, str]) -> str:
     return f"{kind}: {why}; name other linear layers in model.layers, such as '{usable[0]}'"
 
 
-def _wanted(name: str, module: nn.Module, patterns: Sequence[str] | None, barriers: dict[str, str]) -> bool:
+def _wanted(
+    name: str, module: nn.Module, patterns: Sequence[str] | None, barriers: dict[str, str], adapted: bool
+) -> bool:
     """Whether a module that is not tracked would be, by the patterns or by its place, if it could."""
+    if adapted and not is_adapter(name):
+        return False  # it was not trained
+    if is_adapter(name) and patterns is None:
+        return True
     if patterns is not None:
         return name in barriers and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
     return (name in barriers and (_in_mlp(name) or _is_expert(name))) or _are_fused_experts(name, module)
@@ -194,10 +204,11 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _mlp_names(model: nn.Module, barriers: dict[str, str]) -> set[str]:
+    adapted = has_adapter(model)
     return {
         name
         for name in _linears(model)
-        if name not in barriers and (_in_mlp(name) or isinstance(model.get_submodule(name), ExpertLinear))
+        if name not in barriers and (adapted or _in_mlp(name) or isinstance(model.get_submodule(name), ExpertLinear))
     }
 
 
@@ -243,13 +254,16 @@ def _barriers(model: nn.Module) -> dict[str, str]:
     """Linears that cannot be tracked, even when asked for: {name: reason}."""
     owners: dict[int, str] = {}
     barriers: dict[str, str] = {}
+    adapted = has_adapter(model)
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             owner = owners.setdefault(id(parameter), name)
             if owner != name and _is_linear(module):
                 head = "language-model head" if module is _head(model) else "linear"
                 barriers[name] = f"{head} that shares its weight with '{owner}'"
-        if _is_linear(module):
+        if adapted and _is_linear(module) and not is_adapter(name):
+            barriers[name] = _FROZEN
+        elif _is_linear(module):
             weight = module.weight
             if not (isinstance(weight, nn.Parameter) and weight.dtype.is_floating_point and weight.dim() == 2):
                 barriers[name] = "linear with quantised or packed weights"
@@ -269,6 +283,9 @@ def _reason(name: str, module: nn.Module, model: nn.Module) -> str:
     kind = type(module).__name__
     parts = name.lower().split(".")
     leaf = parts[-1]
+    if is_adapter(name):
+        named = "adapter's matrix not named in model.layers"
+        return named if _is_linear(module) else "adapter of something that is no linear layer"
     if module is _head(model):
         return "language-model head"
     if isinstance(module, nn.Embedding) or "embedding" in kind.lower():

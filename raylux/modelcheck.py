@@ -81,7 +81,9 @@ def _check_weight_files(folder: Path, label: str, config: dict[str, Any]) -> Non
     if config.get("transformers_weights") is not None:
         raise UserError(f"{folder / 'config.json'}: 'transformers_weights' is not served; use the usual file names")
     if (folder / "adapter_config.json").is_file():
-        raise UserError(f"{label}: holds an adapter (adapter_config.json); merge it into its model and name that")
+        raise UserError(
+            f"{label}: holds an adapter (adapter_config.json): name it in model.adapter, its base in model.path"
+        )
     check_indexes(folder)
     if not list(folder.glob("*.safetensors")):
         pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))

@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from raylux import adapters
 from raylux.cache import build_once, entry_name
 from raylux.config import ModelSection
 from raylux.errors import UserError
@@ -41,6 +42,7 @@ __all__ = [
     "TrackedLayer",
     "context_length",
     "coverage",
+    "find_adapter",
     "find_model",
     "load_config",
     "load_model",
@@ -57,10 +59,11 @@ MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safe
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model that is at hand: ``folder`` has config.json and safetensors, ``tokenizer`` is a local folder too."""
+    """A model that is at hand: ``folder`` has config.json and safetensors, the others are local folders too."""
 
     folder: str
     tokenizer: str
+    adapter: str | None = None
 
 
 def find_model(config: ModelSection) -> ModelFiles:
@@ -78,7 +81,20 @@ def find_model(config: ModelSection) -> ModelFiles:
     tokenizer = folder
     if config.tokenizer is not None:
         tokenizer = _bring(config.tokenizer, (*TOKENIZER_FILES, "config.json"), "model.tokenizer")
-    return ModelFiles(str(folder), str(tokenizer))
+    return ModelFiles(str(folder), str(tokenizer), find_adapter(config))
+
+
+def find_adapter(config: ModelSection) -> str | None:
+    """Bring the adapter of a config, if it names one, to a local folder and check that it can be served.
+
+    Raises:
+        UserError: as ``find_model``.
+    """
+    if config.adapter is None:
+        return None
+    folder = _bring(config.adapter, adapters.FILES, "model.adapter")
+    adapters.check_adapter(folder, config.adapter)
+    return str(folder)
 
 
 def load_tokenizer(files: ModelFiles, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -152,8 +168,8 @@ def load_structure(files: ModelFiles, trust_remote_code: bool = False, weights: 
         ) from None
     if weights:
         check_shapes(Path(files.folder), {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
-    split_experts(model)
-    return model
+    with torch.device("meta"):
+        return _prepared(model, files, weights=False)
 
 
 def load_model(files: ModelFiles, dtype: str, device: str, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -186,7 +202,13 @@ def load_model(files: ModelFiles, dtype: str, device: str, trust_remote_code: bo
     model, report = loaded
     _check_weights(model, report, files.folder)
     model.config.use_cache = False
-    model = model.eval().requires_grad_(False).to(device)
+    return _prepared(model.eval().requires_grad_(False).to(device), files, weights=True)
+
+
+def _prepared(model: PreTrainedModel, files: ModelFiles, weights: bool) -> PreTrainedModel:
+    """With its adapter, if it has one, and with its fused experts taken apart."""
+    if files.adapter is not None:
+        model = adapters.attach(model, Path(files.adapter), weights)
     split_experts(model)
     return model
 

@@ -50,7 +50,7 @@ def find_shape(config: Config) -> tuple[ModelShape, models.ModelFiles, int | Non
     local = Path(setting.path).expanduser()
     weights = bool(list(local.glob("*.safetensors"))) or not (local / "config.json").is_file()
     if not weights:
-        files = models.ModelFiles(str(local), setting.tokenizer or str(local))
+        files = models.ModelFiles(str(local), setting.tokenizer or str(local), models.find_adapter(setting))
     else:
         files = models.find_model(setting)
     structure = models.load_structure(files, setting.trust_remote_code, weights)

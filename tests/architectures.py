@@ -95,34 +95,38 @@ def _opt(vocab: int, overrides: dict[str, Any]) -> PreTrainedModel:
     return OPTForCausalLM(OPTConfig(vocab_size=vocab, **{**sizes, **_IDS, **overrides}))
 
 
+# One block where nothing else is said: each expert has three layers, and each layer its files.
+_MIXTURE = {**_LLAMA, "intermediate_size": 12, "num_hidden_layers": 1, "num_experts_per_tok": 2}
+
+
 def _mixtral(vocab: int, overrides: dict[str, Any]) -> PreTrainedModel:
     """Two of four experts, their weights normalised after the choice."""
-    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False, **_LLAMA}
+    sizes = {**_MIXTURE, "num_local_experts": 4, "tie_word_embeddings": False}
     return MixtralForCausalLM(MixtralConfig(vocab_size=vocab, **{**sizes, **overrides}))
 
 
 def _qwen2_moe(vocab: int, overrides: dict[str, Any]) -> PreTrainedModel:
-    """Two of five experts beside a shared one with a gate; the first block's MLP is dense."""
-    sizes = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "mlp_only_layers": [0]}
-    sizes |= {"shared_expert_intermediate_size": 20, "decoder_sparse_step": 1}
-    return Qwen2MoeForCausalLM(Qwen2MoeConfig(vocab_size=vocab, **{**sizes, **_LLAMA, **overrides}))
+    """Two of four experts beside a shared one with a gate; the first block's MLP is dense."""
+    sizes = {**_MIXTURE, "num_hidden_layers": 2, "mlp_only_layers": [0], "decoder_sparse_step": 1}
+    sizes |= {"num_experts": 4, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(vocab_size=vocab, **{**sizes, **overrides}))
 
 
 def _qwen3_moe(vocab: int, overrides: dict[str, Any]) -> PreTrainedModel:
     """Two of five experts."""
-    sizes = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 4}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=vocab, **{**sizes, **_LLAMA, **overrides}))
+    sizes = {**_MIXTURE, "num_experts": 5, "moe_intermediate_size": 12, "head_dim": 4}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=vocab, **{**sizes, **overrides}))
 
 
 def _olmoe(vocab: int, overrides: dict[str, Any]) -> PreTrainedModel:
-    """Three of eight experts, of which a short sequence leaves some without a token."""
-    sizes = {**_LLAMA, "num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 12}
+    """Two of six experts, of which a short sequence leaves some without a token."""
+    sizes = {**_MIXTURE, "num_experts": 6}
     return OlmoeForCausalLM(OlmoeConfig(vocab_size=vocab, **{**sizes, **overrides}))
 
 
 def _gpt_oss(vocab: int, overrides: dict[str, Any]) -> PreTrainedModel:
     """Two of four experts with biases, weights transposed, gate and up interleaved, a gate of its own."""
-    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 4, **_LLAMA}
+    sizes = {**_MIXTURE, "num_local_experts": 4, "head_dim": 4}
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
     return GptOssForCausalLM(GptOssConfig(vocab_size=vocab, **{**sizes, **rope, **overrides}))
 

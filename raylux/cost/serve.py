@@ -194,8 +194,8 @@ def _scoring(work: Workload, device: Device, can: frozenset[str], batch: float) 
     bytes_each = work.operand
     sequences = _sequences(work, batch)
     all_forms = [
-        contraction.forms(*layer.shape, work.tokens * layer.share, work.queries, work.stored_rank(layer) or min(layer.shape),
-                          work.subspace, bytes_each)
+        contraction.forms(*layer.shape, work.tokens * layer.share, work.queries,
+                          work.stored_rank(layer) or min(layer.shape), work.subspace, bytes_each)
         for layer in layers
     ]  # fmt: skip
     model_flops = work.tokens * (model.forward_flops(work.tokens) + model.backward_flops(work.tokens))

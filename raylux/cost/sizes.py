@@ -30,9 +30,7 @@ def covariance_entries(layers: Sequence[TrackedLayer], groups: Mapping[str, str]
 def covariance_products(layers: Sequence[TrackedLayer], groups: Mapping[str, str]) -> float:
     """Multiplications of a token for all A and S, an expert's by its share of the tokens."""
     leaders = set(groups.values())
-    return sum(
-        layer.share * (layer.outputs**2 + (layer.inputs**2 if layer.name in leaders else 0)) for layer in layers
-    )
+    return sum(layer.share * (layer.outputs**2 + (layer.inputs**2 if layer.name in leaders else 0)) for layer in layers)
 
 
 def covariance_bytes(layers: Sequence[TrackedLayer], groups: Mapping[str, str], itemsize: int = 4) -> int:

@@ -30,7 +30,7 @@ class Covariances:
     """Running sums over tokens, on the device and in the precision of what is added.
 
     Attributes:
-        rows: layer -> number of token rows summed (real tokens × calls of the module; of an expert, those routed to it).
+        rows: layer -> number of token rows summed (real tokens × calls of the module; of an expert, those sent there).
         sequences: number of sequences summed.
     """
 

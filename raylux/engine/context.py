@@ -129,7 +129,7 @@ class Context:
 
     def _welcome(self, facts: Mapping[str, Any]) -> None:
         """Raises UserError where a worker's node has other weights under the same path."""
-        here = fingerprints.of_weights(self.files.folder)
+        here = fingerprints.of_weights(self.files.folder, self.files.adapter)
         if facts["weights"] != here:
             raise UserError(
                 f"the model in {self.files.folder} on node {facts['host']} is not the driver's (weights "

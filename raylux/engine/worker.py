@@ -102,7 +102,7 @@ class GradientWorker:
         return {
             "pid": os.getpid(),
             "host": socket.gethostname(),
-            "weights": fingerprints.of_weights(spec.files.folder),
+            "weights": fingerprints.of_weights(spec.files.folder, spec.files.adapter),
             "numerics": numerics.here(self.device),
         }
 
@@ -259,7 +259,7 @@ class GradientWorker:
         return found[0], found[1]
 
     def _empty(self, name: str, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Rows:
-        """Room for what is kept of the sequences of a batch in a layer: of an expert each has rows of its own number."""
+        """Room for what is kept of a batch's sequences in a layer; of an expert each has its own number of rows."""
         if name not in self._routed:
             return torch.empty(len(shapes), *shapes[0], dtype=dtype)
         sizes = tuple(shape[0] for shape in shapes)

@@ -48,9 +48,11 @@ def check(config: Config, working_dir: Path) -> None:
             in the working directory.
     """
     check_folder(config)
-    for key, place in (("model.path", config.model.path), ("corpus.path", config.corpus.path)):
+    model = config.model
+    places = {"model.path": model.path, "model.adapter": model.adapter, "corpus.path": config.corpus.path}
+    for key, place in places.items():
         # A name of a hub looks like a relative path: it is one if something is there.
-        if _relative(place) and (working_dir / place).exists():
+        if place is not None and _relative(place) and (working_dir / place).exists():
             raise UserError(
                 f"{key} = {place}: a job carries no data; give an absolute path that every node reaches, or a URL; "
                 f"on this machine, {key}={(working_dir / place).resolve()}"

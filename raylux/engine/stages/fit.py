@@ -183,7 +183,7 @@ def shared_means(ctx: Context) -> dict[str, float]:
             pools.setdefault(layer.pool, []).append(layer.name)
     if not pools or not ctx.kind.fitted:
         return {}
-    found = {}
+    found: dict[str, float] = {}
     for names in pools.values():
         mean = sum(_mean_curvature(ctx, name) for name in names) / len(names)
         found |= dict.fromkeys(names, mean)
@@ -195,7 +195,6 @@ def _mean_curvature(ctx: Context, name: str) -> float:
     if ctx.kind.moments:
         return float(ctx.folder.manifest(MOMENTS, name).meta["mean"])
     inputs, outputs = (
-        ctx.folder.manifest(COVARIANCE, matrix).meta
-        for matrix in (input_matrix(ctx.groups[name]), output_matrix(name))
+        ctx.folder.manifest(COVARIANCE, matrix).meta for matrix in (input_matrix(ctx.groups[name]), output_matrix(name))
     )
     return float(outputs["rows"] / outputs["sequences"] * outputs["mean"] * inputs["mean"])

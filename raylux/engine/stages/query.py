@@ -106,7 +106,8 @@ def _block(ctx: Context, name: str, queries: Sequence[Query]) -> None:
     tokens = rows_per_sequence(ctx.folder.units(COVARIANCE))
     damping: dict[str, float] = {}
     handles = [[parts[shard] for parts in gradients.parts] for shard in range(backend.shards)]
-    how = files, moments, tokens, shared_means(ctx), limits, precision.resolve(ctx), ctx.plan.query_basis == "eigen", name
+    eigen = ctx.plan.query_basis == "eigen"
+    how = files, moments, tokens, shared_means(ctx), limits, precision.resolve(ctx), eigen, name
     norms, pairs = np.zeros(len(gradients.queries)), []
     for part, squares, taken in every_shard(backend, "solve", [(*how, *own) for own in handles]):
         damping |= part
