@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from raylux.batches import IGNORED, Batch
 from raylux.errors import NumericsError, UserError
-from raylux.experts import SplitExperts
+from raylux.experts import DOWN, SplitExperts
 from raylux.gpu import is_unrepeatable, repeatable
 from raylux.layers import TrackedLayer
 from raylux.loss import LogitLoss, logit_loss
@@ -310,9 +310,11 @@ def input_groups(model: nn.Module, layers: Sequence[TrackedLayer]) -> dict[str, 
 
     Found by one forward pass of two fake tokens, shapes without numbers, on any device and on meta too: layers
     whose calls were handed the same tensor object, unchanged in between. A model that cannot run so has every
-    layer in a group of its own, which costs time and memory but changes no result.
+    layer in a group of its own, which costs time and memory but changes no result. Of an expert, which does not run
+    without numbers, gate and up projection read the same rows.
     """
-    seen: dict[str, list[tuple[int, int]]] = {layer.name: [] for layer in layers}
+    plain = [layer for layer in layers if not layer.routed]
+    seen: dict[str, list[tuple[int, int]]] = {layer.name: [] for layer in plain}
     alive: list[Tensor] = []
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -322,7 +324,7 @@ def input_groups(model: nn.Module, layers: Sequence[TrackedLayer]) -> dict[str, 
 
         return look
 
-    handles = [model.get_submodule(layer.name).register_forward_pre_hook(watch(layer.name)) for layer in layers]
+    handles = [model.get_submodule(layer.name).register_forward_pre_hook(watch(layer.name)) for layer in plain]
     try:
         # Plain meta tensors would not do: transformers looks at the numbers of a mask, unless it meets fake ones.
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
@@ -333,4 +335,9 @@ def input_groups(model: nn.Module, layers: Sequence[TrackedLayer]) -> dict[str, 
         for handle in handles:
             handle.remove()
     leaders: dict[tuple[object, ...], str] = {}
-    return {layer.name: leaders.setdefault((layer.bias, *seen[layer.name]), layer.name) for layer in layers}
+    found = {}
+    for layer in layers:
+        expert, _, leaf = layer.name.rpartition(".")
+        read = [expert, leaf == DOWN] if layer.routed else seen[layer.name]
+        found[layer.name] = leaders.setdefault((layer.bias, *read), layer.name)
+    return found

@@ -17,6 +17,8 @@ from transformers.models.mixtral import modeling_mixtral
 import raylux
 from raylux.batches import IGNORED, TokenRow, collate
 from raylux.capture import Capture, input_groups
+from raylux.cost.model import ModelShape
+from raylux.cost.sizes import covariance_bytes, covariance_products, layer_bytes
 from raylux.errors import UserError
 from raylux.experts import SplitExperts, split_experts
 from raylux.influence.dots import sequence_gradients
@@ -314,3 +316,21 @@ def test_workers_and_shards_do_not_change_bits(small: tuple[Inputs, Path], ray_c
     inputs.run(base / "ray", "query.max_error=0", "engine.backend=ray", "engine.workers=2", "engine.shards=3")
     assert RunFolder(str(base / "ray")).committed("score")
     assert differing(contents(base / "ray"), contents(base / "usual")) == []
+
+
+# --------------------------------------------------------------------------------------------------------- plans
+
+
+def test_a_plan_counts_experts_by_their_share_of_the_tokens() -> None:
+    """Factors of every expert, products of two in four."""
+    apart = split(build("mixtral", vocab=VOCAB))
+    layers = coverage(apart).tracked
+    groups = input_groups(apart, layers)
+    shape = ModelShape.of(apart, coverage(apart), groups)
+    width, inner, attention = 16, 12, 2 * 16 * 16 + 2 * 16 * 8
+    active = 2 * 3 * width * inner
+    assert sum(size for _, size in shape.linears) == active + attention + VOCAB * width
+    assert layer_bytes(layers, 1) == 4 * 3 * width * inner
+    assert covariance_bytes(layers, groups, 1) == 4 * (width**2 + 2 * inner**2 + inner**2 + width**2)
+    assert 2 * covariance_products(layers, groups) == covariance_bytes(layers, groups, 1)
+    assert shape.activation_bytes(1, layers) - shape.activation_bytes(1, []) == 2 * (width + 2 * inner + inner + width)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -76,7 +77,7 @@ class ModelShape:
             _SPELLED_OUT.get(str(activation), _WIDE_PASSES),
         )
 
-    @property
+    @cached_property
     def leaders(self) -> frozenset[str]:
         return frozenset(self.groups.values())
 

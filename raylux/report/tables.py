@@ -20,7 +20,7 @@ from raylux.shown import plain, visible
 if TYPE_CHECKING:
     import pandas as pd
 
-    from raylux.layers import Coverage
+    from raylux.layers import Coverage, TrackedLayer
     from raylux.report.profile import StageTime
     from raylux.report.watching import Seen
 
@@ -84,7 +84,7 @@ def _text_cell(row: Mapping[str, Any], kept: Sequence[str]) -> Text:
 
 
 def coverage_table(covered: Coverage) -> Table:
-    """Every tracked layer of a model with its shape and its share of the model's parameters."""
+    """Every tracked layer of a model with its shape; one line for the same matrix of all experts of a block."""
     layers = covered.tracked
     table = _table(f"{len(layers)} tracked layers, {covered.share:.1%} of {covered.parameters:,} parameters")
     table.add_column("layer", overflow="fold")
@@ -92,11 +92,17 @@ def coverage_table(covered: Coverage) -> Table:
     table.add_column("outputs", justify="right")
     table.add_column("kind")
     table.add_column("parameters", justify="right")
+    lines: dict[str, list[TrackedLayer]] = {}
     for layer in layers:
+        lines.setdefault(layer.pool or layer.name, []).append(layer)
+    for name, members in lines.items():
+        layer = members[0]
         kind = ("Conv1D" if layer.conv1d else "Linear") + (", bias" if layer.bias else "")
+        if layer.routed:
+            kind += f" of {len(members)} expert{'s' * (len(members) > 1)}, {layer.share:.0%} of the tokens each"
         inputs = layer.inputs - int(layer.bias)  # M counts the bias coordinate
-        parameters = layer.inputs * layer.outputs
-        table.add_row(Text(plain(layer.name)), f"{inputs:,}", f"{layer.outputs:,}", kind, f"{parameters:,}")
+        parameters = sum(member.parameters for member in members)
+        table.add_row(Text(plain(name)), f"{inputs:,}", f"{layer.outputs:,}", kind, f"{parameters:,}")
     return table
 
 
