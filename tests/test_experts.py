@@ -222,7 +222,7 @@ def test_scores_are_those_of_the_loop(mixture: PreTrainedModel) -> None:
     check(mixture, attribute(mixture, "score.layers=true", "fit.labels=dataset"), ROUNDED)
 
 
-@pytest.mark.parametrize("kind", ["kfac", "diagonal", "identity", "cosine"])
+@pytest.mark.parametrize("kind", ["kfac", "tkfac", "eshampoo", "diagonal", "cosine"])
 def test_scores_of_other_kinds(kind: str) -> None:
     model = build("mixtral", torch.float64, VOCAB)
     some = 'model.layers=["*.experts.*.down_proj"]'

@@ -43,6 +43,20 @@ class Kind:
         """Layer -> the layer whose A it shares, of those that read the same tensor."""
         return dict(found) if self.statistics == "tokens" else own_groups(found)
 
+    def mean_product(self, a_mean: float, s_mean: float, inputs: int, rows_per_sequence: float) -> float:
+        """The mean of Λ where it is a product of eigenvalues.
+
+        Args:
+            a_mean: of the eigenvalues of A.
+            s_mean: of those of S.
+            inputs: M, how many those of A are.
+            rows_per_sequence: T̄.
+        """
+        product = rows_per_sequence * s_mean * a_mean
+        if self.statistics == "tokens":
+            return product
+        return product / (a_mean * inputs) if a_mean > 0 else 0.0
+
     def assemble(
         self,
         q_a: Tensor | None,

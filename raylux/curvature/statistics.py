@@ -16,8 +16,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
 from torch import Tensor
+
+from raylux.influence.dots import sequence_gradients
+from raylux.routed import Routed, Rows
 
 Statistics = Literal["tokens", "traced", "sequences"]
 
@@ -28,13 +30,13 @@ def own_groups(groups: Mapping[str, str]) -> dict[str, str]:
 
 
 def weighted(
-    statistics: Statistics, inputs: Mapping[str, Tensor], grads: Mapping[str, Tensor], mask: Tensor
-) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    statistics: Statistics, inputs: Mapping[str, Rows], grads: Mapping[str, Rows], mask: Tensor
+) -> tuple[dict[str, Rows], dict[str, Rows], Tensor]:
     """Rows whose sums of outer products are A and S up to a common factor.
 
     Args:
         statistics: which; other than ``tokens``, ``inputs`` has every layer.
-        inputs: input group -> a [N, T, M], zero on padding.
+        inputs: input group -> a [N, T, M], zero on padding; an expert's ``Routed``.
         grads: layer -> g [N, T, P], zero on padding.
         mask: [N, T] bool, True on real tokens.
 
@@ -45,10 +47,23 @@ def weighted(
         return dict(inputs), dict(grads), mask
     if statistics == "traced":
         return (
-            {name: inputs[name] * g.norm(dim=2, keepdim=True) for name, g in grads.items()},
-            {name: g * inputs[name].norm(dim=2, keepdim=True) for name, g in grads.items()},
+            {name: _by_norms(inputs[name], g) for name, g in grads.items()},
+            {name: _by_norms(g, inputs[name]) for name, g in grads.items()},
             mask,
         )
-    formed = {name: torch.bmm(g.mT, inputs[name]) for name, g in grads.items()}
+    formed = {name: sequence_gradients(inputs[name], g) for name, g in grads.items()}
     # One of the mask for each sequence: how many rows stand for it cancels in the trace.
-    return formed, {name: gradient.mT for name, gradient in formed.items()}, mask.new_ones(len(mask), 1)
+    return dict(formed), {name: gradient.mT for name, gradient in formed.items()}, mask.new_ones(len(mask), 1)
+
+
+def _by_norms(x: Rows, other: Rows) -> Rows:
+    """x with each row by the norm of the same token's row of ``other``."""
+    if isinstance(x, Routed):
+        assert isinstance(other, Routed)
+        return x.over(_by_norms_of(x.rows, other.rows))
+    assert not isinstance(other, Routed)
+    return _by_norms_of(x, other)
+
+
+def _by_norms_of(x: Tensor, other: Tensor) -> Tensor:
+    return x * other.norm(dim=-1, keepdim=True)

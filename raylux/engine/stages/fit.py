@@ -183,18 +183,19 @@ def shared_means(ctx: Context) -> dict[str, float]:
             pools.setdefault(layer.pool, []).append(layer.name)
     if not pools or not ctx.kind.fitted:
         return {}
+    sizes = {layer.name: layer.inputs for layer in ctx.coverage.tracked}
     found: dict[str, float] = {}
     for names in pools.values():
-        mean = sum(_mean_curvature(ctx, name) for name in names) / len(names)
+        mean = sum(_mean_curvature(ctx, name, sizes[name]) for name in names) / len(names)
         found |= dict.fromkeys(names, mean)
     return found
 
 
-def _mean_curvature(ctx: Context, name: str) -> float:
-    """Mean of Λ of a layer; K-FAC's is T̄ λ_S λ_A, whose mean is that of its factors."""
+def _mean_curvature(ctx: Context, name: str, size: int) -> float:
+    """Mean of Λ of a layer with ``size`` inputs, measured or from the means of A's and S's eigenvalues."""
     if ctx.kind.moments:
         return float(ctx.folder.manifest(MOMENTS, name).meta["mean"])
     inputs, outputs = (
         ctx.folder.manifest(COVARIANCE, matrix).meta for matrix in (input_matrix(ctx.groups[name]), output_matrix(name))
     )
-    return float(outputs["rows"] / outputs["sequences"] * outputs["mean"] * inputs["mean"])
+    return ctx.kind.mean_product(inputs["mean"], outputs["mean"], size, outputs["rows"] / outputs["sequences"])
