@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from raylux.errors import UserError
+from raylux.errors import UserError, shown
 from raylux.markup import parse_json
 from raylux.sources import read_text
 from raylux.weights import read_header
@@ -26,14 +26,15 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS)
 # Ways to begin that leave the base model's weights as they are; others (PiSSA, OLoRA …) take something out of them.
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
-# What else a LoRA config may ask for, and why it is not served.
-_REFUSED = {
-    "use_dora": "DoRA scales whole weights",
-    "modules_to_save": "whole modules were trained beside it",
-    "target_parameters": "it changes parameters that are no linear layer's",
-    "trainable_token_indices": "rows of an embedding were trained beside it",
-    "layer_replication": "it repeats layers of its base model",
-}
+# What a plain LoRA may say; anything else that is not as PEFT has it by default is another method.
+_PLAIN = frozenset(
+    {
+        "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+        "inference_mode", "r", "lora_alpha", "lora_dropout", "lora_bias", "use_rslora", "rank_pattern", "alpha_pattern",
+        "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
+        "init_lora_weights", "eva_config",
+    }
+)  # fmt: skip
 
 
 def check_adapter(folder: Path, label: str) -> None:
@@ -49,17 +50,18 @@ def check_adapter(folder: Path, label: str) -> None:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise UserError(f"model.adapter '{label}': a PEFT adapter of type {kind!r}; raylux serves LORA")
-    asked = [f"{key}: {why}" for key, why in _REFUSED.items() if config.get(key)]
-    if config.get("init_lora_weights") not in _PLAIN_STARTS:
-        asked.append(f"init_lora_weights {config['init_lora_weights']!r}: it changes its base model's weights")
-    if config.get("bias", "none") != "none":
-        asked.append("bias: biases of the base model were trained beside it")
+    usual = _peft().LoraConfig().to_dict()
+    asked = [key for key, value in config.items() if key not in _PLAIN and value and value != usual.get(key)]
+    if config.get("init_lora_weights", True) not in _PLAIN_STARTS:
+        asked.append("init_lora_weights")
     if asked:
-        raise UserError(f"model.adapter '{label}': raylux serves plain LoRA only ({asked[0]})")
+        raise UserError(
+            f"model.adapter '{label}': raylux serves plain LoRA on linear layers; its {CONFIG} asks for more, by "
+            f"{asked[0]} = {shown(config[asked[0]])}"
+        )
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"model.adapter '{label}': no {WEIGHTS} there; raylux reads safetensors only")
     read_header(folder / WEIGHTS)
-    _peft()
 
 
 def attach(model: Any, folder: Path, weights: bool) -> Any:

@@ -267,7 +267,7 @@ def test_layers_that_the_checkpoint_lacks_are_not_made_up(folder: Path) -> None:
 
 def test_an_adapter_is_not_left_out(folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/etc"}))
-    refused(lambda: find(folder), "holds an adapter", "merge it")
+    refused(lambda: find(folder), "holds an adapter", "model.adapter")
 
 
 def test_good_bytes_in_odd_company_are_read(folder: Path) -> None:
