@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,9 @@ def test_an_adapter_is_no_model_and_a_model_object_with_one_is_not_taken(folders
     adapted = load_model(find_model(section(folders)), "float32", "cpu")
     with pytest.raises(UserError, match=r"the model carries an adapter; .*model\.adapter"):
         raylux.attribute(adapted, tokenizer(), TEXTS, ASKED)
+
+
+def test_without_peft_the_extra_is_named(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"needs PEFT; pip install 'raylux\[lora\]'"):
+        find_model(section(folders))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from raylux.batches import IGNORED, TokenRow, collate
 from raylux.capture import Capture, input_groups
 from raylux.cost.model import ModelShape
 from raylux.cost.sizes import covariance_bytes, covariance_products, layer_bytes
+from raylux.engine.shard import FactorShard
+from raylux.engine.worker import GradientWorker
 from raylux.errors import UserError
 from raylux.experts import SplitExperts, split_experts
 from raylux.influence.dots import sequence_gradients
@@ -27,6 +30,7 @@ from raylux.routed import ROW_BLOCK, Routed
 from raylux.store import RunFolder
 from tests import reference
 from tests.architectures import MIXTURES, build
+from tests.interrupts import Interrupt
 from tests.mixtures import unfused
 from tests.reference import Example, Question
 from tests.small import Inputs, contents, differing, make_inputs
@@ -291,14 +295,19 @@ def test_tokens_sum_to_the_score() -> None:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Inputs, Path]:
     base = tmp_path_factory.mktemp("experts")
-    inputs = make_inputs(base / "inputs", "olmoe", num_experts=4, num_experts_per_tok=1)
+    inputs = make_inputs(base / "inputs", "olmoe", num_experts=3, num_experts_per_tok=1)
     inputs.run(base / "usual", "query.max_error=0")
     return inputs, base
 
 
-def test_kept_rows_give_the_bits_of_another_pass(small: tuple[Inputs, Path]) -> None:
+def test_interrupted_and_without_kept_rows_it_ends_with_the_same_bits(small: tuple[Inputs, Path]) -> None:
     inputs, base = small
-    inputs.run(base / "never", "query.max_error=0", "engine.keep_captured=never")
+    how = "query.max_error=0", "engine.keep_captured=never", "fit.snapshot=0"
+    for owner, method in ((FactorShard, "add"), (GradientWorker, "moment_unit"), (GradientWorker, "score_unit")):
+        with pytest.MonkeyPatch.context() as patch, suppress(KeyboardInterrupt):
+            Interrupt(patch, owner, method, 3, True)
+            inputs.run(base / "never", *how)
+    inputs.run(base / "never", *how)
     assert differing(contents(base / "never"), contents(base / "usual")) == []
 
 
