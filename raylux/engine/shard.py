@@ -126,6 +126,7 @@ class FactorShard:
         for name, array in arrays:
             if not np.isfinite(array).all():
                 raise NumericsError(f"fit unit {unit}: NaN or infinity in {name}")
+        profiling.count(size=sum(array.nbytes for _, array in arrays))
         for name, array in arrays:
             if name in self._sums:
                 self._sums[name] += array

@@ -66,6 +66,7 @@ def _solve(ctx: Context, name: str, queries: Sequence[Query]) -> None:
                     f"query block {name}: {lost}, for the {attempt}th time; give the shards more memory "
                     "(more engine.shards), and run the same command again"
                 ) from None
+            ctx.reporter.event("repeated", units=len(queries), unit=name)
             ctx.reporter.say(f"query: {lost}; its block of {len(queries)} queries begins again")
 
 
