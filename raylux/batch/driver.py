@@ -200,10 +200,14 @@ class Batch:
         _ = ctx.backend  # who counts files on a cluster listens from here on
         self._told = {}
         self._tell(len(waiting))
-        ctx.queries = [query for file in files for query in file.queries]
         ctx.apart = tuple(file.ids for file in files)
+        everything = ctx.queries = [query for file in files for query in file.queries]
         prefilter.run(ctx)
-        query.run(ctx)
+        for file in files:
+            # Queries of a block are rotated in one product, whose shape may tell: blocks are those of the file alone.
+            ctx.queries = list(file.queries)
+            query.run(ctx)
+        ctx.queries = everything
         score.run(ctx)
         for file in files:
             answers.keep(ctx, file)

@@ -108,11 +108,14 @@ def _block(ctx: Context, name: str, queries: Sequence[Query]) -> None:
     damping: dict[str, float] = {}
     handles = [[parts[shard] for parts in gradients.parts] for shard in range(backend.shards)]
     how = files, moments, tokens, limits, precision.resolve(ctx), ctx.plan.query_basis == "eigen", name
-    norms, pairs = np.zeros(len(gradients.queries)), []
-    for part, squares, taken in every_shard(backend, "solve", [(*how, *own) for own in handles]):
+    squares: dict[str, list[float]] = {}
+    pairs = []
+    for part, own, taken in every_shard(backend, "solve", [(*how, *own) for own in handles]):
         damping |= part
-        norms += squares
+        squares |= own
         pairs.append(taken)
+    # In the order of the layers: the sum's last bits are not to say how they were shared out.
+    norms = np.sum([squares[layer.name] for layer in ctx.coverage.tracked], 0)
     rounding = precision.check(ctx, np.sum(pairs, 0))
     heads = [{**head, "norm": float(norm)} for head, norm in zip(gradients.heads, np.sqrt(norms), strict=True)]
     ranks, errors = _choose(ctx, gradients.queries, limits)
