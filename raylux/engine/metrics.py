@@ -1,11 +1,12 @@
 """A run's own numbers for Prometheus, by ``ray.util.metrics``: what the driver tells the log, told to Ray as well.
 
-Ray serves them on every node beside its own, as ``ray_`` and the name, counters with ``_total`` behind it. They are of
-the driver's process and end with it; ``progress.jsonl`` is what stays.
+Ray serves them on the driver's node beside its own, as ``ray_`` and the name, counters with ``_total`` behind it. They
+end with the driver's process; ``progress.jsonl`` is what stays.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from ray.util.metrics import Counter, Gauge, Histogram
 
 _STAGE = ("run", "stage")
+# Ray forgets a gauge that was not set for some 20 seconds: a unit may take longer.
+_AGAIN = 5.0
 _SECONDS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0]
 COUNTERS = {
     "raylux_units": (_STAGE, "units of work that workers and shards have finished"),
@@ -58,7 +61,11 @@ class Meter:
     def __init__(self, run: str) -> None:
         self._run = run
         self._workers: set[int] = set()
-        self._stages: set[str] = set()
+        # Gauge and tags -> value, as they stand.
+        self._gauges: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="raylux-metrics", daemon=True)
+        self._thread.start()
 
     def __call__(self, kind: str, facts: Mapping[str, Any]) -> None:
         """Take an event: its kind and what is said of it."""
@@ -75,11 +82,9 @@ class Meter:
             heard[kind](facts, str(facts.get("task") or facts.get("stage") or "start"))
 
     def close(self) -> None:
-        """Nobody works any more."""
-        for stage in self._stages:
-            self._set("raylux_queue_depth", 0, stage=stage)
-        self._workers.clear()
-        self._set("raylux_workers", 0)
+        """Nobody works any more: the gauges are let go."""
+        self._stop.set()
+        self._thread.join()
 
     def _unit(self, facts: Mapping[str, Any], stage: str) -> None:
         self._add("raylux_units", 1, stage=stage)
@@ -87,7 +92,6 @@ class Meter:
         if "seconds" in facts:
             _instrument("raylux_unit_seconds").observe(facts["seconds"], {"run": self._run, "stage": stage})
         if "queue" in facts:
-            self._stages.add(stage)
             self._set("raylux_queue_depth", facts["queue"], stage=stage)
 
     def _spent(self, facts: Mapping[str, Any], stage: str) -> None:
@@ -124,4 +128,11 @@ class Meter:
             _instrument(name).inc(float(count), {"run": self._run, **tags})
 
     def _set(self, name: str, value: float, **tags: str) -> None:
-        _instrument(name).set(float(value), {"run": self._run, **tags})
+        full = {"run": self._run, **tags}
+        self._gauges[name, tuple(full.items())] = float(value)
+        _instrument(name).set(float(value), full)
+
+    def _keep(self) -> None:
+        while not self._stop.wait(_AGAIN):
+            for (name, tags), value in list(self._gauges.items()):
+                _instrument(name).set(value, dict(tags))

@@ -75,8 +75,8 @@ def _clusters(found: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     columns = list(dict.fromkeys(found["sequence"]))
     place = {name: at for at, name in enumerate(names)}, {name: at for at, name in enumerate(columns)}
     where = found["query"].map(place[0]).to_numpy(np.int64), found["sequence"].map(place[1]).to_numpy(np.int64)
-    weights = csr_array((found["weight"].to_numpy(np.float64), where), shape=(len(names), len(columns)))
-    unit = normalize(weights)
+    weights = csr_array((found["weight"].to_numpy(np.float64), where), shape=(len(names), max(1, len(columns))))
+    unit = normalize(weights) if names else weights
     cosine = np.clip((unit @ unit.T).toarray(), 0.0, 1.0)
     labels = _labels(cosine)
     rows = []
