@@ -24,7 +24,7 @@ from raylux.engine.worker import GradientWorker
 from raylux.errors import MissingStageError, UserError
 from raylux.report.profile import parsed
 from raylux.results import Run
-from raylux.store import Lease, RunFolder
+from raylux.store import CorpusReader, Lease, RunFolder
 from tests.arriving import ASKED, NAMES, put
 from tests.interrupts import Interrupt
 from tests.small import Inputs, make_inputs, objects, texts, write_lines
@@ -101,6 +101,10 @@ def same(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     ]
 
 
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    return parsed((folder / "progress.jsonl").read_bytes())
+
+
 class Own:
     """What a run of its own says of a query file's contents; it shares the fit, and nothing that rests on queries."""
 
@@ -145,6 +149,10 @@ def test_files_answered_together_have_the_bits_of_runs_of_their_own(
     write_lines(inbox / "monday.jsonl", [long])
     run, outcome = answer(tmp_path / "run", inbox)
     assert outcome.answered == ["monday.jsonl", "tuesday.jsonl"] and outcome.passes == 1 and not outcome.aside
+    scored = [event for event in log_of(tmp_path / "run") if event["event"] == "unit" and event["task"] == "score"]
+    assert sum(event["tokens"] for event in scored) == CorpusReader(run.store).lengths[run.rows].sum(), (
+        "one pass for all"
+    )
     wanted = Own(inputs, *overrides).of(inbox / "tuesday.jsonl")
     assert len(wanted) > 10
     assert same(facts(run, "tuesday.jsonl/"), wanted) == []
@@ -230,8 +238,7 @@ def test_ten_files_arrive_and_the_driver_is_killed_twice(own: Own, folder: Path,
     assert done.stdout.count("killed: ") == 2
     run = raylux.open_run(folder)
     assert_all_answered(run, own, inbox)
-    events = parsed((folder / "progress.jsonl").read_bytes())
-    told = [event["file"] for event in events if event["event"] == "batch" and event["state"] == "answered"]
+    told = [event["file"] for event in log_of(folder) if event["event"] == "batch" and event["state"] == "answered"]
     assert len(told) == len(set(told)) >= 8  # a kill may come between an answer and its line in the log
 
 
@@ -324,18 +331,6 @@ def test_a_restart_answers_again_with_what_is_there(inputs: Inputs, folder: Path
     assert outcome.answered == ["one.jsonl"]
     found = facts(run, "one.jsonl/")
     assert (found["a total"] != wanted["a total"]).all()
-
-
-# -------------------------------------------------------------------------------------------- over Ray
-
-
-def test_over_ray_the_bits_are_the_same(own: Own, folder: Path, inbox: Path, ray_cluster: dict[str, Any]) -> None:
-    for name, ids in (("q0.jsonl", "a"), ("q1.jsonl", "bc")):
-        put(inbox, name, ids)
-    run, outcome = answer(folder, inbox, "engine.backend=ray", "engine.workers=2")
-    assert outcome.passes == 1
-    for name in ("q0.jsonl", "q1.jsonl"):
-        assert same(facts(run, f"{name}/"), own.of(inbox / name)) == []
 
 
 def test_a_job_has_the_same_code() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from raylux.api import run_stages
 from raylux.batch import answer_files
 from raylux.engine import metrics
 from raylux.engine.metrics import Meter
@@ -21,6 +22,7 @@ from raylux.report.profile import parsed
 from raylux.store import RunFolder
 from tests.arriving import put
 from tests.small import make_inputs
+from tests.test_batch import IDF, Own, facts, same
 
 ROOT = Path(__file__).parent.parent
 _LINE = re.compile(r"^(?P<name>[a-z_]+)\{(?P<tags>[^}]*)\} (?P<value>\S+)", re.MULTILINE)
@@ -55,13 +57,17 @@ def until(wanted: Mapping[tuple[str, str, str], float]) -> dict[tuple[str, str, 
         time.sleep(0.5)
 
 
-def test_a_nodes_endpoint_has_what_a_run_did(tmp_path: Path, ray_cluster: dict[str, Any]) -> None:
-    """The same numbers as in the log of the run and in its ledger."""
+def test_a_nodes_endpoint_has_what_a_run_and_a_batch_did(tmp_path: Path, ray_cluster: dict[str, Any]) -> None:
+    """The same numbers as in the log and the ledger; and the batch's answers have the bits of a run in process."""
     inputs = make_inputs(tmp_path / "inputs", "gpt2")
-    inputs.run(tmp_path / "metered", "engine.backend=ray", "engine.workers=1", "prefilter.kind=idf", "prefilter.top=9")
+    config = inputs.config(tmp_path / "metered", "engine.backend=ray", "engine.workers=2", *IDF)
+    run_stages(config, ("corpus", "fit"), quiet=True)
     (tmp_path / "inbox").mkdir()
-    put(tmp_path / "inbox", "one.jsonl", "ab")
-    answer_files(str(tmp_path / "metered"), str(tmp_path / "inbox"), quiet=True)
+    for name, ids in (("one.jsonl", "a"), ("two.jsonl", "bc")):
+        put(tmp_path / "inbox", name, ids)
+    run, outcome = answer_files(str(tmp_path / "metered"), str(tmp_path / "inbox"), quiet=True)
+    assert outcome.passes == 1
+    assert same(facts(run, "two.jsonl/"), Own(inputs, *IDF).of(tmp_path / "inbox" / "two.jsonl")) == []
     events = parsed((tmp_path / "metered" / "progress.jsonl").read_bytes())
     wanted: dict[tuple[str, str, str], float] = {}
 
@@ -92,7 +98,7 @@ def test_deaths_are_counted_and_gauges_stay(ray_cluster: dict[str, Any]) -> None
     """As the pool, the shards' backend, a pass of sums and a batch tell of them."""
     meter = Meter("deaths")
     died = {"task": "score", "slot": 1, "state": "died", "reason": "its process ended", "cause": "process"}
-    for kind, facts in (
+    for kind, told_of in (
         ("worker", {"task": "score", "slot": 0, "state": "started"}),
         ("worker", {"task": "score", "slot": 1, "state": "started"}),
         ("worker", {**died, "unit": "u1"}),
@@ -106,7 +112,7 @@ def test_deaths_are_counted_and_gauges_stay(ray_cluster: dict[str, Any]) -> None
         ("batch", {"state": "answered", "file": "one.jsonl"}),
         ("something else", {}),
     ):
-        meter(kind, facts)
+        meter(kind, told_of)
     gauges = {
         ("ray_raylux_workers", "deaths", ""): 1.0,
         ("ray_raylux_queue_depth", "deaths", "score"): 5.0,
@@ -145,20 +151,6 @@ def test_the_dashboard_draws_metrics_that_raylux_exports() -> None:
     assert used <= metrics.exported()
     drawn = {name for name in metrics.exported() if any(used & {name, re.sub("_(bucket|sum|count)$", "_bucket", name)})}
     assert drawn == metrics.exported(), "each is drawn"
-
-
-def test_in_process_nothing_of_ray_is_loaded(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
-    inputs = make_inputs(tmp_path / "inputs", "gpt2")
-    code = (
-        "import sys; from raylux.api import run_stages; from raylux.config import Config\n"
-        f"config = Config.parse({inputs.sections(tmp_path / 'run')!r})\n"
-        "run_stages(config, ('corpus', 'fit'), quiet=True); assert 'ray' not in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", [*metrics.COUNTERS, *metrics.GAUGES, *metrics.HISTOGRAMS])

@@ -1,7 +1,7 @@
 """A run's own numbers for Prometheus, by ``ray.util.metrics``: what the driver tells the log, told to Ray as well.
 
-Ray serves them on the driver's node beside its own, as ``ray_`` and the name, counters with ``_total`` behind it. They
-end with the driver's process; ``progress.jsonl`` is what stays.
+Ray serves them on the driver's node beside its own, as ``ray_`` and the name, counters with ``_total`` behind it.
+Gauges end with the driver, its counters stay as long as the node; ``progress.jsonl`` is what lasts.
 """
 
 from __future__ import annotations

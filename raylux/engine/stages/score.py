@@ -151,7 +151,7 @@ def _jobs(
         here = np.flatnonzero(units == unit)
         parts = absent[:, here]
         if whole:
-            parts = parts.any(1)[:, None] & parts.any(0)
+            parts = np.outer(parts.any(1), parts.any(0))
         patterns, which = np.unique(parts, axis=1, return_inverse=True)
         for index in range(patterns.shape[1]):
             queries = tuple(query for query, flag in zip(wanted, patterns[:, index], strict=True) if flag)
