@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -54,9 +55,20 @@ class Run:
         self.config = Config.parse(self.settings["config"], where=f"{redacted(folder)}/run.yaml")
         # A temporary folder lives as long as the run that lies in it.
         self._keep = keep
+        # Of files that were answered: what never changes need not be read again (``refreshed``).
+        self._answered: dict[str, Manifest] = {}
+        self._best: dict[str, pd.DataFrame] = {}
 
     def __repr__(self) -> str:
         return f"Run({redacted(self.folder)!r}, {len(self.queries)} queries, {len(self.rows)} sequences scored)"
+
+    def refreshed(self) -> Run:
+        """The same run as it is now; its corpus and the answers that were there are not read again."""
+        run = Run(self.folder, self._keep)
+        run._answered, run._best = self._answered, self._best
+        if "sequences" in vars(self):
+            vars(run)["sequences"] = self.sequences
+        return run
 
     # what was asked
 
@@ -134,20 +146,22 @@ class Run:
 
         NaN where a pair was not computed. Attributes: unit, sign, train_size, curvature.
         """
-        names = self.sequences["sequence"].to_numpy()[self.rows]
+        return self._lazy(self.queries, self.rows, self._blocks)
+
+    def _lazy(self, queries: Sequence[str], rows: np.ndarray, blocks: Sequence[ScoreBlock]) -> xr.DataArray:
+        """``scores`` of some queries on some corpus rows, as they stand in some blocks."""
         norms = {str(name): float(norm) for name, norm in self.measurements["norm"].items()}
-        dtype = "float64" if self.settings["plan"]["dtype"] == "float64" else "float32"
         return lazy_scores(
             self.store,
-            self.queries,
-            self.rows,
-            names,
+            queries,
+            rows,
+            self.sequences["sequence"].to_numpy()[rows],
             self._scale,
             self._attrs(),
             norms if self.unit == "cosine" else None,
-            dtype,
+            "float64" if self.settings["plan"]["dtype"] == "float64" else "float32",
             self._keep,
-            self._blocks,
+            blocks,
         )
 
     def top(self, query: str, k: int = 10, by: Literal["sequence", "document"] = "sequence") -> pd.DataFrame:
@@ -178,16 +192,21 @@ class Run:
         for entry in records(self.store):
             with contextlib.suppress(MissingStageError):  # not scored, or not yet
                 frames.append(self.top(entry["id"], answers.BEST).assign(query=entry["id"]))
-        names, norms = self.sequences["sequence"].to_numpy(), self.measurements["norm"]
         for answer in self.answers:
-            rows, values = answers.best(self.store, answer)
-            places, _ = np.nonzero(rows >= 0)
-            ids = np.asarray(answer.meta["ids"], object)[places]
-            influence = values[rows >= 0] * self._scale
-            if self.unit == "cosine":
-                influence = influence / norms.loc[ids].to_numpy()
-            frames.append(pd.DataFrame({"query": ids, "sequence": names[rows[rows >= 0]], "influence": influence}))
+            if answer.unit not in self._best:
+                self._best[answer.unit] = self._best_of(answer)
+            frames.append(self._best[answer.unit])
         return pd.concat([frame[["query", "sequence", "influence"]] for frame in frames if len(frame)] or frames)
+
+    def _best_of(self, answer: Manifest) -> pd.DataFrame:
+        rows, values = answers.best(self.store, answer)
+        places, _ = np.nonzero(rows >= 0)
+        ids = np.asarray(answer.meta["ids"], object)[places]
+        influence = values[rows >= 0] * self._scale
+        if self.unit == "cosine":
+            influence = influence / self.measurements["norm"].loc[ids].to_numpy()
+        names = self.sequences["sequence"].to_numpy()[rows[rows >= 0]]
+        return pd.DataFrame({"query": ids, "sequence": names, "influence": influence})
 
     def across(self, k: int = 10) -> Across:
         """What the queries have in common: sequences among the ``k`` best of many, and queries that share them."""
@@ -297,7 +316,7 @@ class Run:
 
     @cached_property
     def answers(self) -> list[Manifest]:
-        return answers.answers(self.store)
+        return answers.answers(self.store, self._answered)
 
     def _answer(self, query: str) -> Manifest | None:
         """The answer that a query is of; None for one of the run's own."""
@@ -306,7 +325,11 @@ class Run:
     @cached_property
     def _blocks(self) -> list[ScoreBlock]:
         """Of the run's own queries (and of files that are not answered yet), then of all answers."""
-        return [*score_blocks(self.store), *answer_blocks(self.store)]
+        return [*self._own_blocks, *answer_blocks(self.store, self.answers)]
+
+    @cached_property
+    def _own_blocks(self) -> list[ScoreBlock]:
+        return score_blocks(self.store)
 
     def _attrs(self) -> dict[str, Any]:
         return {
@@ -326,15 +349,18 @@ class Run:
     def _scored(self, query: str) -> pd.DataFrame:
         """Every scored sequence of a query with its influence, in corpus order."""
         self._known(query)
-        values = self.scores().sel(query=query).to_numpy() if len(self.rows) else np.zeros(0)
+        answer = self._answer(query)
+        # A query of a batch's file has its scores in the answer, and there alone.
+        blocks = answer_blocks(self.store, [answer]) if answer else self._own_blocks
+        scored = np.unique(np.concatenate([np.zeros(0, np.int64), *(block.rows for block in blocks)]))
+        values = self._lazy([query], scored, blocks).to_numpy()[0] if len(scored) else np.zeros(0)
         there = ~np.isnan(values)
         if not there.any():
             raise MissingStageError(f"{self.folder}: no scores of '{query}'; run `{self._command('score')}`")
-        rows = self.rows[there]
+        rows = scored[there]
         table = self.sequences.iloc[rows]
         prefilter = np.full(len(self.sequences), np.nan)
         setting = self.config.prefilter
-        answer = self._answer(query)
         if answer:
             found, similarity = answers.own_candidates(self.store, answer, query)
         else:

@@ -16,9 +16,10 @@ import pytest
 
 import raylux
 from raylux.api import run_stages
-from raylux.batch import Options, Outcome, answer_files
+from raylux.batch import Options, Outcome, answer_files, driver
 from raylux.cli import main
 from raylux.engine import choices
+from raylux.engine.context import Context
 from raylux.engine.records import ANSWER, CANDIDATES, QUERY, SCORE, TAKEN, TOKENS
 from raylux.engine.worker import GradientWorker
 from raylux.errors import MissingStageError, UserError
@@ -300,6 +301,22 @@ def test_a_watch_answers_what_comes_and_ends_when_nothing_does(folder: Path, inb
     _, outcome = answer(folder, inbox, "score.token_top=0", watch=True, every=0.1, idle=3.0)
     later.join()
     assert sorted(outcome.answered) == ["one.jsonl", "two.jsonl"]
+
+
+def test_a_file_that_does_not_come_to_rest_or_does_not_fit_is_left_to_another_command(
+    folder: Path, inbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(inbox, "one.jsonl", "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "_PATIENCE", 0.0)
+        _, outcome = answer(folder, inbox)
+    assert not outcome.answered and "still being written" in outcome.aside["one.jsonl"]
+    put(inbox, "two.jsonl", "bc")
+    with monkeypatch.context() as patch:
+        patch.setattr(Context, "fitting", lambda ctx, queries: int(queries < 2))
+        _, outcome = answer(folder, inbox, "score.token_top=0")
+    assert outcome.answered == ["one.jsonl"] and "its 2 queries need more memory" in outcome.aside["two.jsonl"]
+    assert answer(folder, inbox, "score.token_top=0")[1] == Outcome(["two.jsonl"], {}, 1)
 
 
 def test_what_a_batch_needs_is_said_before_anything_is_written(

@@ -27,6 +27,8 @@ from raylux.store import Lease, RunFolder
 
 # Seconds between two looks at a file that may still be written.
 _SETTLES = 0.5
+# Seconds after which a command that does not watch waits no longer for one that keeps changing.
+_PATIENCE = 30.0
 # Files that wait, of which those of a pass are chosen.
 _LOOKED_OVER = 256
 _STAGES = ("prefilter", "query", "score")
@@ -138,17 +140,17 @@ class Batch:
         self._base, self._inbox, self._options, self._now, self._sleep = base, inbox, options, now, sleep
         self._folder, self._reporter = base.folder, base.reporter
         self._ctx: Context | None = None
-        self._run = views.opened(self._folder.path, None)
+        self._run = Run(self._folder.path)
         self._done = {manifest.unit: tuple(manifest.meta["ids"]) for manifest in self._run.answers}
-        # Files that were taken and cannot be answered here, for lack of memory: another machine may.
-        self._too_large: dict[str, str] = {}
+        # Files that this command leaves to another one, and why.
+        self._left: dict[str, str] = {}
         self._told: dict[str, int] = {}
         self.outcome = Outcome()
 
     @property
     def aside(self) -> dict[str, str]:
         """File -> why it is not answered."""
-        return {**self._inbox.aside, **self._too_large}
+        return {**self._inbox.aside, **self._left}
 
     def run(self) -> None:
         """Answer what is there; with ``watch``, also what arrives."""
@@ -156,19 +158,25 @@ class Batch:
         views.write_missing(self._run, self._folder)
         since = self._now()
         while True:
-            waiting = [name for name in self._inbox.look() if name not in self._done and name not in self._too_large]
+            waiting = [name for name in self._inbox.look() if name not in self._done and name not in self._left]
             self._tell(len(waiting))
             if waiting:
                 self._pass(waiting)
                 since = self._now()
-            elif self._inbox.growing:
+            elif self._inbox.growing and (self._options.watch or self._now() - since < _PATIENCE):
                 self._sleep(_SETTLES)
             elif not self._options.watch or self._over(since):
                 break
             else:
                 self._sleep(self._options.every)
+        for name in self._inbox.growing:
+            self._leave(name, "is still being written; the same command takes it when it is whole")
         if self._done:
             views.write_page(self._run, self._folder)
+
+    def _leave(self, name: str, reason: str) -> None:
+        self._left[name] = reason
+        self._reporter.say(f"put aside: {name}: {reason}")
 
     def close(self) -> None:
         """Give back workers and shards."""
@@ -218,7 +226,7 @@ class Batch:
         self.outcome.answered += [file.name for file in files]
         names = ", ".join(file.name for file in files)
         self._reporter.say(f"answered: {names} ({len(ctx.queries)} queries in one pass)")
-        self._run = views.opened(self._folder.path, self._run)
+        self._run = self._run.refreshed()
         views.write_missing(self._run, self._folder)
         views.write_summary(self._run, self._folder)
 
@@ -228,10 +236,8 @@ class Batch:
         plan = prepare.planned(self._base, len(first.queries))
         room = self._room(plan, len(first.queries))
         if not room:
-            self._too_large[first.name] = (
-                f"its {len(first.queries)} queries need more memory than there is; part the file, or give more memory"
-            )
-            self._reporter.say(f"put aside: {first.name}: {self._too_large[first.name]}")
+            count = len(first.queries)
+            self._leave(first.name, f"its {count} queries need more memory than there is; part it, or give more memory")
             return []
         chosen, held = [first], len(first.queries)
         for file in files[1:]:
@@ -252,8 +258,9 @@ class Batch:
             self._ctx = ctx = replace(self._base, plan=plan)
             ctx.stages = _STAGES
             room = ctx.room(max(1, self._options.together))
-            # A file that is larger than a pass stands alone, if it fits at all.
+            # A file that is larger than a pass stands alone, if it fits at all. Where no query does, or no node has
+            # come yet, starting the workers waits or says what is lacking.
             if room < queries:
-                room = queries if ctx.fitting(queries) else 0
+                room = queries if not room or ctx.fitting(queries) else 0
             ctx.holds = room
         return ctx.holds

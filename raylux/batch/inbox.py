@@ -59,9 +59,9 @@ class Inbox:
         self._left_alone: set[str] = set()
 
     @property
-    def growing(self) -> bool:
-        """Whether a file was seen that may still be written: it is taken when a second look finds the same bytes."""
-        return bool(self._growing)
+    def growing(self) -> list[str]:
+        """Files that may still be written: one is taken when a second look finds the same bytes."""
+        return sorted(self._growing)
 
     def look(self) -> list[str]:
         """Take what is new and whole; names of what was taken by now, sorted."""

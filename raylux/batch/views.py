@@ -20,14 +20,6 @@ _TOP = 100
 _FOLDER = "answers"
 
 
-def opened(folder: str, before: Run | None) -> Run:
-    """The run as it is now; its corpus, which never changes, is not read again."""
-    run = Run(folder)
-    if before is not None and "sequences" in vars(before):
-        vars(run)["sequences"] = before.sequences
-    return run
-
-
 def write_missing(run: Run, folder: RunFolder) -> None:
     """Write ``answers/FILE.parquet`` of each answered file that has none."""
     there = set(folder.files.names(_FOLDER))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import xarray as xr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from raylux.store.folder import RunFolder
+from raylux.store.folder import Manifest, RunFolder
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ def score_blocks(folder: RunFolder) -> list[ScoreBlock]:
     ]
 
 
-def answer_blocks(folder: RunFolder) -> list[ScoreBlock]:
-    """The scores of all answers to query files."""
+def answer_blocks(folder: RunFolder, answers: Iterable[Manifest]) -> list[ScoreBlock]:
+    """The scores of answers to query files."""
     return [
         ScoreBlock(key, tuple(manifest.meta["ids"]), folder.group(key).read("rows"), bool(manifest.meta["layers"]))
-        for manifest in folder.units("batch.answer").values()
+        for manifest in answers
         for key in manifest.meta["parts"]
     ]
 

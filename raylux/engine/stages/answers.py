@@ -193,9 +193,11 @@ def _index(ctx: Context, ids: Sequence[str], own: Mapping[str, np.ndarray]) -> d
     }
 
 
-def answers(folder: RunFolder) -> list[Manifest]:
-    """All answers, in the order in which they were given."""
-    return sorted(folder.units(ANSWER).values(), key=lambda manifest: (manifest.meta["time"], manifest.unit))
+def answers(folder: RunFolder, known: dict[str, Manifest]) -> list[Manifest]:
+    """All answers, in the order in which they were given; those that are not ``known`` yet are read and added there."""
+    names = folder.committed(ANSWER)
+    known |= {name: folder.manifest(ANSWER, name) for name in names - known.keys()}
+    return sorted((known[name] for name in names), key=lambda manifest: (manifest.meta["time"], manifest.unit))
 
 
 def own_candidates(folder: RunFolder, answer: Manifest, query: str) -> tuple[np.ndarray, np.ndarray]:
