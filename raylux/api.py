@@ -20,6 +20,8 @@ from raylux.store import Lease, RunFolder
 
 __all__ = ["STAGES", "Run", "StageStatus", "attribute", "open_run", "run", "run_stages"]
 
+# Fewer queries are looked at one by one.
+ACROSS_FROM = 3
 STAGES = ("corpus", "fit", "prefilter", "query", "score", "report")
 
 
@@ -82,7 +84,9 @@ def run_stages(
 def _report(ctx: Context) -> None:
     from raylux.report.html import write_html
 
-    write_html(Run(ctx.folder.path), ctx.folder.files.where("report/index.html"))
+    run = Run(ctx.folder.path)
+    across = run.across() if len(run.queries) >= ACROSS_FROM else None
+    write_html(run, ctx.folder.files.where("report/index.html"), across=across)
 
 
 _RUN: dict[str, Callable[[Context], None]] = {

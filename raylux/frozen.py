@@ -11,6 +11,8 @@ from typing import Any
 
 from raylux.config import Config
 from raylux.engine.records import (
+    ANSWER,
+    ASIDE,
     CANDIDATES,
     CONTRACTION,
     COVARIANCE,
@@ -22,6 +24,7 @@ from raylux.engine.records import (
     QUERY,
     SCORE,
     SNAPSHOT,
+    TAKEN,
     TOKENS,
 )
 from raylux.engine.stages import queries
@@ -39,7 +42,7 @@ _LEDGER = {
     "fit": (MOMENTS, EIGEN, COVARIANCE, LABELS, SNAPSHOT, CONTRACTION),
     "prefilter": (CANDIDATES,),
     "query": (QUERY, PROBE, queries.STAGE),
-    "score": (TOKENS, SCORE),
+    "score": (ANSWER, TAKEN, ASIDE, TOKENS, SCORE),
 }
 # Stage -> those that fall with it, the last reader first.
 _FALLS = {
@@ -89,7 +92,8 @@ def stage_of(key: str) -> str | None:
 
 def holds(folder: RunFolder, stage: str) -> bool:
     """Whether anything is computed that falls with a stage; to know the queries is to have computed nothing yet."""
-    ledgers = [ledger for fallen in _FALLS[stage] for ledger in _LEDGER[fallen] if ledger != queries.STAGE]
+    known = (queries.STAGE, TAKEN, ASIDE)
+    ledgers = [ledger for fallen in _FALLS[stage] for ledger in _LEDGER[fallen] if ledger not in known]
     return any(folder.committed(ledger) for ledger in ledgers)
 
 

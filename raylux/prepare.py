@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -15,12 +15,13 @@ from raylux.capture import input_groups
 from raylux.config import Config
 from raylux.corpus import Sequences, load_corpus
 from raylux.curvature import KINDS
+from raylux.engine import choices
 from raylux.engine.context import Context
 from raylux.engine.plan import Plan, make_plan
 from raylux.engine.progress import Reporter
 from raylux.engine.stages import corpus as corpus_stage
 from raylux.engine.stages import queries
-from raylux.errors import UserError
+from raylux.errors import MissingStageError, UserError
 from raylux.frozen import Frozen, check_stage_name, drop, falls, holds
 from raylux.layers import Coverage
 from raylux.queries import Query, load_queries
@@ -92,8 +93,14 @@ class Inputs:
         return CorpusReader(folder).lengths if self.sequences is None else self.sequences.lengths()
 
 
-def read(config: Config, folder: RunFolder, restart: str | None) -> Inputs:
+def read(config: Config, folder: RunFolder, restart: str | None, asked: Sequence[Query] | None = None) -> Inputs:
     """Check everything that a config names, and that the run folder allows it.
+
+    Args:
+        config: of the run.
+        folder: of the run; may not be there yet.
+        restart: the stage that is to be computed again, if one is.
+        asked: the queries; default: those of the config's file.
 
     Raises:
         UserError: an input cannot be served, or it changed and the folder does not allow it.
@@ -103,12 +110,13 @@ def read(config: Config, folder: RunFolder, restart: str | None) -> Inputs:
     if known:
         Frozen(folder, known, restart).check_config(config)
     model = _Model.find(config)
-    asked = load_queries(config.queries.path, model.tokenizer, model.vocabulary, model.context)
+    if asked is None:
+        asked = load_queries(config.queries.path, model.tokenizer, model.vocabulary, model.context)
     source = redacted_values(fingerprints.of_source(config.corpus.path))
     sequences = None
     if not _stored(folder, restart):
         sequences = load_corpus(config.corpus, model.tokenizer, model.vocabulary, model.context)
-    inputs = Inputs(config, model, asked, source, sequences)
+    inputs = Inputs(config, model, list(asked), source, sequences)
     _check(inputs, folder, known, restart)
     return inputs
 
@@ -135,6 +143,32 @@ def begin(
     return Context(
         config, folder, model.files, model.coverage, model.groups, model.vocabulary, plan, reporter, inputs.queries
     )
+
+
+def reopen(inputs: Inputs, folder: RunFolder, reporter: Reporter) -> Context:
+    """A run as it stands, to work with its factors; the caller holds its lease. Writes nothing.
+
+    Raises:
+        UserError: as ``begin``; the folder holds no corpus.
+    """
+    known = _known(folder)
+    if not _stored(folder, None):
+        raise MissingStageError(f"{folder.path}: nothing is fitted there; run `raylux fit CONFIG` first")
+    _check(inputs, folder, known, None)
+    plan, model = Plan(**known["plan"]), inputs.model
+    Frozen(folder, known, None).check_device(plan.device, models.resolve_device(inputs.config.model.device))
+    return Context(
+        inputs.config, folder, model.files, model.coverage, known["model"]["groups"], model.vocabulary, plan, reporter
+    )
+
+
+def planned(ctx: Context, queries: int) -> Plan:
+    """The plan that a run of its own would have for so many queries: how they meet sequences goes by their number."""
+    lengths = ctx.reader.lengths
+    chosen = choices.products(
+        ctx.config, ctx.plan.device, ctx.coverage.tracked, ctx.groups, ctx.plan.typical_tokens, queries, len(lengths)
+    )
+    return replace(ctx.plan, **vars(chosen))
 
 
 def tidy(folder: RunFolder, reporter: Reporter) -> None:

@@ -49,18 +49,21 @@ class Spent:
     Attributes:
         kinds: kind -> [wall seconds, CPU seconds of the process, all its threads].
         tokens: that went through a forward pass.
+        bytes: of sums that were added.
     """
 
     kinds: dict[str, list[float]] = field(default_factory=dict)
     tokens: int = 0
+    bytes: int = 0
 
     def add(self, more: Spent) -> None:
-        """Add another's seconds and tokens."""
+        """Add another's seconds, tokens and bytes."""
         for kind, (wall, cpu) in more.kinds.items():
             entry = self.kinds.setdefault(kind, [0.0, 0.0])
             entry[0] += wall
             entry[1] += cpu
         self.tokens += more.tokens
+        self.bytes += more.bytes
 
     def rounded(self) -> dict[str, list[float]]:
         """The kinds to microseconds, for a line of text."""
@@ -132,9 +135,10 @@ class Clock:
         helped, self._helped = self._helped, Spent()
         return helped
 
-    def count(self, tokens: int) -> None:
-        """So many tokens went through a forward pass."""
+    def count(self, tokens: int = 0, size: int = 0) -> None:
+        """So many tokens went through a forward pass, sums of so many bytes were added."""
         self._spent.tokens += tokens
+        self._spent.bytes += size
 
     def helped(self, spent: Spent) -> None:
         """What another process spent on this one's behalf."""
@@ -198,11 +202,11 @@ def of(kind: str) -> _Section | _Nobody:
     return _NOBODY if clock is None else clock.of(kind)
 
 
-def count(tokens: int) -> None:
-    """Tell the clock that is at work in this thread, if there is one, of tokens of a forward pass."""
+def count(tokens: int = 0, size: int = 0) -> None:
+    """Tell the clock that is at work in this thread, if there is one, of tokens and bytes as ``Clock.count``."""
     clock: Clock | None = getattr(_HERE, "clock", None)
     if clock is not None:
-        clock.count(tokens)
+        clock.count(tokens, size)
 
 
 def helped(spent: Spent | None) -> None:
@@ -236,7 +240,8 @@ def facts(spent: Spent | None) -> dict[str, Any]:
     """What is told of an answer's time with the event of its arrival; nothing where it is not known."""
     if spent is None:
         return {}
-    return {"kinds": spent.rounded()} | ({"tokens": spent.tokens} if spent.tokens else {})
+    counted = {"tokens": spent.tokens, "bytes": spent.bytes}
+    return {"kinds": spent.rounded()} | {name: count for name, count in counted.items() if count}
 
 
 def untimed(answer: Any) -> tuple[Any, Spent | None]:

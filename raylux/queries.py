@@ -69,7 +69,13 @@ def load_queries(path: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int,
         UserError: the file is missing or empty, or a query does not fit; the line names file and query.
     """
     found = resolve(path)
-    text = read_text(found)
+    return read_queries(read_text(found), found, tokenizer, vocab_size, context)
+
+
+def read_queries(
+    text: str, found: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int, context: int | None
+) -> list[Query]:
+    """As ``load_queries``, of a file that was read; ``found`` names it and tells its format by the suffix."""
     suffix = data_suffix(found)
     records: Any
     if suffix in (".jsonl", ".ndjson"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -10,31 +11,34 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from raylux import health
+from raylux import health, status
 from raylux.config import Config
 from raylux.curvature import KINDS
-from raylux.engine.records import COVARIANCE, EIGEN, MOMENTS, QUERY, SCORE
+from raylux.engine.records import QUERY
+from raylux.engine.stages import answers
 from raylux.engine.stages.prefilter import candidates
 from raylux.engine.stages.queries import records
 from raylux.engine.stages.score import token_rows
 from raylux.errors import MissingStageError, UserError
 from raylux.health import Quarantined
+from raylux.report.across import Across, across
 from raylux.report.profile import StageTime, parsed, stage_times
 from raylux.report.watching import Seen, seen
 from raylux.shown import redacted
-from raylux.store import Holder, RunFolder, ScoreBlock, lazy_scores, present_holder, read_table, score_blocks
+from raylux.status import StageStatus
+from raylux.store import (
+    Holder,
+    Manifest,
+    RunFolder,
+    ScoreBlock,
+    answer_blocks,
+    lazy_scores,
+    present_holder,
+    read_table,
+    score_blocks,
+)
 
 SIGN = "positive: training on the sequence raises the measurement"
-
-
-@dataclass(frozen=True)
-class StageStatus:
-    """One line of ``raylux inspect``: a stage, whether it is done, what is there, and what makes the rest."""
-
-    name: str
-    done: bool
-    detail: str
-    command: str
 
 
 class Run:
@@ -46,21 +50,37 @@ class Run:
 
     def __init__(self, folder: str, keep: object = None) -> None:
         self.folder = folder
-        self._store = RunFolder(folder)
-        self.settings = self._store.settings()
+        self.store = RunFolder(folder)
+        self.settings = self.store.settings()
         self.config = Config.parse(self.settings["config"], where=f"{redacted(folder)}/run.yaml")
         # A temporary folder lives as long as the run that lies in it.
         self._keep = keep
+        # Of files that were answered: what never changes need not be read again (``refreshed``).
+        self._answered: dict[str, Manifest] = {}
+        self._best: dict[str, pd.DataFrame] = {}
 
     def __repr__(self) -> str:
         return f"Run({redacted(self.folder)!r}, {len(self.queries)} queries, {len(self.rows)} sequences scored)"
+
+    def refreshed(self) -> Run:
+        """The same run as it is now; its corpus and the answers that were there are not read again."""
+        run = Run(self.folder, self._keep)
+        run._answered, run._best = self._answered, self._best
+        if "sequences" in vars(self):
+            vars(run)["sequences"] = self.sequences
+        return run
 
     # what was asked
 
     @cached_property
     def query_records(self) -> dict[str, dict[str, Any]]:
-        """Query id -> what its file said."""
-        return {entry["id"]: entry["record"] for entry in records(self._store)}
+        """Query id -> what its file said; those of a batch's files after the run's own."""
+        own = {entry["id"]: entry["record"] for entry in records(self.store)}
+        return own | {
+            query: asked["record"]
+            for answer in self.answers
+            for query, asked in zip(answer.meta["ids"], answer.meta["queries"], strict=True)
+        }
 
     @property
     def queries(self) -> list[str]:
@@ -72,8 +92,14 @@ class Run:
         """Per query: the measurement f on the model as it is (nats) and the norm of its gradient."""
         rows = [
             {"query": query, **head}
-            for manifest in self._store.units(QUERY).values()
+            for manifest in self.store.units(QUERY).values()
             for query, head in zip(manifest.meta["queries"], manifest.meta["heads"], strict=True)
+        ]
+        rows += [
+            {"query": query, **asked["head"]}
+            for answer in self.answers
+            for query, asked in zip(answer.meta["ids"], answer.meta["queries"], strict=True)
+            if asked["head"]
         ]
         return pd.DataFrame(rows, columns=["query", "measurement", "norm"]).set_index("query")
 
@@ -105,14 +131,14 @@ class Run:
         Raises:
             MissingStageError: no corpus yet.
         """
-        if "corpus" not in self._store.committed("corpus"):
+        if "corpus" not in self.store.committed("corpus"):
             raise MissingStageError(f"{self.folder}: no corpus yet; run `{self._command('fit')}`")
-        return read_table(self._store)
+        return read_table(self.store)
 
     @cached_property
     def rows(self) -> np.ndarray:
         """Corpus rows that have a score for some query, ascending."""
-        blocks = [block.rows for block in score_blocks(self._store)]
+        blocks = [block.rows for block in self._blocks]
         return np.unique(np.concatenate(blocks)) if blocks else np.zeros(0, np.int64)
 
     def scores(self) -> xr.DataArray:
@@ -120,19 +146,22 @@ class Run:
 
         NaN where a pair was not computed. Attributes: unit, sign, train_size, curvature.
         """
-        names = self.sequences["sequence"].to_numpy()[self.rows]
+        return self._lazy(self.queries, self.rows, self._blocks)
+
+    def _lazy(self, queries: Sequence[str], rows: np.ndarray, blocks: Sequence[ScoreBlock]) -> xr.DataArray:
+        """``scores`` of some queries on some corpus rows, as they stand in some blocks."""
         norms = {str(name): float(norm) for name, norm in self.measurements["norm"].items()}
-        dtype = "float64" if self.settings["plan"]["dtype"] == "float64" else "float32"
         return lazy_scores(
-            self._store,
-            self.queries,
-            self.rows,
-            names,
+            self.store,
+            queries,
+            rows,
+            self.sequences["sequence"].to_numpy()[rows],
             self._scale,
             self._attrs(),
             norms if self.unit == "cosine" else None,
-            dtype,
+            "float64" if self.settings["plan"]["dtype"] == "float64" else "float32",
             self._keep,
+            blocks,
         )
 
     def top(self, query: str, k: int = 10, by: Literal["sequence", "document"] = "sequence") -> pd.DataFrame:
@@ -154,6 +183,35 @@ class Run:
         result.attrs.update(self._attrs())
         return result
 
+    def best(self) -> pd.DataFrame:
+        """The sequences with the largest influence on each query that has scores: query, sequence, influence.
+
+        Best first, at most ``BEST`` of a query; without reading more than that of the answers of a batch.
+        """
+        frames = [pd.DataFrame({"query": [], "sequence": [], "influence": np.zeros(0)})]
+        for entry in records(self.store):
+            with contextlib.suppress(MissingStageError):  # not scored, or not yet
+                frames.append(self.top(entry["id"], answers.BEST).assign(query=entry["id"]))
+        for answer in self.answers:
+            if answer.unit not in self._best:
+                self._best[answer.unit] = self._best_of(answer)
+            frames.append(self._best[answer.unit])
+        return pd.concat([frame[["query", "sequence", "influence"]] for frame in frames if len(frame)] or frames)
+
+    def _best_of(self, answer: Manifest) -> pd.DataFrame:
+        rows, values = answers.best(self.store, answer)
+        places, _ = np.nonzero(rows >= 0)
+        ids = np.asarray(answer.meta["ids"], object)[places]
+        influence = values[rows >= 0] * self._scale
+        if self.unit == "cosine":
+            influence = influence / self.measurements["norm"].loc[ids].to_numpy()
+        names = self.sequences["sequence"].to_numpy()[rows[rows >= 0]]
+        return pd.DataFrame({"query": ids, "sequence": names, "influence": influence})
+
+    def across(self, k: int = 10) -> Across:
+        """What the queries have in common: sequences among the ``k`` best of many, and queries that share them."""
+        return across(self.best(), k)
+
     def layer_scores(self, query: str) -> xr.DataArray:
         """Influence by layer: dims (layer, sequence) over the scored sequences; layers sum to the total.
 
@@ -163,13 +221,13 @@ class Run:
         self._known(query)
         layers = self.settings["model"]["layers"]
         values = np.full((len(layers), len(self.rows)), np.nan)
-        blocks = [block for block in score_blocks(self._store) if block.layers and query in block.queries]
+        blocks = [block for block in self._blocks if block.layers and query in block.queries]
         if not blocks:
             raise MissingStageError(
                 f"{self.folder}: no per-layer scores of '{query}'; run `{self._command('score')} score.layers=true`"
             )
         for block in blocks:
-            part = self._store.group(block.key).read("layers", block.queries.index(query))
+            part = self.store.group(block.key).read("layers", block.queries.index(query))
             values[:, np.searchsorted(self.rows, block.rows)] = part * self._scale
         names = self.sequences["sequence"].to_numpy()[self.rows]
         coords = {"layer": np.asarray(layers, object), "sequence": names}
@@ -189,7 +247,9 @@ class Run:
         found = np.flatnonzero(names.to_numpy() == sequence)
         if not len(found):
             raise UserError(f"{self.folder}: no sequence '{sequence}'")
-        place = token_rows(self._store, query).get(int(found[0]))
+        answer = self._answer(query)
+        kept = answers.token_rows(answer, query) if answer else token_rows(self.store, query)
+        place = kept.get(int(found[0]))
         if place is None:
             top = self.config.score.token_top
             raise MissingStageError(
@@ -197,7 +257,7 @@ class Run:
                 f"run `{self._command('score')} score.token_top={max(2 * top, 10)}`"
             )
         key, index = place
-        group = self._store.group(key)
+        group = self.store.group(key)
         start, stop = group.read("offsets")[index : index + 2]
         tokens = group.read("tokens", slice(start, stop))
         shares = group.read("shares", slice(start, stop)) * self._scale
@@ -211,92 +271,12 @@ class Run:
 
     def status(self) -> list[StageStatus]:
         """Every stage: done or not, what is there, and the command that makes the rest."""
-        present = self._store.committed
-        kind = KINDS[self.config.curvature.kind]
-        layers = self.settings["model"]["layers"]
-        leaders = set(self.settings["model"]["groups"].values())
-        matrices = len(leaders) + len(layers)
-        corpus = self._store.manifest("corpus", "corpus").meta if present("corpus") else None
-        lines = [
-            StageStatus(
-                "corpus",
-                corpus is not None,
-                f"{corpus['sequences']:,} sequences, {corpus['tokens']:,} tokens{_dropped(corpus['dropped'])}"
-                if corpus
-                else "nothing yet",
-                self._command("fit"),
-            )
-        ]
-        parts, wanted = [], []
-        if kind.basis:
-            parts += [
-                f"covariances {len(present(COVARIANCE))} of {matrices}",
-                f"eigenbases {len(present(EIGEN))} of {matrices}",
-            ]
-            wanted += [len(present(COVARIANCE)) >= matrices, len(present(EIGEN)) >= matrices]
-        if kind.moments:
-            parts.append(f"Λ {len(present(MOMENTS))} of {len(layers)} layers")
-            wanted.append(len(present(MOMENTS)) >= len(layers))
-        lines.append(
-            StageStatus("fit", all(wanted), ", ".join(parts) or f"nothing to fit for {kind.name}", self._command("fit"))
-        )
-        return lines + self._query_status()
-
-    def _query_status(self) -> list[StageStatus]:
-        asked = set(self.queries)
-        setting = self.config.prefilter
-        found = candidates(self._store, setting.kind, setting.top)
-        filtered = setting.kind == "none" or (bool(asked) and asked <= set(found))
-        union = len(np.unique(np.concatenate([rows for rows, _ in found.values()]))) if found else 0
-        solved = {query for manifest in self._store.units(QUERY).values() for query in manifest.meta["queries"]}
-        blocks = score_blocks(self._store)
-        scored = self._complete(blocks, found)
-        detail = "none: every sequence" if setting.kind == "none" else f"{union:,} candidates of {len(found)} queries"
-        page = self._store.files.exists("report/index.html")
-        # What was given up is missing for good: no command makes it, so the stage is done without it.
-        unsolved, unscored = self._given_up(QUERY), self._given_up(SCORE)
-        return [
-            StageStatus("prefilter", filtered, detail, self._command("prefilter")),
-            StageStatus(
-                "query",
-                bool(asked) and asked <= solved | unsolved,
-                f"{len(solved)} of {len(asked)} queries solved{_given_up(len(unsolved))}",
-                self._command("query"),
-            ),
-            StageStatus(
-                "score",
-                bool(asked) and asked <= scored | unsolved,
-                f"{len(scored)} of {len(asked)} queries, {len(self.rows):,} sequences{_given_up(len(unscored))}",
-                self._command("score"),
-            ),
-            StageStatus("report", page, "report/index.html" if page else "nothing yet", self._command("report")),
-        ]
-
-    def _complete(self, blocks: list[ScoreBlock], found: dict[str, tuple[np.ndarray, np.ndarray]]) -> set[str]:
-        """Queries that have a score for each of their own candidates (without a prefilter: for every sequence).
-
-        A row is scored for all queries at once, so where all queries are complete the union of candidates is too.
-        """
-        lost = self._given_up(SCORE)
-        gone = np.flatnonzero(self.sequences["sequence"].isin(list(lost))) if lost else np.zeros(0, np.int64)
-        rows: dict[str, list[np.ndarray]] = {}
-        for block in blocks:
-            for query in block.queries:
-                rows.setdefault(query, [gone]).append(block.rows)
-        if self.config.prefilter.kind == "none":
-            wanted = dict.fromkeys(rows, np.arange(len(self.sequences)))
-        else:
-            wanted = {query: found[query][0] for query in rows if query in found}
-        return {query for query, own in wanted.items() if np.isin(own, np.concatenate(rows[query])).all()}
+        return status.stages(self)
 
     @cached_property
     def quarantined(self) -> list[Quarantined]:
         """Units that were given up, in the order of their names; empty where everything was computed."""
-        return health.quarantined(self._store)
-
-    def _given_up(self, stage: str) -> set[str]:
-        """Ids of what was quarantined in a stage."""
-        return {name for unit in self.quarantined if unit.stage == stage for name in unit.sequences}
+        return health.quarantined(self.store)
 
     def profile(self) -> list[StageTime]:
         """Where the time went, by stage and kind of work; empty where progress.jsonl is not there."""
@@ -309,11 +289,11 @@ class Run:
 
     def driver(self) -> Holder | None:
         """The driver that works on the run now; None where its last one is done, or has certainly ended."""
-        return present_holder(self._store.files)
+        return present_holder(self.store.files)
 
     def _events(self) -> list[dict[str, Any]] | None:
         try:
-            return parsed(self._store.files.get("progress.jsonl"))
+            return parsed(self.store.files.get("progress.jsonl"))
         except FileNotFoundError:
             return None
 
@@ -322,7 +302,7 @@ class Run:
 
         Only where it is empty another run of the same config is promised equal bits.
         """
-        return health.mixed_numerics(self._store)
+        return health.mixed_numerics(self.store)
 
     def problems(self, checksums: bool = True) -> list[str]:
         """What is missing or damaged in the run folder, one line each; empty if all is well.
@@ -330,9 +310,26 @@ class Run:
         Args:
             checksums: read every object and compare its checksum; otherwise existence and size alone.
         """
-        return self._store.check(checksums)
+        return self.store.check(checksums)
 
     # common
+
+    @cached_property
+    def answers(self) -> list[Manifest]:
+        return answers.answers(self.store, self._answered)
+
+    def _answer(self, query: str) -> Manifest | None:
+        """The answer that a query is of; None for one of the run's own."""
+        return next((answer for answer in self.answers if query in answer.meta["ids"]), None)
+
+    @cached_property
+    def _blocks(self) -> list[ScoreBlock]:
+        """Of the run's own queries (and of files that are not answered yet), then of all answers."""
+        return [*self._own_blocks, *answer_blocks(self.store, self.answers)]
+
+    @cached_property
+    def _own_blocks(self) -> list[ScoreBlock]:
+        return score_blocks(self.store)
 
     def _attrs(self) -> dict[str, Any]:
         return {
@@ -352,15 +349,22 @@ class Run:
     def _scored(self, query: str) -> pd.DataFrame:
         """Every scored sequence of a query with its influence, in corpus order."""
         self._known(query)
-        values = self.scores().sel(query=query).to_numpy() if len(self.rows) else np.zeros(0)
+        answer = self._answer(query)
+        # A query of a batch's file has its scores in the answer, and there alone.
+        blocks = answer_blocks(self.store, [answer]) if answer else self._own_blocks
+        scored = np.unique(np.concatenate([np.zeros(0, np.int64), *(block.rows for block in blocks)]))
+        values = self._lazy([query], scored, blocks).to_numpy()[0] if len(scored) else np.zeros(0)
         there = ~np.isnan(values)
         if not there.any():
             raise MissingStageError(f"{self.folder}: no scores of '{query}'; run `{self._command('score')}`")
-        rows = self.rows[there]
+        rows = scored[there]
         table = self.sequences.iloc[rows]
         prefilter = np.full(len(self.sequences), np.nan)
         setting = self.config.prefilter
-        found, similarity = candidates(self._store, setting.kind, setting.top).get(query, (rows[:0], np.zeros(0)))
+        if answer:
+            found, similarity = answers.own_candidates(self.store, answer, query)
+        else:
+            found, similarity = candidates(self.store, setting.kind, setting.top).get(query, (rows[:0], np.zeros(0)))
         prefilter[found] = similarity
         kept = [name for name in table.columns if name not in ("sequence", "document", "text")]
         columns = {"sequence": table["sequence"], "influence": values[there], "prefilter": prefilter[rows]}
@@ -385,12 +389,3 @@ class Run:
         files = ModelFiles(self.settings["model"]["folder"], self.settings["model"]["tokenizer_folder"])
         tokenizer = load_tokenizer(files)
         return [str(tokenizer.decode([int(token)])) for token in tokens]
-
-
-def _given_up(count: int) -> str:
-    return f"; {count:,} quarantined" if count else ""
-
-
-def _dropped(dropped: dict[str, int]) -> str:
-    parts = [f"{count:,} {name.replace('_', ' ')}" for name, count in dropped.items() if count]
-    return f"; dropped: {', '.join(parts)}" if parts else "; nothing dropped"

@@ -113,7 +113,9 @@ def test_this_head_exports_what_the_dashboard_draws(joined: Head) -> None:
     """All of Ray's but those of GPUs, which this machine has not, and of the autoscaler, whose port may be taken."""
     drawn = json.loads((ROOT / "cluster" / "monitoring" / "grafana.json").read_text(encoding="utf-8"))
     text = " ".join(target["expr"] for panel in drawn["panels"] for target in panel["targets"])
-    used = {name for name in re.findall(r"\bray_[a-z_]+(?=\{)", text) if not re.search("gpu|gram", name)}
+    used = {name for name in re.findall(r"\bray_(?!raylux_)[a-z_]+(?=\{)", text) if not re.search("gpu|gram", name)}
+    # The counters of the job that ran here.
+    used |= {f"ray_raylux_{name}_total" for name in ("units", "tokens", "reduced_bytes")}
     token = (joined.folder / "token").read_text()
     version = requests.get(f"{joined.url}/api/version", headers={"Authorization": f"Bearer {token}"}, timeout=20).json()
     found = Path("/tmp/ray", version["session_name"], "prom_metrics_service_discovery.json")

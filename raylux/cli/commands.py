@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
-from raylux.cli import output, planning, stages, submitting, watching
+from raylux.cli import batching, output, planning, stages, submitting, watching
 from raylux.cli.app import ConfigArgument, OverridesArgument, RunArgument, app, manual
 from raylux.cli.codes import EXIT_USER
 
-__all__ = ["app", "planning", "stages", "submitting", "watching"]  # the stages stand first in the list of commands
+# The stages stand first in the list of commands.
+__all__ = ["app", "batching", "planning", "stages", "submitting", "watching"]
 
 
 class Format(StrEnum):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raylux import fingerprints
 from raylux.config import Config
 from raylux.curvature import KINDS, Kind
-from raylux.engine.demand import check_memory_here, demand_of
+from raylux.engine.capacity import Demand
+from raylux.engine.demand import check_memory_here, demand_of, has_memory_here
 from raylux.engine.kept import kept_bytes
 from raylux.engine.local import LocalBackend
 from raylux.engine.plan import Plan, assign
@@ -21,7 +22,11 @@ from raylux.errors import UserError
 from raylux.layers import Coverage
 from raylux.models import ModelFiles
 from raylux.queries import Query
+from raylux.shown import redacted
 from raylux.store import CorpusReader, RunFolder, read_table
+
+if TYPE_CHECKING:
+    from raylux.engine.metrics import Meter
 
 
 @dataclass
@@ -29,6 +34,12 @@ class Context:
     """One run being worked on.
 
     Attributes:
+        config, folder, files, coverage, groups, vocabulary, plan, reporter: of the run.
+        queries: asked for now.
+        stages: that this command runs.
+        apart: ids of the queries that are answered as by a run of their own, each set with its own candidates alone,
+            though all are scored in one pass; default: all queries are one set.
+        holds: queries that workers are sized for; 0: those asked for when the first is started.
         keepers: fit unit -> the worker that ran it since this command began, and may keep its sequences.
     """
 
@@ -43,6 +54,10 @@ class Context:
     queries: list[Query] = field(default_factory=list)
     stages: tuple[str, ...] = ()
     keepers: dict[int, int] = field(default_factory=dict)
+    apart: tuple[tuple[str, ...], ...] = ()
+    holds: int = 0
+    _started: bool = False
+    _meter: Meter | None = None
     _backend: Backend | None = None
     _assignment: list[list[str]] = field(default_factory=list)
     _reader: CorpusReader | None = None
@@ -84,9 +99,42 @@ class Context:
         return self._backend
 
     def close(self) -> None:
+        if self._meter is not None:
+            self.reporter.unlisten(self._meter)
+            self._meter.close()
+            self._meter = None
         if self._backend is not None:
             self._backend.close()
             self._backend = None
+        elif self._started:
+            from raylux.engine import session
+
+            session.leave()
+        self._started = False
+
+    def room(self, most: int) -> int:
+        """The largest number of queries, halved from ``most``, that workers can hold without there being fewer workers.
+
+        0: not even one.
+        """
+        workers = self.fitting(1)
+        counts = (most >> step for step in range(most.bit_length()))
+        return next((count for count in counts if workers and self.fitting(count) == workers), 0)
+
+    def fitting(self, queries: int) -> int:
+        """Workers that could hold so many queries, by memory and cores; 0: none."""
+        if self.config.engine.backend == "local":
+            return int(has_memory_here(self._demand(queries)))
+        from raylux.engine import session
+
+        self._started = session.connect() or self._started
+        return session.fitting(self._demand(queries))
+
+    def _demand(self, queries: int) -> Demand:
+        engine, layers = self.config.engine, self.coverage.tracked
+        return demand_of(
+            engine, self.plan.dtype, self.plan.device, layers, self.groups, self.coverage.parameters, queries
+        )
 
     def _start(self) -> Backend:
         engine, layers = self.config.engine, self.coverage.tracked
@@ -102,26 +150,28 @@ class Context:
             keep=keep,
             statistics=self.kind.statistics,
         )
-        parameters, queries = self.coverage.parameters, len(self.queries)
-        demand = demand_of(engine, self.plan.dtype, self.plan.device, layers, self.groups, parameters, queries)
+        demand = self._demand(self.holds or len(self.queries))
         if engine.backend == "local":
             check_memory_here(demand)
             self._assignment = assign(layers, self.groups, 1)
             return LocalBackend(worker, self._shard_specs(), self.reporter.event)
         # Ray is imported where it is used: a run in process loads nothing of it.
         from raylux.engine import session
+        from raylux.engine.metrics import Meter
         from raylux.engine.remote import RayBackend
 
-        started = session.connect()
+        self._started = session.connect() or self._started
         workers, shards = session.size(demand, engine.timeout)
         shards = min(shards, len(set(self.groups.values())))
         self._assignment = assign(layers, self.groups, shards)
+        self._meter = Meter(redacted(self.folder.files.root.rpartition("/")[2]))
+        self.reporter.listen(self._meter)
         return RayBackend(
             worker,
             self._shard_specs(),
             workers,
             engine.timeout,
-            started,
+            self._started,
             lambda: session.capacity(demand),
             self.reporter.event,
             self._welcome,

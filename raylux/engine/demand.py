@@ -44,10 +44,15 @@ def demand_of(
     )
 
 
+def has_memory_here(demand: Demand) -> bool:
+    """For the backend in process: whether this machine's free memory is enough."""
+    return demand.worker_bytes + demand.shards_bytes <= psutil.virtual_memory().available
+
+
 def check_memory_here(demand: Demand) -> None:
-    """For the backend in process: the same check against this machine's free memory."""
-    need, have = demand.worker_bytes + demand.shards_bytes, psutil.virtual_memory().available
-    if need > have:
+    """Raises UserError where it is not."""
+    if not has_memory_here(demand):
+        need, have = demand.worker_bytes + demand.shards_bytes, psutil.virtual_memory().available
         raise UserError(
             f"not enough memory: this run needs {need / GIB:.1f} GiB in process, {have / GIB:.1f} GiB are free; "
             f"track fewer model.layers, ask fewer queries, or use engine.backend=ray on a larger cluster"

@@ -228,7 +228,7 @@ class Pool:
         self._seconds = seconds if self._seconds is None else 0.9 * self._seconds + 0.1 * seconds
         self._notify(
             "unit", method=self._method, unit=flight.job.name, slot=slot.number, seconds=seconds,
-            **profiling.facts(spent),
+            queue=self._flying + len(self._queue) + len(self._suspects), **profiling.facts(spent),
         )  # fmt: skip
         self._finished += 1
         self._deaths.pop(flight.job, None)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,6 +18,9 @@ from raylux.shown import plain, redacted, redacted_values
 from raylux.store import RunFolder
 
 _LINE_EVERY = 10.0
+
+Listener = Callable[[str, Mapping[str, Any]], None]
+"""Told an event: its kind, and what is said of it."""
 
 
 class Task:
@@ -73,6 +77,7 @@ class Reporter:
         self.clock = profiling.Clock()
         self._task: Task | None = None
         self._file = None if folder.files.remote else Path(folder.files.where("progress.jsonl"))
+        self._listeners: list[Listener] = []
         self.console = Console(stderr=True, quiet=quiet)
         self._bar: Progress | None = None
         self._id: object = None
@@ -127,12 +132,21 @@ class Reporter:
     def say(self, text: str) -> None:
         self.console.print(plain(redacted(text)), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
+    def listen(self, listener: Listener) -> None:
+        """Tell every event to another one, too."""
+        self._listeners.append(listener)
+
+    def unlisten(self, listener: Listener) -> None:
+        self._listeners.remove(listener)
+
     def event(self, kind: str, **facts: object) -> None:
         """A line of progress.jsonl: what happened, when."""
-        if self._file is None:
-            return
         if self._task is not None:
             facts.setdefault("task", self._task.stage)
+        for listener in self._listeners:
+            listener(kind, facts)
+        if self._file is None:
+            return
         record = redacted_values({"time": round(time.time(), 3), "event": kind, **facts})
         # One write to a file opened for appending: lines of two processes do not mix.
         with contextlib.suppress(OSError), self._file.open("ab", buffering=0) as file:

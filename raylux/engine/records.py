@@ -18,6 +18,8 @@ COVARIANCE, EIGEN, MOMENTS = "fit.covariance", "fit.eigen", "fit.moments"
 LABELS, SNAPSHOT, QUARANTINE, PROBE = "fit.labels", "fit.snapshot", "quarantine", "query.probe"
 QUERY, SCORE, TOKENS, CANDIDATES = "query", "score", "tokens", "prefilter"
 CONTRACTION = "fit.contraction"
+# A batch's query files: taken, put aside, answered.
+TAKEN, ASIDE, ANSWER = "batch.taken", "batch.aside", "batch.answer"
 
 
 @dataclass(frozen=True)

@@ -236,6 +236,7 @@ class RayBackend:
                         f"{method} of {job[0]} ended {_SHARD_DEATHS} factor shards (last: {answer.reason}); "
                         "give them more memory or a larger engine.timeout, and run the same command again"
                     )
+                self._notify("repeated", units=1, unit=job[0])
                 # Behind the others: what dies by chance beside it is not counted against it again at once.
                 waiting.append(job)
 
@@ -250,7 +251,7 @@ class RayBackend:
 
     def _timed(self, shard: int, ref: Any, what: str, timeout: float) -> tuple[Any, profiling.Spent | None]:
         """A shard's answer; ``Lost`` where it died (a new one stands in its place) or an argument is gone."""
-        node = False
+        cause = "process"
         try:
             with profiling.of("ask"):
                 return profiling.untimed(ray.get(ref, timeout=timeout))
@@ -264,13 +265,14 @@ class RayBackend:
             return Lost(False, first_line(error)), None
         except GetTimeoutError:
             reason = f"{what} did not answer in {timeout:.0f} s (engine.timeout sets the limit)"
+            cause = "timeout"
         except (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
             death = _death(error)
-            reason, node = death.reason, death.cause == "node"
+            reason, cause = death.reason, death.cause
         ray.kill(self._shards[shard])
-        self._notify("shard", shard=shard, state="died", reason=reason, method=what)
+        self._notify("shard", shard=shard, state="died", cause=cause, reason=reason, method=what)
         self._shards[shard] = self._start_shard(self._shard_specs[shard])
-        return Lost(True, reason, node), None
+        return Lost(True, reason, cause == "node"), None
 
     # the rest
 

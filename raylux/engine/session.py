@@ -50,6 +50,11 @@ def connect() -> bool:
     return True
 
 
+def leave() -> None:
+    """Leave the cluster; one that was started here ends."""
+    ray.shutdown()
+
+
 def size(demand: Demand, patience: float = 0.0) -> tuple[int, int]:
     """Workers and shards that fit the cluster.
 
@@ -93,6 +98,14 @@ def _ask_for(bundles: list[dict[str, float]]) -> None:
     """Replaces what was asked for before; nothing lets the autoscaler remove idle nodes again."""
     if ray.is_initialized():
         request_resources(bundles=bundles)
+
+
+def fitting(demand: Demand) -> int:
+    """Workers that fit the cluster as it is now; 0: it has too little."""
+    try:
+        return fit(demand, ray.cluster_resources())[0]
+    except UserError:
+        return 0
 
 
 def capacity(demand: Demand) -> int | None:

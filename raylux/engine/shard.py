@@ -126,6 +126,7 @@ class FactorShard:
         for name, array in arrays:
             if not np.isfinite(array).all():
                 raise NumericsError(f"fit unit {unit}: NaN or infinity in {name}")
+        profiling.count(size=sum(array.nbytes for _, array in arrays))
         for name, array in arrays:
             if name in self._sums:
                 self._sums[name] += array
@@ -196,7 +197,7 @@ class FactorShard:
         eigen: bool,
         block: str,
         *parts: Mapping[str, Any],
-    ) -> tuple[dict[str, float], list[float], np.ndarray]:
+    ) -> tuple[dict[str, float], dict[str, list[float]], np.ndarray]:
         """s_test of a block of queries in every layer of this shard, kept until ``write_block``.
 
         Args:
@@ -212,11 +213,11 @@ class FactorShard:
             *parts: per query, ``inputs`` [T, M] by group and ``grads`` [T, P] by layer.
 
         Returns:
-            layer -> the damping λ that was used; per query ‖∇f‖² over the layers of this shard; and the scores
-            ``Solved.pairs`` summed over them.
+            layer -> the damping λ that was used; layer -> ‖∇f‖² of each query in it; and the scores ``Solved.pairs``
+            summed over the layers of this shard.
         """
         self._block, self._factors, self._written = {}, {}, {}
-        damping, norms = {}, [0.0] * len(parts)
+        damping, squares = {}, {}
         pairs: list[np.ndarray] = []
         for name in self.layers:
             dtype = self.compute if rank_limit[name] else contraction.torch_dtype
@@ -228,7 +229,7 @@ class FactorShard:
                     found = solve_layer(curvature, tokens, damping[name], dtype, eigen)
             except NumericsError as error:
                 raise NumericsError(f"layer '{name}': {error}") from None
-            norms = [norm + own for norm, own in zip(norms, found.squares, strict=True)]
+            squares[name] = found.squares
             pairs.append(found.pairs)
             solved = found.s_test
             if rank_limit[name]:
@@ -240,7 +241,7 @@ class FactorShard:
             else:
                 arrays = query_arrays(solved, [], [True] * len(solved))
                 self._written[name] = self.folder.write(f"queries/{name}/{block}", arrays)
-        return damping, norms, np.sum(pairs, 0)
+        return damping, squares, np.sum(pairs, 0)
 
     def measure(self, part: Mapping[str, Any], places: Sequence[int]) -> dict[str, Measured]:
         """Scores of queries of the kept block on one probe sequence, by layer.

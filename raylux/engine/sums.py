@@ -226,6 +226,7 @@ class SumPass:
             self._flying.add(unit)
             if unit < self._furthest:
                 self._repeated += 1
+                self._reporter.event("repeated", units=1, unit=self._units.names[unit])
             self._furthest = max(self._furthest, unit + 1)
             near = self._units.near.get(unit)
             work.submit(Job(self._units.names[unit], self._units.args(unit), unit, near))

@@ -216,10 +216,11 @@ def _no_vectors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def squared_norms(inputs: Mapping[str, Rows], grads: Mapping[str, Rows], groups: Mapping[str, str]) -> Tensor:
-    """‖G_n‖² over all layers, [N]."""
+    """‖G_n‖² over all layers, [N], in float32 or better."""
     total: Tensor | None = None
     for name, g in grads.items():
-        part = sequence_gradients(inputs[groups[name]], g).square().sum((1, 2))
+        gradient = sequence_gradients(inputs[groups[name]], g)
+        part = gradient.to(_wide(gradient.dtype)).square().sum((1, 2))
         total = part if total is None else total + part
     assert total is not None
     return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,13 +18,24 @@ from raylux.store import Files
 
 if TYPE_CHECKING:
     from raylux.api import Run
+    from raylux.report.across import Across
 
 _TEXT_LIMIT = 2000
 _EVERY = 1 << 30
+# A page of more would be slow to open.
+MOST_QUERIES = 200
+_MOST_ROWS = 20
 _FIXED = {"rank", "sequence", "influence", "prefilter", "text"}
 
 
-def write_html(run: Run, path: str, k: int = 20, negative: int = 3) -> str:
+def write_html(
+    run: Run,
+    path: str,
+    k: int = 20,
+    negative: int = 3,
+    across: Across | None = None,
+    queries: Sequence[str] | None = None,
+) -> str:
     """Write the page and return its path.
 
     Args:
@@ -31,17 +43,21 @@ def write_html(run: Run, path: str, k: int = 20, negative: int = 3) -> str:
         path: a local path or an fsspec URL; a page that is there is replaced as a whole.
         k: sequences per query, best first.
         negative: sequences of the strongest negative influence below them.
+        across: what is said across queries; default: nothing.
+        queries: whose sequences are shown; default: all, but no more than the first ``MOST_QUERIES``.
 
     Raises:
         UserError: it cannot be written there.
     """
     place, _, name = path.rpartition("/")
-    Files(place or ".").put(name, render(run, k, negative).encode())
+    Files(place or ".").put(name, render(run, k, negative, across, queries).encode())
     return path
 
 
-def render(run: Run, k: int = 20, negative: int = 3) -> str:
-    """The page as text. Everything that comes from model, corpus or queries is escaped."""
+def render(
+    run: Run, k: int = 20, negative: int = 3, across: Across | None = None, queries: Sequence[str] | None = None
+) -> str:
+    """The page as text, arguments as ``write_html``. Everything that comes from model, corpus or queries is escaped."""
     environment = Environment(
         loader=PackageLoader("raylux.report", "."),
         autoescape=True,
@@ -53,13 +69,16 @@ def render(run: Run, k: int = 20, negative: int = 3) -> str:
     environment.filters["place"] = lambda text: visible(redacted(text))
     template = environment.get_template("page.html.j2")
     records = run.query_records
+    names = list(run.queries if queries is None else queries)
     return template.render(
         config=run.config,
         unit=run.unit,
         train_size=run.train_size,
         given_up=len(run.quarantined),
         bars=bars(run.profile()),
-        queries=[_query(run, name, records.get(name, {}), k, negative) for name in run.queries],
+        queries=[_query(run, name, records.get(name, {}), k, negative) for name in names[:MOST_QUERIES]],
+        more=len(names[MOST_QUERIES:]),
+        across=None if across is None else _across(run, across),
     )
 
 
@@ -71,6 +90,22 @@ def visible(text: Any, limit: int = _TEXT_LIMIT) -> str:
     if not (kept.isascii() and kept.isprintable()):
         kept = "".join(c if c in "\n\t" or unicodedata.category(c) not in {"Cc", "Cs", "Cf"} else "�" for c in kept)
     return kept if len(whole) <= limit else kept + " …"
+
+
+def _across(run: Run, found: Across) -> dict[str, Any]:
+    """What is said across queries: the sequences of most queries with their texts, and the clusters."""
+    best = found.sequences[found.sequences["queries"] > 1].head(_MOST_ROWS)
+    texts = run.sequences.set_index("sequence")["text"].reindex(best["sequence"]).fillna("")
+    together = found.clusters[found.clusters["size"] > 1]
+    return {
+        "queries": found.queries,
+        "sequences": [{**row, "text": text} for row, text in zip(best.to_dict("records"), texts.tolist(), strict=True)],
+        "clusters": [
+            {"members": part["query"].tolist(), "alike": float(part["alike"].mean()), "shared": part["shared"].iloc[0]}
+            for _, part in list(together.groupby("cluster"))[:_MOST_ROWS]
+        ],
+        "alone": int((found.clusters["size"] == 1).sum()),
+    }
 
 
 def _query(run: Run, name: str, record: dict[str, Any], k: int, negative: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from raylux.layers import Coverage, TrackedLayer
+    from raylux.report.across import Across
     from raylux.report.profile import StageTime
     from raylux.report.watching import Seen
 
@@ -168,6 +169,34 @@ def watch_line(found: Seen) -> str:
         return ""
     left = "" if stage.left is None else f", about {clock(stage.left)} left"
     return plain(f"{stage.stage}: {stage.done:,} of {stage.total:,} {stage.what}{left}")
+
+
+def across_table(found: Across, most: int = 10) -> Table:
+    """The sequences that are among the best of several queries, those of most queries first."""
+    several = found.sequences[found.sequences["queries"] > 1]
+    more = f", {len(several) - most:,} more in the file" if len(several) > most else ""
+    table = _table(f"sequences among the best of several of {found.queries:,} queries{more}")
+    for name in ("queries", "weight", "sequence", "strongest for"):
+        table.add_column(name, justify="right" if name in ("queries", "weight") else "left", overflow="fold")
+    for row in several.head(most).to_dict("records"):
+        cells = (f"{row['queries']:,}", f"{row['weight']:.2f}", plain(row["sequence"], 60), plain(row["strongest"], 60))
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def cluster_table(found: Across, most: int = 10) -> Table:
+    """The clusters of queries that share their influences, the largest first."""
+    together = found.clusters[found.clusters["size"] > 1]
+    alone = int((found.clusters["size"] == 1).sum())
+    table = _table(f"queries that share their influences; {alone:,} share little with any other")
+    for name in ("queries", "alike", "shared most", "which"):
+        table.add_column(name, justify="right" if name in ("queries", "alike") else "left", overflow="fold")
+    for _, part in list(together.groupby("cluster"))[:most]:
+        names = part["query"].tolist()
+        which = ", ".join(plain(name, 40) for name in names[:6]) + (", …" if len(names) > 6 else "")
+        cells = (f"{len(names):,}", f"{part['alike'].mean():.2f}", plain(part["shared"].iloc[0], 40), which)
+        table.add_row(*map(Text, cells))
+    return table
 
 
 def clock(seconds: float) -> str:

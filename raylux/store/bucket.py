@@ -117,6 +117,17 @@ class Bucket:
         plain = path.strip("/")
         return [str(name).rstrip("/").rsplit("/", 1)[-1] for name in found if str(name).strip("/") != plain]
 
+    def stamps(self, prefix: str) -> dict[str, str]:
+        """Name of each object right under ``prefix`` -> what the store says of it (size, time, ETag)."""
+        self.fs.invalidate_cache()
+        path = self.path(prefix)
+        try:
+            found = _insist(lambda: self.fs.ls(path, detail=True))
+        except FileNotFoundError:
+            return {}
+        files = [info for info in found if info["type"] == "file" and info["name"].strip("/") != path.strip("/")]
+        return {info["name"].rsplit("/", 1)[-1]: repr(sorted(info.items(), key=str)) for info in files}
+
     def walk(self, prefix: str) -> Iterator[tuple[str, int]]:
         self.fs.invalidate_cache()
         path = self.path(prefix)

@@ -23,6 +23,8 @@ _STAGES = {
     "scores": "score",
     "score": "score",
     "tokens": "score",
+    # Of query files: what was taken is taken again, and answered.
+    **dict.fromkeys(("batch", "batch.taken", "batch.aside", "batch.answer"), "score"),
     # Units of any stage may have been given up: the first that can be.
     "quarantine": "fit",
 }

@@ -158,6 +158,17 @@ class Disk:
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def stamps(self, prefix: str) -> dict[str, str]:
+        """Name of each file right under ``prefix`` -> what changes when the file does."""
+        found = {}
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.path(prefix)) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # it went while we looked
+                    if entry.is_file():  # no pipe, no device: it may keep a reader waiting for ever
+                        facts = entry.stat()
+                        found[entry.name] = f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ino}"
+        return found
+
     def walk(self, prefix: str) -> Iterator[tuple[str, int]]:
         base = self.path(prefix)
         if os.path.isfile(base):

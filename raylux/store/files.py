@@ -108,6 +108,11 @@ class Files:
         with self._telling(prefix, "listed"):
             return sorted(name for name in self._store.names(_inside(prefix)) if name.endswith(suffix))
 
+    def stamps(self, prefix: str) -> dict[str, str]:
+        """Name of each object right under ``prefix`` -> a text that is another one when the object has changed."""
+        with self._telling(prefix, "listed"):
+            return self._store.stamps(_inside(prefix))
+
     def walk(self, prefix: str) -> Iterator[tuple[str, int]]:
         """(key, size) of each object under ``prefix``, sorted by key."""
         with self._telling(prefix, "listed"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,12 @@ import xarray as xr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from raylux.store.folder import RunFolder
+from raylux.store.folder import Manifest, RunFolder
 
 
 @dataclass(frozen=True)
 class ScoreBlock:
-    """One commit of the score stage.
+    """Scores that were committed together: a unit of the score stage, or a part of the answer to a query file.
 
     Attributes:
         key: the group that holds ``total`` [Q, n] and, where kept, ``layers`` [Q, L, n], ``norms`` [n].
@@ -41,6 +41,15 @@ def score_blocks(folder: RunFolder) -> list[ScoreBlock]:
             bool(manifest.meta["layers"]),
         )
         for manifest in folder.units("score").values()
+    ]
+
+
+def answer_blocks(folder: RunFolder, answers: Iterable[Manifest]) -> list[ScoreBlock]:
+    """The scores of answers to query files."""
+    return [
+        ScoreBlock(key, tuple(manifest.meta["ids"]), folder.group(key).read("rows"), bool(manifest.meta["layers"]))
+        for manifest in answers
+        for key in manifest.meta["parts"]
     ]
 
 
@@ -111,6 +120,7 @@ def lazy_scores(
     query_norms: Mapping[str, float] | None = None,
     dtype: str = "float32",
     keep: object = None,
+    blocks: Sequence[ScoreBlock] | None = None,
 ) -> xr.DataArray:
     """(query, sequence) scores that are read when they are looked at.
 
@@ -124,8 +134,10 @@ def lazy_scores(
         query_norms: for cosine: each query's gradient norm.
         dtype: of the result.
         keep: what has to live as long as the array (the owner of a temporary folder).
+        blocks: where they are; default: those of the score stage.
     """
-    array = _Scores(folder, score_blocks(folder), queries, rows, scale, query_norms, np.dtype(dtype), keep)
+    found = score_blocks(folder) if blocks is None else blocks
+    array = _Scores(folder, found, queries, rows, scale, query_norms, np.dtype(dtype), keep)
     variable = xr.Variable(("query", "sequence"), indexing.LazilyIndexedArray(array), dict(attrs))
     coords = {"query": np.asarray(queries, object), "sequence": np.asarray(names, object)}
     return xr.DataArray(variable, coords=coords, name="influence")

@@ -13,7 +13,7 @@ from raylux.store.files import Files
 if TYPE_CHECKING:
     from raylux.store.folder import Manifest, RunFolder
 
-DATA = ("candidates", "corpus", "factors", "queries", "scores", "snapshots")
+DATA = ("batch", "candidates", "corpus", "factors", "queries", "scores", "snapshots")
 
 
 def check(folder: RunFolder, checksums: bool) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from raylux.config import Config
@@ -34,6 +35,16 @@ def check_in_job(config: Config) -> None:
     """As ``check_folder``, where this process is a job's; elsewhere nothing."""
     if os.environ.get(_JOB):
         check_folder(config)
+
+
+def check_places_in_job(places: Mapping[str, str]) -> None:
+    """Raises UserError where this process is a job's and a place (what it is called -> path) is relative."""
+    for name, place in places.items():
+        if os.environ.get(_JOB) and _relative(place):
+            raise UserError(
+                f"{name} = {place}: a job needs an absolute path that every node reaches, or a URL: its working "
+                "directory is a copy"
+            )
 
 
 def check(config: Config, working_dir: Path) -> None:

@@ -80,12 +80,22 @@ def candidates(folder: RunFolder, kind: str, top: int) -> dict[str, tuple[np.nda
 
 def union(ctx: Context) -> np.ndarray:
     """Corpus rows that are a candidate of some query, ascending."""
+    # Queries of a set share an array: each is looked at once.
+    distinct = {id(rows): rows for rows in own_rows(ctx).values()}
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *distinct.values()]))
+
+
+def own_rows(ctx: Context) -> dict[str, np.ndarray]:
+    """Query -> the corpus rows that it is answered on, ascending: the candidates of all queries of its set."""
+    sets = ctx.apart or (tuple(query.id for query in ctx.queries),)
     setting = ctx.config.prefilter
     if setting.kind == "none":
-        return np.arange(len(ctx.reader))
+        return dict.fromkeys((query for ids in sets for query in ids), np.arange(len(ctx.reader)))
     known = candidates(ctx.folder, setting.kind, setting.top)
-    rows = [known[query.id][0] for query in ctx.queries]
-    return np.unique(np.concatenate(rows)) if rows else np.zeros(0, np.int64)
+    found: dict[str, np.ndarray] = {}
+    for ids in filter(None, sets):
+        found |= dict.fromkeys(ids, np.unique(np.concatenate([known[query][0] for query in ids])))
+    return found
 
 
 def missing(ctx: Context) -> list[str]:

@@ -66,6 +66,7 @@ def _solve(ctx: Context, name: str, queries: Sequence[Query]) -> None:
                     f"query block {name}: {lost}, for the {attempt}th time; give the shards more memory "
                     "(more engine.shards), and run the same command again"
                 ) from None
+            ctx.reporter.event("repeated", units=len(queries), unit=name)
             ctx.reporter.say(f"query: {lost}; its block of {len(queries)} queries begins again")
 
 
@@ -108,11 +109,14 @@ def _block(ctx: Context, name: str, queries: Sequence[Query]) -> None:
     handles = [[parts[shard] for parts in gradients.parts] for shard in range(backend.shards)]
     eigen = ctx.plan.query_basis == "eigen"
     how = files, moments, tokens, shared_means(ctx), limits, precision.resolve(ctx), eigen, name
-    norms, pairs = np.zeros(len(gradients.queries)), []
-    for part, squares, taken in every_shard(backend, "solve", [(*how, *own) for own in handles]):
+    squares: dict[str, list[float]] = {}
+    pairs = []
+    for part, own, taken in every_shard(backend, "solve", [(*how, *own) for own in handles]):
         damping |= part
-        norms += squares
+        squares |= own
         pairs.append(taken)
+    # In the order of the layers: the sum's last bits are not to say how they were shared out.
+    norms = np.sum([squares[layer.name] for layer in ctx.coverage.tracked], 0)
     rounding = precision.check(ctx, np.sum(pairs, 0))
     heads = [{**head, "norm": float(norm)} for head, norm in zip(gradients.heads, np.sqrt(norms), strict=True)]
     ranks, errors = _choose(ctx, gradients.queries, limits)

@@ -97,7 +97,9 @@ def _quarantine(ctx: Context, stage: str, result: Result, rows: np.ndarray) -> N
 def missing(ctx: Context, keepers: np.ndarray | None = None) -> list[ScoreJob]:
     """The jobs that the present queries and candidates still need, in the order of their units.
 
-    Within a unit the rows are parted by the set of queries that miss them, so each row runs once.
+    Within a unit the rows are parted by the set of queries that miss them, so each row runs once. Where queries stand
+    apart the sets are as many as their candidates have ways to overlap: there a unit's rows stay together, so that
+    batches are full, and are scored for all its queries.
 
     Args:
         ctx: the run.
@@ -115,8 +117,12 @@ def missing(ctx: Context, keepers: np.ndarray | None = None) -> list[ScoreJob]:
     for block in blocks:
         places = [wanted.index(query) for query in block.queries if query in wanted]
         absent[np.ix_(np.array(places, np.int64), np.flatnonzero(np.isin(rows, block.rows)))] = False
+    if ctx.apart:
+        own = prefilter.own_rows(ctx)
+        for place, query in enumerate(wanted):
+            absent[place] &= np.isin(rows, own[query], assume_unique=True)
     out = given_up(ctx.folder, SCORE)
-    return [job for job in _jobs(wanted, rows, absent, units, near) if job.name not in out]
+    return [job for job in _jobs(wanted, rows, absent, units, near, bool(ctx.apart)) if job.name not in out]
 
 
 def _units_by_keeper(
@@ -139,11 +145,14 @@ def _units_by_keeper(
 
 
 def _jobs(
-    wanted: Sequence[str], rows: np.ndarray, absent: np.ndarray, units: np.ndarray, near: Mapping[int, int]
+    wanted: Sequence[str], rows: np.ndarray, absent: np.ndarray, units: np.ndarray, near: Mapping[int, int], whole: bool
 ) -> Iterator[ScoreJob]:
     for unit in np.unique(units[absent.any(0)]):
         here = np.flatnonzero(units == unit)
-        patterns, which = np.unique(absent[:, here], axis=1, return_inverse=True)
+        parts = absent[:, here]
+        if whole:
+            parts = np.outer(parts.any(1), parts.any(0))
+        patterns, which = np.unique(parts, axis=1, return_inverse=True)
         for index in range(patterns.shape[1]):
             queries = tuple(query for query, flag in zip(wanted, patterns[:, index], strict=True) if flag)
             if queries:
@@ -157,12 +166,16 @@ def _tokens(ctx: Context) -> None:
     """Per-token scores of each query's ``score.token_top`` best sequences."""
     if not ctx.config.score.token_top:
         return
-    best = _best(ctx.folder, [query.id for query in answerable(ctx)], ctx.config.score.token_top)
+    queries = [query.id for query in answerable(ctx)]
+    own = prefilter.own_rows(ctx) if ctx.apart else None
+    best = best_rows(ctx.folder, queries, ctx.config.score.token_top, own)
     out = given_up(ctx.folder, TOKENS)
+    have: dict[str, set[int]] = {}
+    for manifest in ctx.folder.units(TOKENS).values():
+        have.setdefault(manifest.meta["query"], set()).update(manifest.meta["rows"])
     jobs = []
-    for query, rows in best.items():
-        have = token_rows(ctx.folder, query)
-        rows = np.array([row for row in rows if row not in have], np.int64)
+    for query, (rows, _) in best.items():
+        rows = np.array([row for row in rows if row not in have.get(query, ())], np.int64)
         name = hashlib.blake2b(f"{query} {rows.tolist()}".encode(), digest_size=8).hexdigest()
         if len(rows) and name not in out:
             jobs.append((query, name, rows))
@@ -184,19 +197,33 @@ def _tokens(ctx: Context) -> None:
             task.advance()
 
 
-def _best(folder: RunFolder, queries: Sequence[str], count: int) -> dict[str, np.ndarray]:
-    """Query -> the rows of its ``count`` largest scores, reading one block at a time."""
+def best_rows(
+    folder: RunFolder, queries: Sequence[str], count: int, own: Mapping[str, np.ndarray] | None = None
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Query -> (corpus rows, scores) of its ``count`` largest scores, best first, reading one block at a time.
+
+    Args:
+        folder: the run.
+        queries: ids.
+        count: at most.
+        own: query -> the rows that count, ascending; default: all.
+    """
     held: dict[str, tuple[np.ndarray, np.ndarray]] = {query: (np.zeros(0, np.int64), np.zeros(0)) for query in queries}
     for block in score_blocks(folder):
+        if held.keys().isdisjoint(block.queries):
+            continue
         total = folder.group(block.key).read("total")
         norms = _norms(folder, block)
         for place, query in enumerate(block.queries):
             if query in held:
-                rows = np.concatenate([held[query][0], block.rows])
-                scores = np.concatenate([held[query][1], total[place] / norms])
-                keep = np.lexsort((rows, -scores))[:count]
-                held[query] = rows[keep], scores[keep]
-    return {query: rows for query, (rows, _) in held.items()}
+                counted = slice(None) if own is None else np.isin(block.rows, own[query])
+                rows = np.concatenate([held[query][0], block.rows[counted]])
+                scores = np.concatenate([held[query][1], (total[place] / norms)[counted]])
+                # A row may stand in two blocks, with the same bits.
+                rows, first = np.unique(rows, return_index=True)
+                keep = np.lexsort((rows, -scores[first]))[:count]
+                held[query] = rows[keep], scores[first][keep]
+    return held
 
 
 def _norms(folder: RunFolder, block: ScoreBlock) -> np.ndarray | float:
