@@ -8,11 +8,12 @@ unpickled, and code that ships with a model runs only if the config says so.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from raylux.config import ModelSection
 from raylux.errors import UserError
 from raylux.layers import Coverage, SkippedLayer, TrackedLayer, coverage
 from raylux.modelcheck import check_folder, check_shapes
+from raylux.sources import is_url, one_line, resolve
 
 __all__ = [
     "Coverage",
@@ -45,6 +47,7 @@ __all__ = [
     "load_model",
     "load_structure",
     "load_tokenizer",
+    "on_this_node",
     "resolve_device",
     "vocabulary_size",
 ]
@@ -56,10 +59,14 @@ MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safe
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model that is at hand: ``folder`` has config.json and safetensors, ``tokenizer`` is a local folder too."""
+    """A model that is at hand: ``folder`` has config.json and safetensors, ``tokenizer`` is a local folder too.
+
+    ``source``: the URL that ``folder`` is a copy of, if it is one.
+    """
 
     folder: str
     tokenizer: str
+    source: str = ""
 
 
 def find_model(config: ModelSection) -> ModelFiles:
@@ -77,7 +84,18 @@ def find_model(config: ModelSection) -> ModelFiles:
     tokenizer = folder
     if config.tokenizer is not None:
         tokenizer = _bring(config.tokenizer, (*TOKENIZER_FILES, "config.json"), "model.tokenizer")
-    return ModelFiles(str(folder), str(tokenizer))
+    return ModelFiles(str(folder), str(tokenizer), config.path if is_url(config.path) else "")
+
+
+def on_this_node(files: ModelFiles) -> ModelFiles:
+    """The same model where this process runs: copied from its URL where the driver's own copy is out of reach.
+
+    Raises:
+        UserError: the URL cannot be read here.
+    """
+    if not files.source or Path(files.folder).is_dir():
+        return files
+    return replace(files, folder=str(_bring(files.source, MODEL_FILES + TOKENIZER_FILES, "model.path")))
 
 
 def load_tokenizer(files: ModelFiles, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -221,8 +239,6 @@ def vocabulary_size(config: PretrainedConfig) -> int:
 
 def _bring(path: str, patterns: tuple[str, ...], key: str) -> Path:
     """The local folder that a path of any kind stands for."""
-    from raylux.sources import is_url, resolve
-
     place = resolve(path)
     if is_url(place):
         place = str(_copied(place, patterns))
@@ -285,15 +301,20 @@ def _copied(url: str, patterns: tuple[str, ...]) -> Path:
         names = [root] if single else sorted(fs.ls(root, detail=False))
         chosen = [n for n in names if single or any(Path(n).match(pattern) for pattern in patterns)]
         facts = [(n, fs.size(n), _stamp(fs.info(n))) for n in chosen]
-    except (OSError, ImportError, ValueError) as error:
-        raise UserError(f"model.path '{url}': cannot be read ({_first_line(error)})") from None
+    except Exception as error:  # every remote file system has its own exceptions
+        raise UserError(f"model.path '{url}': cannot be read ({one_line(error)})") from None
     if not chosen:
         raise UserError(f"model.path '{url}': nothing of a model there (no config.json, no *.safetensors, no .gguf)")
 
     def fetch(folder: Path) -> None:
         for name in chosen:
-            with fs.open(name, "rb") as source, (folder / Path(name).name).open("wb") as target:
-                shutil.copyfileobj(source, target, 1 << 22)
+            try:
+                with fs.open(name, "rb") as source, (folder / Path(name).name).open("wb") as target:
+                    shutil.copyfileobj(source, target, 1 << 22)
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise  # of the cache
+                raise UserError(f"model.path '{url}': {name} cannot be read ({one_line(error)})") from None
 
     label = url.rstrip("/").rsplit("/", 1)[-1]
     folder = build_once("models", entry_name(label, url, *facts), fetch)

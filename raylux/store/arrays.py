@@ -40,8 +40,7 @@ def write_group(files: Files, key: str, arrays: Mapping[str, np.ndarray], attrs:
         for name, array in arrays.items():
             _write_array(store, name, np.ascontiguousarray(array))
         store.meta.pop(_META, None)  # Zarr's own word about the group: ours has the index
-        for name, data in store.meta.items():
-            batch.put(f"{key}/{name}", data)
+        batch.put_all({f"{key}/{name}": data for name, data in store.meta.items()})
         index = {name.removeprefix(f"{key}/"): list(facts) for name, facts in sorted(batch.objects.items())}
         head = {
             "attributes": {"raylux": {"checksum": UNSEALED, "objects": index}, **attrs},
@@ -186,6 +185,7 @@ class _Reading(_Objects):
     def __init__(self, files: Files, key: str, objects: Objects) -> None:
         super().__init__(read_only=True)
         self._files, self._key, self.objects = files, key, objects
+        self._meta: dict[str, bytes] = {}  # small, never changed, and asked for at each read
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         name = f"{self._key}/{key}"
@@ -195,10 +195,14 @@ class _Reading(_Objects):
             # Zarr would read it as its fill value.
             raise damaged(self._files, name, "missing from the group's index")
         size, checksum = self.objects[key]
-        if size < _SMALL and not self._files.remote:
+        if key in self._meta:
+            data = self._meta[key]
+        elif size < _SMALL and not self._files.remote:
             data = read_whole(self._files, name, size, checksum)
         else:
             data = await asyncio.to_thread(read_whole, self._files, name, size, checksum)
+        if key.endswith(_META):
+            self._meta[key] = data
         return prototype.buffer.from_bytes(_part(data, byte_range))
 
     async def exists(self, key: str) -> bool:
