@@ -34,7 +34,7 @@ from raylux.config import Config
 
 BUCKET = "raylux"
 FULL = Work(
-    documents=300, fitted=200, unit_tokens=1600, unit_size=50, queries=8, layers=4, width=64, probes=8, snapshot=60
+    documents=200, fitted=150, unit_tokens=2000, unit_size=60, queries=4, layers=2, width=64, probes=8, snapshot=60
 )
 _PATIENCE = 600.0
 
@@ -154,10 +154,12 @@ def _timed(config: Path) -> tuple[float, str]:
 
 def _weathered(gateway: Gateway, weather: Weather, config: Path, usual: Path) -> Weathered:
     # An empty cache: the model is brought from the store in every weather.
-    with tempfile.TemporaryDirectory() as cache:
-        with using({**through(gateway.env, weather.url), "RAYLUX_CACHE": cache}):
-            seconds, folder = _timed(config)
-            requests, failed = weather.requests.total(), dict(weather.failed)
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        using({**through(gateway.env, weather.url), "RAYLUX_CACHE": cache}),
+    ):
+        seconds, folder = _timed(config)
+        requests, failed = weather.requests.total(), dict(weather.failed)
     return _judged(gateway, seconds, requests, failed, folder, usual)
 
 
@@ -198,9 +200,11 @@ def _is_commit(method: str, path: str) -> bool:
 def page(outcome: Outcome, work: Work, command: str, latency: float, rate: float) -> str:
     """The page of docs/results."""
     kinds = ", ".join(f"{outcome.foul.failed.get(kind, 0)} {kind}" for kind in FAILURES)
-    rows = [("local disk, in process", outcome.local, None)]
-    rows += [("store, undisturbed", outcome.fair.seconds, outcome.fair)]
-    rows += [(f"store, {latency * 1000:g} ms and {rate:.0%} failing", outcome.foul.seconds, outcome.foul)]
+    rows: list[tuple[str, float, Weathered | None]] = [
+        ("local disk", outcome.local, None),
+        ("store, undisturbed", outcome.fair.seconds, outcome.fair),
+        (f"store, {latency * 1000:g} ms and {rate:.0%} failing", outcome.foul.seconds, outcome.foul),
+    ]
     table = "\n".join(
         f"| {name} | {seconds:.1f} | {seconds / outcome.local:.1f} | {at.requests if at else ''} | "
         f"{sum(at.failed.values()) if at else ''} | {len(at.differing) if at else ''} |"
@@ -211,25 +215,26 @@ def page(outcome: Outcome, work: Work, command: str, latency: float, rate: float
 
     {command}
 
-The store is **Ceph's RADOS Gateway** (Debian's `radosgw`, a real S3 server, over one monitor and one OSD in memory) on
-this machine, with a proxy on loopback in front of it. Run folder, corpus, queries and model are on `s3://`: a GPT-2
+The store is **Ceph's RADOS Gateway** (Debian's `radosgw`, a real S3 server, over one monitor and one OSD in memory)
+on this machine, with a proxy on loopback in front of it. Run folder, corpus, queries and model are on `s3://`: a GPT-2
 with random weights ({work.layers} layers, width {work.width}), {work.documents} openings of Wikipedia articles,
-{work.fitted} sequences fitted, {work.queries} queries against all of them, one thread, in process. The proxy delays each request, and a
-share of them fails in one of five ways: answered 503 or 500, connection reset before the server sees the request,
-answer lost after the server did it, answer cut in the middle.
+{work.fitted} sequences fitted, {work.queries} queries against all, one thread, in process, report and all. The proxy
+delays each request, and a share of them fails in one of five ways: answered 503 or 500, connection reset before the
+server sees the request, answer lost after the server did what was asked, answer cut in the middle.
 
 | run | s | of local | requests | failed | arrays that differ |
 |---|---:|---:|---:|---:|---:|
 {table}
 
-{outcome.arrays} arrays were compared bit by bit. Failed: {kinds}. Every failure was met by a repeated request of s3fs or raylux.
+{outcome.arrays} arrays were compared bit by bit. Of the failures, {kinds}.
 
-Killed (SIGKILL) at {outcome.starts - 1} commits and started again by the same command, {outcome.starts} processes in all: \
-{len(killed.differing)} arrays differ, {len(killed.problems)} problems of the ledger.
+Killed (SIGKILL) at {outcome.starts - 1} commits and started again by the same command, {outcome.starts} processes in
+all: {len(killed.differing)} arrays differ, and the ledger has {len(killed.problems)} problems.
 
-The time goes into waiting: about {outcome.foul.requests} requests, each {latency * 1000:g} ms late, of which objects of
-one group and entries of the ledger travel side by side and the rest one after the other. A unit of a real run computes for
-seconds to minutes between two commits, and the share of waiting falls with it.
+The time goes into waiting: {outcome.foul.requests} requests, each {latency * 1000:g} ms late, most of them one after
+the other; the small objects of a group and the entries of the ledger travel side by side. So many requests belong to so
+many units, layers and blocks of queries, however long those compute: the work here takes {outcome.local:.0f} s, and
+where a unit computes for a minute the share of waiting is small.
 """
 
 

@@ -28,6 +28,9 @@ class Files:
 
     Every write is whole or not at all, and durable when the call returns. What the storage refuses in the end is
     a UserError of one line; FileNotFoundError is for the caller.
+
+    Raises:
+        UserError: no such protocol, or the package that speaks it is not installed.
     """
 
     def __init__(self, root: str) -> None:
@@ -36,7 +39,7 @@ class Files:
         self._store: Disk | Bucket
         self._greeted = False
         if self.remote:
-            self._store = Bucket(self.root)
+            self._store = _bucket(self.root)
         else:
             self._store = Disk(str(Path(self.root.removeprefix("file://")).expanduser().absolute()))
 
@@ -172,6 +175,13 @@ class Batch:
     def put_all(self, objects: Mapping[str, bytes]) -> None:
         """Write small objects; on an object store side by side, for each takes a while to answer."""
         in_turn(lambda item: self.put(*item), objects.items(), self.remote)
+
+
+def _bucket(url: str) -> Bucket:
+    try:
+        return Bucket(url)
+    except (ImportError, ValueError) as error:  # fsspec's own words: what to install, or that it knows no such thing
+        raise UserError(f"{url}: cannot be reached ({error})") from None
 
 
 def in_turn(call: Callable[[T], V], items: Iterable[T], together: bool) -> list[V]:

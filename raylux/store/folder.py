@@ -189,10 +189,10 @@ class RunFolder:
             batch.put(key, data)
         return key, batch.objects
 
-    def group(self, key: str) -> Group:
-        """A written group. Raises DamagedError where it is missing or is not what was written."""
+    def group(self, key: str, keep: bool = False) -> Group:
+        """A written group (``keep``: see ``Group``). Raises DamagedError where it is missing or not as written."""
         with of("read"):
-            return Group(self.files, key)
+            return Group(self.files, key, keep)
 
     def read(self, manifest: Manifest, key: str) -> bytes:
         """A plain object that a manifest names, checked against it. Raises DamagedError."""
