@@ -63,7 +63,7 @@ bench: install peers  ## time raylux beside kronfluence (tens of minutes; BENCH=
 CEPH := radosgw ceph-mon ceph-osd
 object-store: install  ## install what the tests of object storage run: Ceph's S3 gateway and s3fs
 	@$(call have,s3fs) || $(PIP) s3fs
-	@command -v radosgw ceph-mon ceph-osd ip >/dev/null || { \
+	@(for program in $(CEPH) ip; do command -v $$program >/dev/null || exit 1; done) || { \
 		test "$$(id -u)" = 0 && command -v apt-get >/dev/null && echo "installing $(CEPH)" \
 		&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
 			$(CEPH) iproute2 >/dev/null; } || echo "no S3 gateway here: the tests that need one are skipped"

@@ -234,7 +234,8 @@ all: {len(killed.differing)} arrays differ, and the ledger has {len(killed.probl
 The time goes into waiting: {outcome.foul.requests} requests, each {latency * 1000:g} ms late, most of them one after
 the other; the small objects of a group and the entries of the ledger travel side by side. So many requests belong to so
 many units, layers and blocks of queries, however long those compute: the work here takes {outcome.local:.0f} s, and
-where a unit computes for a minute the share of waiting is small.
+where a unit computes for a minute the share of waiting is small. Seconds are of one run each, on cores that others
+may have used meanwhile.
 """
 
 

@@ -59,7 +59,7 @@ class Hosts:
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[Hosts]:
     disk = tmp_path / "of-the-head"
-    inputs = make_inputs(disk / "inputs", "gpt2").base
+    inputs = make_inputs(disk / "inputs", "gpt2", n_layer=1).base
     caches = (disk / "cache", tmp_path / "of-the-node" / "cache")
     shared = {
         "RAY_AUTH_MODE": "token",
@@ -127,4 +127,4 @@ def test_a_job_over_two_hosts_without_a_shared_disk_has_the_bits_of_a_run_in_pro
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "found.npz") as loaded:
         found = {name: loaded[f"a{place}"] for place, name in enumerate(loaded["names"].tolist())}
-    assert differing(found, usual) == [] and len(usual) > 20
+    assert differing(found, usual) == [] and len(usual) > 15
