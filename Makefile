@@ -23,7 +23,7 @@ INSTALLED :=
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo smollm2 smollm2-data test test-cluster chaos bench test-peers check format peers wiki clean
+.PHONY: help install object-store demo smollm2 smollm2-data test test-cluster chaos bench test-peers check format peers wiki clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,7 +33,7 @@ install: $(INSTALLED)  ## install raylux and its tools into $(VENV)
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) torch==2.13.0
-	$(PIP) -e ".[dev,gguf,lora]"
+	$(PIP) -e ".[dev,gguf,lora,s3]"
 	@touch $@
 
 demo: install wiki  ## train a small GPT on real text and invented facts, then ask where it knows them from
@@ -49,7 +49,7 @@ smollm2-data: install wiki  ## install what configs/smollm2-wiki.yaml and config
 test: install wiki  ## the tests, on one small Ray cluster
 	$(TEST_ENV) $(PYTEST) -m "not cluster and not peers"
 
-test-cluster: install wiki  ## the tests that start clusters of their own
+test-cluster: install wiki object-store  ## the tests that start clusters of their own
 	$(TEST_ENV) $(PYTEST) -m cluster
 
 chaos: install wiki  ## kill workers, shards, nodes and drivers of a run, 60 in all, and compare (10-25 minutes)
@@ -58,6 +58,15 @@ chaos: install wiki  ## kill workers, shards, nodes and drivers of a run, 60 in 
 bench: install peers  ## time raylux beside kronfluence (tens of minutes; BENCH="--quick" for a look)
 	@$(call have,matplotlib) || $(PIP) matplotlib
 	$(TEST_ENV) $(PY) jobs/benchmark.py $(BENCH)
+
+# Ceph's packages are Debian's (75 MB); without them, or the right to install them, the tests that need them are skipped.
+CEPH := radosgw ceph-mon ceph-osd
+object-store: install  ## install what the tests of object storage run: Ceph's S3 gateway and s3fs
+	@$(call have,s3fs) || $(PIP) s3fs
+	@(for program in $(CEPH) ip; do command -v $$program >/dev/null || exit 1; done) || { \
+		test "$$(id -u)" = 0 && command -v apt-get >/dev/null && echo "installing $(CEPH)" \
+		&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+			$(CEPH) iproute2 >/dev/null; } || echo "no S3 gateway here: the tests that need one are skipped"
 
 test-peers: install peers  ## the comparisons with kronfluence
 	$(TEST_ENV) $(PYTEST) -m peers

@@ -8,11 +8,12 @@ unpickled, and code that ships with a model runs only if the config says so.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from raylux.errors import UserError
 from raylux.experts import split_experts
 from raylux.layers import Coverage, SkippedLayer, TrackedLayer, coverage
 from raylux.modelcheck import check_folder, check_shapes
+from raylux.sources import is_url, one_line, resolve
 
 __all__ = [
     "Coverage",
@@ -48,6 +50,7 @@ __all__ = [
     "load_model",
     "load_structure",
     "load_tokenizer",
+    "on_this_node",
     "resolve_device",
     "vocabulary_size",
 ]
@@ -59,11 +62,16 @@ MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safe
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model that is at hand: ``folder`` has config.json and safetensors, the others are local folders too."""
+    """A model that is at hand: ``folder`` has config.json and safetensors, the others are local folders too.
+
+    ``source`` and ``adapter_source``: the URLs that ``folder`` and ``adapter`` are copies of, if they are.
+    """
 
     folder: str
     tokenizer: str
     adapter: str | None = None
+    source: str = ""
+    adapter_source: str = ""
 
 
 def find_model(config: ModelSection) -> ModelFiles:
@@ -81,7 +89,14 @@ def find_model(config: ModelSection) -> ModelFiles:
     tokenizer = folder
     if config.tokenizer is not None:
         tokenizer = _bring(config.tokenizer, (*TOKENIZER_FILES, "config.json"), "model.tokenizer")
-    return ModelFiles(str(folder), str(tokenizer), find_adapter(config))
+    adapter = config.adapter or ""
+    return ModelFiles(
+        str(folder),
+        str(tokenizer),
+        find_adapter(config),
+        config.path if is_url(config.path) else "",
+        adapter if is_url(adapter) else "",
+    )
 
 
 def find_adapter(config: ModelSection) -> str | None:
@@ -95,6 +110,19 @@ def find_adapter(config: ModelSection) -> str | None:
     folder = _bring(config.adapter, adapters.FILES, "model.adapter")
     adapters.check_adapter(folder, config.adapter)
     return str(folder)
+
+
+def on_this_node(files: ModelFiles) -> ModelFiles:
+    """The same model where this process runs: copied from its URLs where the driver's own copies are out of reach.
+
+    Raises:
+        UserError: a URL cannot be read here.
+    """
+    if files.source and not Path(files.folder).is_dir():
+        files = replace(files, folder=str(_bring(files.source, MODEL_FILES + TOKENIZER_FILES, "model.path")))
+    if files.adapter and files.adapter_source and not Path(files.adapter).is_dir():
+        files = replace(files, adapter=str(_bring(files.adapter_source, adapters.FILES, "model.adapter")))
+    return files
 
 
 def load_tokenizer(files: ModelFiles, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -247,8 +275,6 @@ def vocabulary_size(config: PretrainedConfig) -> int:
 
 def _bring(path: str, patterns: tuple[str, ...], key: str) -> Path:
     """The local folder that a path of any kind stands for."""
-    from raylux.sources import is_url, resolve
-
     place = resolve(path)
     if is_url(place):
         place = str(_copied(place, patterns))
@@ -311,15 +337,20 @@ def _copied(url: str, patterns: tuple[str, ...]) -> Path:
         names = [root] if single else sorted(fs.ls(root, detail=False))
         chosen = [n for n in names if single or any(Path(n).match(pattern) for pattern in patterns)]
         facts = [(n, fs.size(n), _stamp(fs.info(n))) for n in chosen]
-    except (OSError, ImportError, ValueError) as error:
-        raise UserError(f"model.path '{url}': cannot be read ({_first_line(error)})") from None
+    except Exception as error:  # every remote file system has its own exceptions
+        raise UserError(f"model.path '{url}': cannot be read ({one_line(error)})") from None
     if not chosen:
         raise UserError(f"model.path '{url}': nothing of a model there (no config.json, no *.safetensors, no .gguf)")
 
     def fetch(folder: Path) -> None:
         for name in chosen:
-            with fs.open(name, "rb") as source, (folder / Path(name).name).open("wb") as target:
-                shutil.copyfileobj(source, target, 1 << 22)
+            try:
+                with fs.open(name, "rb") as source, (folder / Path(name).name).open("wb") as target:
+                    shutil.copyfileobj(source, target, 1 << 22)
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise  # of the cache
+                raise UserError(f"model.path '{url}': {name} cannot be read ({one_line(error)})") from None
 
     label = url.rstrip("/").rsplit("/", 1)[-1]
     folder = build_once("models", entry_name(label, url, *facts), fetch)

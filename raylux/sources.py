@@ -7,6 +7,7 @@ broken archive ends in the same kind of line.
 from __future__ import annotations
 
 import importlib.util
+import io
 import lzma
 import os
 import stat
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+from fsspec.spec import AbstractBufferedFile
 
 from raylux.errors import UserError
 from raylux.markup import odd_character
@@ -125,7 +127,8 @@ def _opened(path: str, stack: ExitStack) -> Any:
         raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
     if file is None:
         raise UserError(f"{path}: this compression needs a package that is not installed; unpack the file, or use .gz")
-    return file
+    # Files of a store have no readline of a bounded length.
+    return io.BufferedReader(file) if isinstance(file, AbstractBufferedFile) else file
 
 
 def _check_kind(path: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -25,6 +26,7 @@ from raylux.models import (
     load_model,
     load_structure,
     load_tokenizer,
+    on_this_node,
     resolve_device,
     vocabulary_size,
 )
@@ -128,7 +130,9 @@ def test_a_url_is_copied_once_and_again_when_it_changes(folder: Path, cache: Pat
     assert Path(files.folder).is_relative_to(cache)
     assert not (Path(files.folder) / "training.log").exists()
     assert torch.equal(load_model(files, "float32", "cpu")(IDS).logits, build("llama")(IDS).logits)
-    assert find(url) == files
+    assert find(url) == files and files.source == url
+    there = replace(files, folder="/of/another/host")  # a worker's node has its own cache
+    assert on_this_node(there) == files == on_this_node(files)
     save(build("llama", seed=1, intermediate_size=32), folder)
     assert find(url) != files
 

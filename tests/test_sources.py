@@ -5,12 +5,13 @@ from __future__ import annotations
 import gzip
 import sys
 from pathlib import Path
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
 
 from raylux.errors import UserError
-from raylux.sources import data_suffix, find_files, is_url, one_line, open_bytes, read_text, resolve
+from raylux.sources import data_suffix, find_files, is_url, one_line, open_bytes, read_lines, read_text, resolve
 
 
 @pytest.fixture
@@ -133,3 +134,36 @@ def test_user_errors_pass_through_an_open_file(tmp_path: Path) -> None:
 def test_one_line_of_an_exception() -> None:
     assert one_line(ValueError("a\nb")) == "ValueError: a"
     assert one_line(ValueError()) == "ValueError"
+
+
+class _Served(fsspec.spec.AbstractBufferedFile):
+    """As the files of s3fs and gcsfs: fetched in ranges."""
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return _Remote.files[self.path][start:end]
+
+
+class _Remote(fsspec.AbstractFileSystem):
+    protocol = "served"
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def info(self, path: str, **keys: Any) -> dict[str, Any]:
+        path = self._strip_protocol(path)
+        if path not in self.files:
+            raise FileNotFoundError(path)
+        return {"name": path, "size": len(self.files[path]), "type": "file"}
+
+    def _open(self, path: str, mode: str = "rb", **keys: Any) -> _Served:
+        return _Served(self, self._strip_protocol(path), mode, block_size=7)
+
+
+def test_a_file_of_a_store_is_read_by_lines_of_a_bounded_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("served", _Remote, clobber=True)
+    lines = [b"%d %s\n" % (number, b"x" * number) for number in range(30)]
+    _Remote.files = {"a.txt": b"".join(lines), "b.txt.gz": gzip.compress(b"".join(lines))}
+    for name in _Remote.files:
+        with open_bytes(f"served://{name}") as file:
+            assert list(read_lines(file, name)) == list(enumerate(lines, 1))
+    monkeypatch.setattr("raylux.sources._LINE_LIMIT", 20)
+    with open_bytes("served://a.txt") as file, pytest.raises(UserError, match=r"^a\.txt line 18: longer than 20 bytes"):
+        list(read_lines(file, "a.txt"))

@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -229,12 +230,101 @@ def test_an_object_store_that_is_gone_is_one_line(
 
 @pytest.mark.parametrize("answer", [PermissionError("403"), FileNotFoundError("no such bucket")])
 def test_an_answer_is_not_asked_for_again(flaky: RunFolder, monkeypatch: pytest.MonkeyPatch, answer: Exception) -> None:
+    assert not flaky.exists  # the store is greeted
     monkeypatch.setattr(FlakyFileSystem, "rate", 1.0)
     monkeypatch.setattr(FlakyFileSystem, "answer", answer)
     for count, use in enumerate((lambda: flaky.files.put("run.yaml", b"x"), flaky.settings), 1):
         with pytest.raises(UserError):
             use()
         assert FlakyFileSystem.failed == count
+
+
+def _of_a_server(code: str, kind: type[OSError] = OSError) -> OSError:
+    """An exception as s3fs raises it: botocore's own, with the server's answer, is its cause."""
+    cause = Exception(code)
+    cause.response = {"Error": {"Code": code}}  # type: ignore[attr-defined]
+    error = kind(22, "None") if kind is OSError else kind("None")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("url", "told"), [("nosuch://a/run", "Protocol not known: nosuch"), ("gs://a/run", "install gcsfs")]
+)
+def test_a_store_that_nothing_here_can_speak_to(url: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match=rf"^{url}: cannot be reached \(.*{told}"):
+        RunFolder(url)
+
+
+class NoCredentialsError(Exception):
+    """Under botocore's name for it."""
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (_of_a_server("AccessDenied", PermissionError), r"no permission \(AccessDenied\): check the credentials"),
+        (_of_a_server("NoSuchBucket", FileNotFoundError), r"there is no such bucket \(NoSuchBucket\): make it"),
+        (_of_a_server("InvalidBucketName"), "InvalidBucketName: see to the storage"),
+        (NoCredentialsError("Unable to locate credentials"), "Unable to locate credentials: see to the storage"),
+    ],
+)
+def test_what_a_server_refuses_is_asked_once_and_told_by_the_servers_word(
+    flaky: RunFolder, monkeypatch: pytest.MonkeyPatch, answer: Exception, told: str
+) -> None:
+    monkeypatch.setattr(FlakyFileSystem, "rate", 1.0)
+    monkeypatch.setattr(FlakyFileSystem, "answer", answer)
+    with pytest.raises(UserError, match=rf"^flaky://.*/run.yaml: cannot be written, {told}"):
+        flaky.files.put("run.yaml", b"x")
+    assert FlakyFileSystem.failed == 1
+
+
+def test_an_exclusive_create_that_a_server_refuses_is_somebody_elses(
+    flaky: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ceph does not say which condition failed, so that s3fs makes no FileExistsError of it."""
+    usual = FlakyFileSystem.pipe_file
+
+    def pipe_file(self: FlakyFileSystem, path: str, value: bytes, mode: str = "overwrite", **keys: Any) -> None:
+        if mode == "create":
+            usual(self, path, b"of another")  # in the moment after the look
+            raise _of_a_server("PreconditionFailed")
+        usual(self, path, value, mode=mode, **keys)
+
+    monkeypatch.setattr(FlakyFileSystem, "pipe_file", pipe_file)
+    assert flaky.files.create("lease/000001.json", b"mine") is False
+
+
+def test_a_store_that_gives_no_answer_is_told_long_before_a_known_one_is_given_up(
+    flaky: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FlakyFileSystem, "rate", 1.0)
+    monkeypatch.setattr(FlakyFileSystem, "answer", ConnectionError("refused"))
+    monkeypatch.setattr(bucket, "RETRY_SECONDS", 1e6)
+    monkeypatch.setattr(bucket, "GREETING_SECONDS", 0.05)
+    for use in (flaky.settings, lambda: flaky.exists):
+        with pytest.raises(UserError, match=r"cannot be read, ConnectionError: refused \(\d+ tries in 0 s\)"):
+            use()
+    monkeypatch.setattr(FlakyFileSystem, "rate", 0.0)
+    assert not flaky.exists
+
+
+def test_one_who_reads_many_parts_fetches_a_chunk_once(flaky: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, _ = flaky.write("corpus/tokens", {"a": np.arange(100), "b": np.arange(9.0)})
+    fetched: list[str] = []
+    usual = FlakyFileSystem.cat_file
+
+    def cat_file(self: FlakyFileSystem, path: str, *args: Any, **keys: Any) -> Any:
+        fetched.append(path.partition("corpus/")[2].partition("/")[2])
+        return usual(self, path, *args, **keys)
+
+    monkeypatch.setattr(FlakyFileSystem, "cat_file", cat_file)
+    group = flaky.group(key, keep=True)
+    for start in (3, 50, 7):
+        assert group.read("a", slice(start, start + 2)).tolist() == [start, start + 1]
+        assert group.read("b", slice(2, 4)).tolist() == [2.0, 3.0]
+    assert sorted(fetched) == ["a/c.0", "a/zarr.json", "b/c.0", "b/zarr.json", "zarr.json"]
 
 
 def test_an_answer_that_was_cut_is_not_damage(flaky: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

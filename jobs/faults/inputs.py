@@ -81,7 +81,7 @@ def write_inputs(base: Path, work: Work) -> dict[str, Any]:
     return _sections(base, work)
 
 
-def write_config(path: Path, sections: dict[str, Any], run: Path, **engine: Any) -> Path:
+def write_config(path: Path, sections: dict[str, Any], run: Path | str, **engine: Any) -> Path:
     """A config file for one run folder."""
     data = {"run": {"folder": str(run)}, **sections, "engine": {**sections["engine"], **engine}}
     path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")

@@ -21,7 +21,7 @@ _ARRAYS = (
 )
 
 
-def differing(one: Path, other: Path) -> list[str]:
+def differing(one: Path | str, other: Path | str) -> list[str]:
     """Names of the committed arrays of two runs whose bits differ, or that only one has."""
     found, wanted = dict(_arrays(RunFolder(str(one)))), dict(_arrays(RunFolder(str(other))))
     return [
@@ -31,12 +31,12 @@ def differing(one: Path, other: Path) -> list[str]:
     ]
 
 
-def count(folder: Path) -> int:
+def count(folder: Path | str) -> int:
     """Committed arrays of a run."""
     return sum(1 for _ in _arrays(RunFolder(str(folder))))
 
 
-def problems(folder: Path) -> list[str]:
+def problems(folder: Path | str) -> list[str]:
     """What of a run's ledger does not say that each unit counts once, one line each."""
     run = RunFolder(str(folder))
     config = Config.model_validate(run.settings()["config"])

@@ -97,12 +97,13 @@ class GradientWorker:
         spec = self.spec
         torch.set_num_threads(spec.plan.threads)
         with profiling.of("load"):
-            model = models.load_model(spec.files, spec.plan.dtype, self.device, spec.trust_remote_code)
+            files = models.on_this_node(spec.files)
+            model = models.load_model(files, spec.plan.dtype, self.device, spec.trust_remote_code)
         self._capture = Capture(model, spec.layers, spec.groups)
         return {
             "pid": os.getpid(),
             "host": socket.gethostname(),
-            "weights": fingerprints.of_weights(spec.files.folder, spec.files.adapter),
+            "weights": fingerprints.of_weights(files.folder, files.adapter),
             "numerics": numerics.here(self.device),
         }
 

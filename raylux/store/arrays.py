@@ -40,8 +40,7 @@ def write_group(files: Files, key: str, arrays: Mapping[str, np.ndarray], attrs:
         for name, array in arrays.items():
             _write_array(store, name, np.ascontiguousarray(array))
         store.meta.pop(_META, None)  # Zarr's own word about the group: ours has the index
-        for name, data in store.meta.items():
-            batch.put(f"{key}/{name}", data)
+        batch.put_all({f"{key}/{name}": data for name, data in store.meta.items()})
         index = {name.removeprefix(f"{key}/"): list(facts) for name, facts in sorted(batch.objects.items())}
         head = {
             "attributes": {"raylux": {"checksum": UNSEALED, "objects": index}, **attrs},
@@ -73,9 +72,16 @@ def _write_array(store: Store, name: str, array: np.ndarray) -> None:
 
 
 class Group:
-    """A written group of arrays; each object is compared with the group's index as it is read."""
+    """A written group of arrays; each object is compared with the group's index as it is read.
 
-    def __init__(self, files: Files, key: str) -> None:
+    Args:
+        files: of the run folder.
+        key: of the group.
+        keep: keep the last chunk of each array that was fetched from an object store (64 MiB of an array at most), for
+            one who reads many small parts.
+    """
+
+    def __init__(self, files: Files, key: str, keep: bool = False) -> None:
         self._files, self._key = files, key
         name = f"{key}/{_META}"
         try:
@@ -87,7 +93,7 @@ class Group:
             raise damaged(files, name, problem)
         self._attrs: dict[str, Any] = json.loads(data)["attributes"]
         objects = {name: (int(size), str(crc)) for name, (size, crc) in self._attrs.pop("raylux")["objects"].items()}
-        self._store = _Reading(files, key, objects)
+        self._store = _Reading(files, key, objects, keep and files.remote)
 
     @property
     def attrs(self) -> dict[str, Any]:
@@ -183,9 +189,11 @@ class _Writing(_Objects):
 class _Reading(_Objects):
     """Objects of a written group, each compared with the index."""
 
-    def __init__(self, files: Files, key: str, objects: Objects) -> None:
+    def __init__(self, files: Files, key: str, objects: Objects, keep: bool) -> None:
         super().__init__(read_only=True)
+        self._keep, self._last = keep, dict[str, tuple[str, bytes]]()  # array -> its last chunk
         self._files, self._key, self.objects = files, key, objects
+        self._meta: dict[str, bytes] = {}  # small, never changed, and asked for at each read
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         name = f"{self._key}/{key}"
@@ -195,10 +203,19 @@ class _Reading(_Objects):
             # Zarr would read it as its fill value.
             raise damaged(self._files, name, "missing from the group's index")
         size, checksum = self.objects[key]
-        if size < _SMALL and not self._files.remote:
+        array = key.rpartition("/")[0]
+        if key in self._meta:
+            data = self._meta[key]
+        elif array in self._last and self._last[array][0] == key:
+            data = self._last[array][1]
+        elif size < _SMALL and not self._files.remote:
             data = read_whole(self._files, name, size, checksum)
         else:
             data = await asyncio.to_thread(read_whole, self._files, name, size, checksum)
+        if key.endswith(_META):
+            self._meta[key] = data
+        elif self._keep:
+            self._last[array] = key, data
         return prototype.buffer.from_bytes(_part(data, byte_range))
 
     async def exists(self, key: str) -> bool:

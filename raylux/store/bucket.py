@@ -12,16 +12,20 @@ from typing import Any, TypeVar
 import fsspec
 import tenacity
 
-from raylux.store.faults import GivenUpError
+from raylux.store.faults import GivenUpError, code_of, unaskable
 
 T = TypeVar("T")
 
 # Seconds: how long one call is tried in all, the first pause, the longest one.
 RETRY_SECONDS = 60.0
+# How long a store is tried from which nothing was heard yet: a wrong address should not take a minute to tell.
+GREETING_SECONDS = 5.0
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 10.0
 _BLOCK = 1 << 23
-_HANDS = 16
+HANDS = 16
+# s3fs asks for an object's size before it fetches it, unless it may not fetch parts of it side by side.
+_OPTIONS: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 1}, "s3a": {"max_concurrency": 1}}
 # Answers, not faults: asking again would not change them.
 _SETTLED = (
     FileNotFoundError,
@@ -40,10 +44,15 @@ class Bucket:
     faults: tuple[type[Exception], ...] = (Exception,)
 
     def __init__(self, url: str) -> None:
-        self.fs, self.base = fsspec.core.url_to_fs(url)
+        self.fs, self.base = fsspec.core.url_to_fs(url, **_OPTIONS.get(url.partition("://")[0], {}))
 
     def path(self, key: str) -> str:
         return f"{self.base}/{key}" if key else self.base
+
+    def greet(self) -> None:
+        """Ask for anything at all; a store that cannot be reached is an error in seconds."""
+        with contextlib.suppress(FileNotFoundError):
+            _insist(lambda: self.fs.exists(self.base), GREETING_SECONDS)
 
     # writing
 
@@ -65,11 +74,19 @@ class Bucket:
         if _insist(lambda: self.fs.exists(path)):
             return False
         with contextlib.suppress(FileExistsError):  # perhaps a try of ours whose answer was lost
-            _insist(lambda: self.fs.pipe_file(path, whole, mode="create"))
+            _insist(lambda: self._create(path, whole))
         try:
             return self.get(key) == whole
         except FileNotFoundError:
             return False
+
+    def _create(self, path: str, whole: bytes) -> None:
+        try:
+            self.fs.pipe_file(path, whole, mode="create")
+        except OSError as error:
+            if code_of(error) == "PreconditionFailed":  # s3fs knows it only in the words that AWS uses
+                raise FileExistsError(path) from error
+            raise
 
     def settle(self, keys: Iterable[str]) -> None:
         """Nothing to do: an object that was accepted is there to stay."""
@@ -81,7 +98,7 @@ class Bucket:
             _insist(lambda: self.fs.rm_file(self.path(key)))
 
     def clear(self, keys: Iterable[str]) -> None:
-        with ThreadPoolExecutor(_HANDS) as pool:
+        with ThreadPoolExecutor(HANDS) as pool:
             list(pool.map(self.delete, keys))
 
     # reading
@@ -141,11 +158,11 @@ class Bucket:
 
 
 def _passing(error: BaseException) -> bool:
-    return isinstance(error, Exception) and not isinstance(error, _SETTLED)
+    return isinstance(error, Exception) and not isinstance(error, _SETTLED) and not unaskable(error)
 
 
-def _insist(call: Callable[[], T]) -> T:
-    """The call's answer; a fault is met by trying again with growing, random pauses."""
+def _insist(call: Callable[[], T], seconds: float | None = None) -> T:
+    """The call's answer; a fault is met by trying again with growing, random pauses, ``RETRY_SECONDS`` at most."""
     started, tries = time.monotonic(), 0
 
     def counted() -> T:
@@ -154,15 +171,15 @@ def _insist(call: Callable[[], T]) -> T:
         return call()
 
     retrying = tenacity.Retrying(
-        stop=tenacity.stop_before_delay(RETRY_SECONDS),
+        stop=tenacity.stop_before_delay(min(RETRY_SECONDS, seconds or RETRY_SECONDS)),
         wait=tenacity.wait_exponential_jitter(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE, jitter=FIRST_PAUSE),
         retry=tenacity.retry_if_exception(_passing),
         reraise=True,
     )
     try:
         return retrying(counted)
-    except _SETTLED:
-        raise
     except Exception as error:
+        if not _passing(error):
+            raise
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise GivenUpError(f"{what} ({tries} tries in {time.monotonic() - started:.0f} s)") from error

@@ -55,7 +55,7 @@ class CorpusReader:
     """Sequences of the stored corpus by row."""
 
     def __init__(self, folder: RunFolder) -> None:
-        self._group = folder.group(folder.manifest("corpus", "corpus").meta["key"])
+        self._group = folder.group(folder.manifest("corpus", "corpus").meta["key"], keep=True)
         self.offsets = self._group.read("offsets")
         self.keys = self._group.read("keys")
         self._has_labels = "labels" in self._group

@@ -22,6 +22,36 @@ _REASONS = {
 }
 
 
+# What a store's client library raises before it asks: there is nothing that asking again would change.
+_UNASKABLE = {
+    "DefaultCredentialsError",
+    "InvalidRegionError",
+    "NoCredentialsError",
+    "ParamValidationError",
+    "PartialCredentialsError",
+    "ProfileNotFound",
+}
+_UNASKABLE_CODES = {"InvalidBucketName", "PreconditionFailed", "PermanentRedirect", "AuthorizationHeaderMalformed"}
+
+
+def code_of(error: BaseException) -> str:
+    """What an S3 server calls its refusal (``AccessDenied``, ``NoSuchBucket``); empty where it did not say.
+
+    s3fs turns it into a Python exception and keeps botocore's own as the cause.
+    """
+    for found in (error, error.__cause__):
+        answer = getattr(found, "response", None)
+        if isinstance(answer, dict):
+            return str(answer.get("Error", {}).get("Code", ""))
+    return ""
+
+
+def unaskable(error: BaseException) -> bool:
+    """Whether asking an object store once more would change nothing, whatever Python exception this came as."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & _UNASKABLE) or code_of(error) in _UNASKABLE_CODES
+
+
 class GivenUpError(OSError):
     """A call to an object store that failed each time it was tried; the message says how often and why."""
 
@@ -35,10 +65,25 @@ def told(place: str, verb: str, error: BaseException) -> UserError:
         error: what the storage raised.
     """
     code = getattr(error, "errno", None)
-    if code is None and isinstance(error, PermissionError):
-        code = errno.EACCES
+    if code is None or code_of(error) or unaskable(error):
+        return _told_of_store(place, verb, error)
     reason, todo = _REASONS.get(code, ("", "")) if code is not None else ("", "")
     if not reason:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         todo = f"see to the storage and {_AGAIN}"
     return UserError(f"{place}: cannot be {verb}, {reason}: {todo}")
+
+
+def _told_of_store(place: str, verb: str, error: BaseException) -> UserError:
+    code, said = code_of(error), getattr(error, "strerror", None) or " ".join(str(error).split())
+    named = f" ({code})" if code else ""
+    if isinstance(error, PermissionError):
+        reason = f"no permission{named}"
+        todo = f"check the credentials in the environment and what they may do there, and {_AGAIN}"
+    elif isinstance(error, FileNotFoundError):
+        reason, todo = f"there is no such bucket{named}", "make it, or choose another run.folder"
+    else:
+        # Some servers send a code without a message, which arrives as the word None.
+        reason = code if code and said.endswith("None") else f"{said or type(error).__name__}{named}"
+        todo = f"see to the storage and {_AGAIN}"
+    return UserError(f"{place}: cannot be {verb}, {reason[:300]}: {todo}")

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from raylux.errors import UserError
-from raylux.store.bucket import Bucket
+from raylux.store.bucket import HANDS, Bucket
 from raylux.store.disk import PART, Disk
 from raylux.store.faults import told
+
+T = TypeVar("T")
+V = TypeVar("V")
 
 Objects = dict[str, tuple[int, str]]
 """Key -> (bytes, CRC-32 in hexadecimal)."""
@@ -24,14 +28,18 @@ class Files:
 
     Every write is whole or not at all, and durable when the call returns. What the storage refuses in the end is
     a UserError of one line; FileNotFoundError is for the caller.
+
+    Raises:
+        UserError: no such protocol, or the package that speaks it is not installed.
     """
 
     def __init__(self, root: str) -> None:
         self.root = root.rstrip("/")
         self.remote = "://" in root and not root.startswith("file://")
         self._store: Disk | Bucket
+        self._greeted = False
         if self.remote:
-            self._store = Bucket(self.root)
+            self._store = _bucket(self.root)
         else:
             self._store = Disk(str(Path(self.root.removeprefix("file://")).expanduser().absolute()))
 
@@ -42,7 +50,17 @@ class Files:
 
     def where(self, key: str) -> str:
         """What to open to get at ``key``: a URL, or a local path."""
-        return f"{self.place}/{key}"
+        return f"{self.place}/{key}".rstrip("/")
+
+    def greet(self) -> None:
+        """Before the first read of a command: an object store that gives no answer is an error in seconds.
+
+        Later calls, and those of workers, are patient with it.
+        """
+        if isinstance(self._store, Bucket) and not self._greeted:
+            with self._telling("", "read"):
+                self._store.greet()
+            self._greeted = True
 
     # writing
 
@@ -158,6 +176,25 @@ class Batch:
             self.begun.append(key)
             self._files._store.put_fresh(_inside(key), data)
         self.objects[key] = len(data), crc(data)
+
+    def put_all(self, objects: Mapping[str, bytes]) -> None:
+        """Write small objects; on an object store side by side, for each takes a while to answer."""
+        in_turn(lambda item: self.put(*item), objects.items(), self.remote)
+
+
+def _bucket(url: str) -> Bucket:
+    try:
+        return Bucket(url)
+    except (ImportError, ValueError) as error:  # fsspec's own words: what to install, or that it knows no such thing
+        raise UserError(f"{url}: cannot be reached ({error})") from None
+
+
+def in_turn(call: Callable[[T], V], items: Iterable[T], together: bool) -> list[V]:
+    """``call`` of each item, in the items' order; ``together``: several at a time, from threads."""
+    if not together:
+        return [call(item) for item in items]
+    with ThreadPoolExecutor(HANDS) as pool:
+        return list(pool.map(call, items))
 
 
 def crc(data: Any, start: int = 0) -> str:

@@ -16,7 +16,7 @@ from raylux.profiling import of
 from raylux.store import upkeep
 from raylux.store.arrays import Group, write_group
 from raylux.store.damage import UNSEALED, DamagedError, broken_seal, damaged, read_whole, seal, seal_json
-from raylux.store.files import Files, Objects, fresh
+from raylux.store.files import Files, Objects, fresh, in_turn
 
 FORMAT_VERSION = 2
 _SETTINGS = "run.yaml"
@@ -60,6 +60,7 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
+        self.files.greet()
         return self.files.exists(_SETTINGS)
 
     def settings(self) -> dict[str, Any]:
@@ -69,6 +70,7 @@ class RunFolder:
             UserError: there is no run here, or one of another format.
             DamagedError: it is not what was written.
         """
+        self.files.greet()
         try:
             raw = self.files.get(_SETTINGS)
         except FileNotFoundError:
@@ -117,7 +119,9 @@ class RunFolder:
 
     def units(self, stage: str) -> dict[str, Manifest]:
         """All committed units of a stage by name, in the names' order."""
-        return {unit: self.manifest(stage, unit) for unit in self._units(stage)}
+        units = self._units(stage)
+        found = in_turn(lambda unit: self.manifest(stage, unit), units, self.files.remote)
+        return dict(zip(units, found, strict=True))
 
     def committed(self, stage: str) -> set[str]:
         """The names of a stage's committed units."""
@@ -185,10 +189,10 @@ class RunFolder:
             batch.put(key, data)
         return key, batch.objects
 
-    def group(self, key: str) -> Group:
-        """A written group. Raises DamagedError where it is missing or is not what was written."""
+    def group(self, key: str, keep: bool = False) -> Group:
+        """A written group (``keep``: see ``Group``). Raises DamagedError where it is missing or not as written."""
         with of("read"):
-            return Group(self.files, key)
+            return Group(self.files, key, keep)
 
     def read(self, manifest: Manifest, key: str) -> bytes:
         """A plain object that a manifest names, checked against it. Raises DamagedError."""
@@ -205,7 +209,7 @@ class RunFolder:
 
     def verify(self, manifest: Manifest, checksums: bool = True) -> list[str]:
         """What is wrong with the objects of a manifest, one line each; empty if all is well."""
-        sizes = {key: self.files.size(key) for key in manifest.objects}
+        sizes = dict(zip(manifest.objects, in_turn(self.files.size, manifest.objects, self.files.remote), strict=True))
         found = (
             upkeep.problem(self.files, key, facts, sizes[key], checksums) for key, facts in manifest.objects.items()
         )
