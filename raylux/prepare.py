@@ -14,7 +14,7 @@ from raylux import fingerprints, models
 from raylux.capture import input_groups
 from raylux.config import Config
 from raylux.corpus import Sequences, load_corpus
-from raylux.curvature import KINDS
+from raylux.curvature import KINDS, solvers
 from raylux.engine.context import Context
 from raylux.engine.plan import Plan, make_plan
 from raylux.engine.progress import Reporter
@@ -99,6 +99,7 @@ def read(config: Config, folder: RunFolder, restart: str | None) -> Inputs:
         UserError: an input cannot be served, or it changed and the folder does not allow it.
     """
     check_stage_name(restart)
+    solvers.check(config.curvature.kind, config.curvature, config.fit.labels, config.model.dtype)
     known = _known(folder)
     if known:
         Frozen(folder, known, restart).check_config(config)

@@ -77,6 +77,24 @@ class Run:
         ]
         return pd.DataFrame(rows, columns=["query", "measurement", "norm"]).set_index("query")
 
+    def solves(self) -> pd.DataFrame:
+        """Per query how it was solved: solver, products with G, residual ‖v − (G + λ)x‖/‖v‖, whether that is within
+        ``curvature.tolerance``, and slope: the multiple of the direct solution that is nearest in the norm of G + λ.
+
+        Empty where ``curvature.solver`` is ``direct``. The residuals of every product stand in the column ``residuals``.
+        """
+        columns = ["query", "solver", "products", "residual", "solved", "slope", "residuals"]
+        rows = [
+            (query, solver["name"], len(seen), seen[-1] if seen else 0.0,
+             not seen or seen[-1] <= solver["tolerance"], slope, seen)
+            for manifest in self._store.units(QUERY).values()
+            if (solver := manifest.meta.get("solver"))
+            for query, seen, slope in zip(
+                manifest.meta["queries"], solver["residuals"], solver["slopes"], strict=True
+            )
+        ]  # fmt: skip
+        return pd.DataFrame(rows, columns=columns).set_index("query")
+
     # sign and unit
 
     @property
@@ -260,7 +278,7 @@ class Run:
             StageStatus(
                 "query",
                 bool(asked) and asked <= solved | unsolved,
-                f"{len(solved)} of {len(asked)} queries solved{_given_up(len(unsolved))}",
+                f"{len(solved)} of {len(asked)} queries solved{_solved_how(self.solves())}{_given_up(len(unsolved))}",
                 self._command("query"),
             ),
             StageStatus(
@@ -385,6 +403,14 @@ class Run:
         files = ModelFiles(self.settings["model"]["folder"], self.settings["model"]["tokenizer_folder"])
         tokenizer = load_tokenizer(files)
         return [str(tokenizer.decode([int(token)])) for token in tokens]
+
+
+def _solved_how(solves: pd.DataFrame) -> str:
+    if solves.empty:
+        return ""
+    short = int((~solves["solved"].astype(bool)).sum())
+    text = f" by {solves['solver'].iloc[0]}, residual at most {solves['residual'].max():.1e}"
+    return f"{text}; {short} above curvature.tolerance" if short else text
 
 
 def _given_up(count: int) -> str:

@@ -103,7 +103,10 @@ class Context:
             statistics=self.kind.statistics,
         )
         parameters, queries = self.coverage.parameters, len(self.queries)
-        demand = demand_of(engine, self.plan.dtype, self.plan.device, layers, self.groups, parameters, queries)
+        demand = demand_of(
+            engine, self.plan.dtype, self.plan.device, layers, self.groups, parameters, queries,
+            self.config.curvature.solver != "direct",
+        )  # fmt: skip
         if engine.backend == "local":
             check_memory_here(demand)
             self._assignment = assign(layers, self.groups, 1)
