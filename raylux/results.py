@@ -81,7 +81,7 @@ class Run:
         """Per query how it was solved: solver, products with G, residual ‖v − (G + λ)x‖/‖v‖, whether that is within
         ``curvature.tolerance``, and slope: the multiple of the direct solution that is nearest in the norm of G + λ.
 
-        Empty where ``curvature.solver`` is ``direct``. The residuals of every product stand in the column ``residuals``.
+        Empty where ``curvature.solver`` is ``direct``. The column ``residuals`` has those after each product.
         """
         columns = ["query", "solver", "products", "residual", "solved", "slope", "residuals"]
         rows = [

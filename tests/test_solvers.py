@@ -109,7 +109,6 @@ def test_each_query_stops_by_itself_and_keeps_what_it_found() -> None:
 
 
 def test_a_diverging_iteration_says_which_number_to_set_and_that_number_serves() -> None:
-    matrix, _ = system()
     with pytest.raises(UserError, match=r"diverges.*set curvature\.scale=") as caught:
         solved("lissa", 500, 1.0)
     scale = float(str(caught.value).split("curvature.scale=")[1].split(" ")[0])

@@ -31,8 +31,8 @@ The character GPT-2 of [proximal-optimum.md](proximal-optimum.md) ({model.layers
 on {model.train} texts of {model.length} characters; {found[0].parameters:,} tracked weights), its factors and G fitted
 on {setting.fitted} of them, {setting.queries} queries. x* = (G + λ)⁻¹ ∇f comes from the dense Gauss-Newton matrix over
 all tracked layers together, made of Jacobians that share no code with raylux's products; λ of each layer is the run's
-own (0.1 × mean Λ). The seed draws texts, queries and initial weights. Scores are those of all {model.train} sequences; the
-correlation is Pearson's, within a query.
+own (0.1 × mean Λ). The seed draws texts, queries and initial weights. Scores are those of all {model.train} sequences;
+the correlation is Pearson's, within a query.
 
 Whole runs (`curvature.solver`) against the dense solve:
 

@@ -6,7 +6,7 @@ P⁻¹v is what ``direct`` would have given.
 
 | solver | start | step | products with |
 |---|---|---|---|
-| ``pcg`` | P⁻¹v | conjugate gradients (Hestenes, Stiefel 1952), residuals preconditioned by P | G over all fitted sequences |
+| ``pcg`` | P⁻¹v | conjugate gradients (Hestenes, Stiefel 1952), preconditioned by P | G over all fitted sequences |
 | ``cg`` | 0 | the same with P = 1 | the same |
 | ``astra`` | P⁻¹v | x += η P⁻¹ (v − (G_B + λ) x), as in ASTRA (arXiv 2507.14740) | G_B over a drawn batch |
 | ``lissa`` | 0 | x += (v − (G_B + λ) x) / s (Agarwal et al. 2017; Grosse et al. 2023, eq. 10) | the same |
@@ -21,6 +21,7 @@ others'.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -158,7 +159,7 @@ class Trace:
             if energy <= 0:
                 raise UserError(
                     f"curvature.solver={rule.solver.name}: G + λ is not positive definite in iteration "
-                    f"{self.iteration} (pᵀ(G + λ)p = {energy:.2g}); set curvature.damping higher, or model.dtype=float64"
+                    f"{self.iteration} (pᵀ(G + λ)p = {energy:.2g}); {_advice(rule, self.residuals[place])}"
                 )
             if self.iteration == 0 and rule.solver.preconditioned:
                 # The first direction is x₀ itself, and all of it: the iteration starts at x₀.
@@ -196,7 +197,7 @@ class Trace:
 
 def _advice(rule: Rule, residuals: Sequence[float]) -> str:
     """Which key to set, and to what: by the growth of the last steps, of which |1 − step · eigenvalue| is a bound."""
-    pairs = [(x, y) for x, y in zip(residuals, residuals[1:], strict=False) if x > 0 and math.isfinite(y)]
+    pairs = [(x, y) for x, y in itertools.pairwise(residuals) if x > 0 and math.isfinite(y)]
     growth = max((y / x for x, y in pairs[-3:]), default=1.0)
     if rule.solver.krylov:
         return "set curvature.damping higher, or model.dtype=float64"

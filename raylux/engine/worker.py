@@ -20,11 +20,11 @@ from raylux import fingerprints, gpu, models, profiling
 from raylux.batches import Batch, TokenRow, collate, fit_batches, is_scored_so, score_batches
 from raylux.capture import Capture, Captured
 from raylux.curvature import Covariances, Statistics, add_second_moments, weighted
-from raylux.curvature.gauss_newton import add_products
 from raylux.engine import numerics
 from raylux.engine.kept import Kept
+from raylux.engine.multiplying import GaussNewtonProducts
 from raylux.engine.plan import Plan
-from raylux.engine.records import Contraction, Directions, FactorFiles, read_state, tensor
+from raylux.engine.records import Contraction, FactorFiles
 from raylux.engine.scorer import Bases, LoadedQueries, Pack, PackPart, Scorer, packs
 from raylux.errors import NumericsError
 from raylux.influence.dots import sequence_gradients
@@ -67,7 +67,7 @@ Part = dict[str, Any]
 """What goes to one shard: arrays by layer, and counts."""
 
 
-class GradientWorker:
+class GradientWorker(GaussNewtonProducts):
     """Holds a frozen model and answers for units; it keeps nothing that another worker would miss.
 
     What a unit needs beside the model (bases, queries) comes with the call and is read from the run folder
@@ -84,7 +84,7 @@ class GradientWorker:
         self._reader: CorpusReader | None = None
         self._bases = Bases(self.folder, spec.layers, spec.groups, self.device)
         self._held: Scorer | None = None
-        self._aimed: tuple[Directions, list[dict[str, Tensor]]] | None = None
+        self._aimed = None
         self._kept = Kept(spec.keep) if spec.keep != 0 else None
 
     def prepare(self) -> dict[str, Any]:
@@ -220,51 +220,6 @@ class GradientWorker:
             {"moments": {name: _array(totals[name]) for name in names}, "sequences": len(sequences)} for names in shards
         ]
         return (len(sequences), *parts)
-
-    def product_unit(
-        self, rows: np.ndarray, shards: Sequence[Sequence[str]], directions: Directions
-    ) -> tuple[Any, ...]:
-        """Sums over sequences of the Gauss-Newton matrix times each direction of a block of queries.
-
-        Args:
-            rows: corpus rows of the unit.
-            shards: layer names of each shard.
-            directions: where they are, and of which queries.
-
-        Returns:
-            None, then a part per shard with ``products`` [P, M] by "PLACE:LAYER".
-        """
-        assert self._capture is not None, "prepare() comes first"
-        vectors = self._directions(directions)
-        totals = [
-            {layer.name: torch.zeros(layer.shape, dtype=self.compute, device=self.device) for layer in self.spec.layers}
-            for _ in vectors
-        ]
-        sequences = self.reader.rows(rows)
-        for batch in self._fit_batches(sequences):
-            profiling.count(tokens=batch.tokens)
-            add_products(self._capture, batch.to(self.device), vectors, totals)
-        named = list(zip(directions.places, totals, strict=True))
-        parts = [
-            {
-                "products": {f"{place}:{name}": _array(total[name]) for place, total in named for name in names},
-                "sequences": len(sequences),
-            }
-            for names in shards
-        ]
-        return (None, *parts)
-
-    def _directions(self, wanted: Directions) -> list[dict[str, Tensor]]:
-        """Each query's direction by layer, read unless it is held: a pass asks all its units with the same."""
-        if self._aimed is None or self._aimed[0] != wanted:
-            self._aimed = None
-            vectors: list[dict[str, Tensor]] = [{} for _ in wanted.places]
-            for layer in self.spec.layers:
-                found = read_state(self.folder, wanted.keys[layer.name], wanted.name)
-                for vector, place in zip(vectors, wanted.places, strict=True):
-                    vector[layer.name] = tensor(found[place], self.compute, self.device)
-            self._aimed = wanted, vectors
-        return self._aimed[1]
 
     def _fit_batches(self, sequences: Sequence[TokenRow]) -> list[Batch]:
         return fit_batches(sequences, self.spec.plan.batch_tokens, most=self.spec.plan.longest)

@@ -253,7 +253,8 @@ def _say(ctx: Context, block: str, state: _State) -> None:
         return
     rule = state.rule
     short = sum(residual > rule.tolerance for residual in last)
-    text = f"query: block {block}, {rule.solver.name}: residual at most {max(last):.1e} after {state.trace.iteration} products"
+    taken = f"{state.trace.iteration} product{'s' * (state.trace.iteration > 1)}"
+    text = f"query: block {block}, {rule.solver.name}: residual at most {max(last):.1e} after {taken}"
     if short:
         text += f"; {short} of {len(last)} queries are above curvature.tolerance={rule.tolerance:g}"
     ctx.reporter.say(text)
