@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from jobs.solving import logistic
+from jobs.solving.page import LARGEST_CG, LEAST_LISSA
 from raylux.config import CurvatureSection
 from raylux.curvature import Spectral
 from raylux.curvature.solvers import SOLVERS, Rule, solve_here
@@ -151,3 +153,10 @@ def test_numbers_are_those_of_the_config_or_the_solver() -> None:
     assert Rule.of(CurvatureSection(solver="lissa", scale=10.0), 40.0).step == 0.1
     assert Rule.of(CurvatureSection(solver="astra"), 40.0).step == 0.01
     assert Rule.of(CurvatureSection(solver="pcg"), 40.0).iterations == 30
+
+
+def test_logistic_regression_as_in_the_study() -> None:
+    """The short form of jobs/solvers.py: fewer queries, the same gates."""
+    found = logistic.study(2, cg=(10, 50), lissa=(5000,), queries=2)
+    assert found.cg[50] <= LARGEST_CG < found.cg[10]
+    assert found.lissa[5000][1] >= LEAST_LISSA

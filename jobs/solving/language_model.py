@@ -48,12 +48,14 @@ class Curve:
     """One solver at one damping, after each product; means over queries, and the worst of them.
 
     Attributes:
+        counts: products taken [k].
         error: ‖x − x*‖ / ‖x*‖ [k], and ``score`` the least Pearson correlation over queries of the scores with x
             and with x*, on all training sequences [k].
     """
 
     solver: str
     damping: float
+    counts: list[int]
     error: list[float]
     score: list[float]
 
@@ -260,7 +262,7 @@ def _curve(
 
     rule = Rule(solver, iterations, 0.0, step)
     solve_here(problem.products(solver.krylov), problem.gradients, problem.curvatures, damping, rule, watch)
-    return Curve(label, share, error, score)
+    return Curve(label, share, list(range(1, len(error) + 1)), error, score)
 
 
 def _against(x: Tensor, exact: Tensor, candidates: Tensor, wanted: Tensor) -> tuple[float, float]:

@@ -84,6 +84,7 @@ def study(
     lissa: Sequence[int] = (1000, 5000),
     factor: float = 6.0,
     batch: int = 64,
+    queries: int = 5,
 ) -> Logistic:
     """Fit, invert, and follow both solvers from their own starts.
 
@@ -93,8 +94,9 @@ def study(
         lissa: the same of LiSSA.
         factor: s of LiSSA, as a multiple of the largest eigenvalue of H + λ.
         batch: points that LiSSA draws for a product.
+        queries: test points of the largest loss that are asked about.
     """
-    digits = _Digits(seed)
+    digits = _Digits(seed, queries=queries)
     damped = digits.dense() + PENALTY * torch.eye(650, dtype=torch.float64)
     asked = digits.queries.flatten(1)
     exact = torch.linalg.solve(damped, asked.T).T

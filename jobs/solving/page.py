@@ -14,16 +14,16 @@ LEAST_SCORE, LARGEST_CG, LEAST_LISSA = 0.98, 1e-5, 0.99
 
 
 def page(
-    found: Sequence[Found], regressions: Sequence[Logistic], costs: Sequence[Cost], command: str, seconds: float
+    found: Sequence[Found], regressions: Sequence[Logistic], costs: Sequence[Cost], command: str, note: str = ""
 ) -> str:
-    """The page as Markdown."""
+    """The page as Markdown; ``note``: what else is to be said of how it came about."""
     setting = Setting()
     model = setting.model
     return f"""# How well the solvers solve
 
     {command}
 
-One core, {seconds:,.0f} CPU seconds in all; everything but the costs in float64.
+One core; everything but the costs in float64.{note}
 
 ## A small language model
 
@@ -99,10 +99,13 @@ def _curves(found: Sequence[Found]) -> str:
     rows = []
     for one in found:
         for curve in one.curves:
-            for count in (1, 5, 10, 20, 30, 50, 100, 200):
-                if count <= len(curve.error):
-                    values = [f"{curve.error[count - 1]:.3f}", f"{curve.score[count - 1]:.4f}"]
-                    rows.append([str(one.seed), curve.solver, str(count), *values])
+            points = list(zip(curve.counts, curve.error, curve.score, strict=True))
+            # Those next to some round numbers.
+            for wanted in (1, 6, 11, 16, 21, 26, 30, 41, 51, 101, 151, 196):
+                count, error, score = min(points, key=lambda point, wanted=wanted: abs(point[0] - wanted))
+                row = [str(one.seed), curve.solver, str(count), f"{error:.3f}", f"{score:.4f}"]
+                if row not in rows:
+                    rows.append(row)
     return _table(["seed", "solver", "products", "relative error", "least correlation"], rows)
 
 
@@ -147,9 +150,8 @@ def figure(found: Sequence[Found], path: Path) -> None:
     for one in found:
         for curve in one.curves:
             label = curve.solver if one is found[0] else None
-            counts = range(1, len(curve.error) + 1)
-            left.plot(counts, curve.error, colours[curve.solver], label=label)
-            right.plot(counts, [1 - score for score in curve.score], colours[curve.solver], label=label)
+            left.plot(curve.counts, curve.error, colours[curve.solver], label=label)
+            right.plot(curve.counts, [1 - score for score in curve.score], colours[curve.solver], label=label)
         right.axhline(1 - one.direct[1.0][1], color="grey", linestyle=":")
         left.axhline(one.direct[1.0][0], color="grey", linestyle=":")
     left.set_ylabel("‖x − x*‖ / ‖x*‖, mean over queries")

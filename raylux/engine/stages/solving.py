@@ -78,11 +78,13 @@ def solve(ctx: Context, block: str, ids: Sequence[str], parts: Sequence[Sequence
         while True:
             out = set(given_up(ctx.folder, PRODUCT))
             state = _load(ctx, block, ids) or _begin(ctx, block, ids, parts)
-            while state.trace.active and set(given_up(ctx.folder, PRODUCT)) == out:
+            while state.trace.active:
                 state = _step(ctx, block, ids, state, frozenset(out))
-            if set(given_up(ctx.folder, PRODUCT)) == out or not state.rule.solver.krylov:
+                if state.rule.solver.krylov and set(given_up(ctx.folder, PRODUCT)) != out:
+                    break
+            else:
                 break
-            # Without that unit G is another matrix.
+            # Without the unit that was given up G is another matrix: from the start again.
             forget(ctx, block)
     except UserError:
         # So that another setting may be tried: nothing of this one is worth keeping.
