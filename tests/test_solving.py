@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from torch import Tensor
 import raylux
 from raylux.batches import TokenRow
 from raylux.engine.iterating import IterativeSolves
+from raylux.engine.quarantine import give_up
 from raylux.engine.records import COVARIANCE, PRODUCT, QUERY, SOLVE
+from raylux.engine.stages import solving
+from raylux.engine.work import Failure, ShardLostError
 from raylux.engine.worker import GradientWorker
 from raylux.errors import UserError
 from raylux.layers import coverage
@@ -184,6 +188,56 @@ def test_an_interrupted_solve_goes_on_from_its_last_product(
     # None is taken again once it is committed.
     assert len(steps) == 4
     assert not store.committed(SOLVE)
+
+
+@pytest.mark.parametrize("method", ["take_products", "advance", "turn"])
+def test_a_shard_that_began_anew_is_given_the_last_commit(
+    inputs: Inputs,
+    solver: str,
+    usual: dict[str, np.ndarray],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+) -> None:
+    usually = getattr(IterativeSolves, method)
+    calls: list[int] = []
+
+    def lost(self: Any, *args: Any) -> Any:
+        calls.append(len(calls))
+        if len(calls) == 3:
+            self._solves = {}
+            if method != "take_products":  # that one is asked within a pass, which only sees that nothing comes
+                raise ShardLostError(method)
+        return usually(self, *args)
+
+    monkeypatch.setattr(IterativeSolves, method, lost)
+    inputs.run(tmp_path / "run", *SHORT, solver)
+    assert len(calls) == 5
+    assert differing(contents(tmp_path / "run"), usual) == []
+
+
+def test_a_unit_that_is_given_up_is_left_out_of_every_product(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever that happens: a solve does not go on with another matrix than it began with."""
+    usually, steps = solving._step, []
+
+    def step(when: int, ctx: Any, *rest: Any) -> Any:
+        steps.append(when)
+        if len(steps) == when:
+            give_up(ctx.folder, PRODUCT, "f000001", ["s1"], Failure(4, "its process ended"))
+        return usually(ctx, *rest)
+
+    for when in (1, 3):
+        steps.clear()
+        monkeypatch.setattr(solving, "_step", partial(step, when))
+        inputs.run(tmp_path / str(when), *SHORT, "curvature.solver=pcg")
+        assert len(steps) == when + 4
+    monkeypatch.undo()
+    inputs.run(tmp_path / "usual", *SHORT, "curvature.solver=pcg")
+    found = [contents(tmp_path / name) for name in ("1", "3", "usual")]
+    assert differing(found[0], found[1]) == []
+    assert any(name.startswith("s_test") for name in differing(found[0], found[2]))
 
 
 def test_another_solver_solves_again_and_fits_nothing(inputs: Inputs, tmp_path: Path) -> None:
