@@ -23,6 +23,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from raylux.batches import IGNORED, Batch
 from raylux.errors import NumericsError, UserError
@@ -116,6 +117,30 @@ class Capture:
         self._takes_places = "logits_to_keep" in takes
         # Until an operation of the model turns out to have no kernel whose bits repeat.
         self._repeatable = True
+
+    @contextmanager
+    def forward(self, batch: Batch) -> Iterator[Forward]:
+        """Run a batch with its graph kept, for whoever takes derivatives of the logits by the layers' outputs.
+
+        Attention is computed by plain operations while this is open: the fused kernels have no second derivative.
+
+        Args:
+            batch: on the model's device.
+        """
+        targets = torch.full_like(batch.labels, IGNORED)
+        targets[:, :-1] = batch.labels[:, 1:]
+        places = self._places(targets)
+        record = _Outputs()
+        handles = [module.register_forward_hook(record.hook(name)) for name, module in self._modules.items()]
+        try:
+            with sdpa_kernel(SDPBackend.MATH), of("forward"):
+                logits = self._logits(batch, places)
+        finally:
+            for handle in handles:
+                handle.remove()
+        flat = logits.reshape(-1, logits.shape[-1])
+        with sdpa_kernel(SDPBackend.MATH):
+            yield Forward(flat, targets.reshape(-1)[places] != IGNORED, record.inputs, record.outputs)
 
     def run(self, batch: Batch, labeller: Labeller | None = None, both: bool = False) -> Captured:
         """Forward and backward of one batch.
@@ -272,6 +297,41 @@ def _expert_of(model: nn.Module, name: str) -> tuple[SplitExperts, int]:
     block = model.get_submodule(path)
     assert isinstance(block, SplitExperts)
     return block, int(expert)
+
+
+@dataclass
+class Forward:
+    """One forward pass whose graph is kept. Legend: n tokens, flat; V entries of the vocabulary.
+
+    Attributes:
+        logits: [n, V].
+        counted: [n] bool, whether a loss is taken there.
+        inputs: layer -> the input of each call, [..., M] without the bias's coordinate.
+        outputs: layer -> the output of each call, [..., P], a part of the graph.
+    """
+
+    logits: Tensor
+    counted: Tensor
+    inputs: dict[str, list[Tensor]]
+    outputs: dict[str, list[Tensor]]
+
+
+class _Outputs:
+    """Inputs and outputs by layer in call order; what goes on from a layer is a copy, safe from changes in place."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, list[Tensor]] = {}
+        self.outputs: dict[str, list[Tensor]] = {}
+
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not output.requires_grad:
+                output.requires_grad_(True)
+            self.inputs.setdefault(name, []).append(inputs[0].detach())
+            self.outputs.setdefault(name, []).append(output)
+            return output.clone()
+
+        return record
 
 
 class _Record:

@@ -57,6 +57,7 @@ Count = Annotated[int, Field(ge=1, le=10**15)]
 Actors = Annotated[int, Field(ge=1, le=100_000)]
 Real = Annotated[float, BeforeValidator(_exponent)]
 NotNegative = Annotated[Real, Field(ge=0)]
+Positive = Annotated[Real, Field(gt=0)]
 
 
 class RunSection(Section):
@@ -111,6 +112,20 @@ class FitSection(Section):
 class CurvatureSection(Section):
     kind: Literal["ekfac", "kfac", "tekfac", "tkfac", "eshampoo", "shampoo", "diagonal", "identity", "cosine"] = "ekfac"
     damping: NotNegative | Auto = Field("auto", description="λ; auto: 0.1 × mean(Λ) of each layer")
+    solver: Literal["direct", "pcg", "astra", "cg", "lissa"] = Field(
+        "direct",
+        description="how a query is solved: direct by the kind's own inverse; the others by products with the exact "
+        "Gauss-Newton matrix of the fitted sequences, pcg and astra from the direct solution on",
+    )
+    iterations: Count | Auto = Field(
+        "auto", description="of a solver, at most; auto: pcg 30, cg 50, astra 200, lissa 1000"
+    )
+    tolerance: NotNegative = Field(1e-3, description="a query is solved where its relative residual is no larger")
+    scale: Positive | Auto = Field(
+        "auto", description="of lissa, more than half the largest eigenvalue of G + λ; auto: its trace"
+    )
+    step: Positive = Field(0.01, description="of astra")
+    batch: Count = Field(32, description="fitted sequences drawn for an iteration of astra and lissa")
 
 
 class PrefilterSection(Section):

@@ -20,10 +20,12 @@ from raylux.engine.records import (
     LABELS,
     MOMENTS,
     PROBE,
+    PRODUCT,
     QUARANTINE,
     QUERY,
     SCORE,
     SNAPSHOT,
+    SOLVE,
     TAKEN,
     TOKENS,
 )
@@ -41,7 +43,7 @@ _LEDGER = {
     "corpus": ("corpus",),
     "fit": (MOMENTS, EIGEN, COVARIANCE, LABELS, SNAPSHOT, CONTRACTION),
     "prefilter": (CANDIDATES,),
-    "query": (QUERY, PROBE, queries.STAGE),
+    "query": (QUERY, SOLVE, PRODUCT, PROBE, queries.STAGE),
     "score": (ANSWER, TAKEN, ASIDE, TOKENS, SCORE),
 }
 # Stage -> those that fall with it, the last reader first.
@@ -79,7 +81,9 @@ _FREE = frozenset(
         "engine.keep_captured",
     }
 )
-_OWN = {"model.tokenizer": "corpus", "curvature.damping": "query"}
+_OWN = {"model.tokenizer": "corpus"} | {
+    f"curvature.{key}": "query" for key in ("damping", "solver", "iterations", "tolerance", "scale", "step", "batch")
+}
 _SECTIONS = {"corpus": "corpus", "query": "query", "score": "score"}
 
 
@@ -132,9 +136,12 @@ class Frozen:
     def check_config(self, config: Config) -> None:
         """Raises UserError where a key differs that may not."""
         before = self._known["config"]
+        fields = type(config).model_fields
         for section, keys in redacted_values(config.dump()).items():
             for key, value in keys.items():
                 stage, was = stage_of(f"{section}.{key}"), before.get(section, {}).get(key)
+                if key not in before.get(section, {}):  # a folder that was made before the key was known
+                    was = getattr(fields[section].default, key, None)
                 if stage is not None and was != value:
                     self._refuse(stage, f"{section}.{key} is {was!r} there and {value!r} here", "set it back")
 

@@ -19,6 +19,7 @@ from raylux.cost.model import ModelShape
 from raylux.cost.planner import plan_run
 from raylux.cost.workload import Workload
 from raylux.curvature import KINDS
+from raylux.curvature.solvers import Rule
 from raylux.engine.kept import kept_bytes
 from raylux.engine.plan import Plan, make_plan, probe_count
 from raylux.queries import load_queries
@@ -95,6 +96,7 @@ def _workload(config: Config, sizes: Sizes, device: str) -> tuple[Workload, Plan
         candidates = min(corpus, sizes.candidates)
     kind = KINDS[config.curvature.kind]
     dtype = config.model.dtype
+    products, over = _solving(config, corpus)
     work = Workload(
         model=shape,
         dtype=dtype,
@@ -120,8 +122,20 @@ def _workload(config: Config, sizes: Sizes, device: str) -> tuple[Workload, Plan
         rank=min(64, config.query.max_rank),
         probes=probe_count(config.query.probes, shape.parameters),
         tile=8 if device == "cpu" else 256,
+        solver_products=products,
+        solver_sequences=over,
     )
     return work, plan
+
+
+def _solving(config: Config, corpus: int) -> tuple[int, int]:
+    """Products of an iterative solver, at most, and the sequences that each goes over."""
+    setting = config.curvature
+    if setting.solver == "direct":
+        return 0, 0
+    rule = Rule.of(setting, 1.0)
+    fitted = min(config.fit.sequences, corpus)
+    return rule.iterations, fitted if rule.solver.krylov else min(fitted, setting.batch)
 
 
 def _contraction(config: Config, device: str) -> str:

@@ -14,7 +14,7 @@ from raylux import fingerprints, models
 from raylux.capture import input_groups
 from raylux.config import Config
 from raylux.corpus import Sequences, load_corpus
-from raylux.curvature import KINDS
+from raylux.curvature import KINDS, solvers
 from raylux.engine import choices
 from raylux.engine.context import Context
 from raylux.engine.plan import Plan, make_plan
@@ -106,10 +106,12 @@ def read(config: Config, folder: RunFolder, restart: str | None, asked: Sequence
         UserError: an input cannot be served, or it changed and the folder does not allow it.
     """
     check_stage_name(restart)
+    solvers.check(config.curvature.kind, config.curvature, config.fit.labels, config.model.dtype)
     known = _known(folder)
     if known:
         Frozen(folder, known, restart).check_config(config)
     model = _Model.find(config)
+    solvers.check_layers(config.curvature.solver, model.coverage.tracked)
     if asked is None:
         asked = load_queries(config.queries.path, model.tokenizer, model.vocabulary, model.context)
     source = redacted_values(fingerprints.of_source(config.corpus.path))

@@ -103,6 +103,24 @@ class Run:
         ]
         return pd.DataFrame(rows, columns=["query", "measurement", "norm"]).set_index("query")
 
+    def solves(self) -> pd.DataFrame:
+        """Per query how it was solved: solver, products with G, residual ‖v − (G + λ)x‖/‖v‖, whether that is within
+        ``curvature.tolerance``, and slope: the multiple of the direct solution that is nearest in the norm of G + λ.
+
+        Empty where ``curvature.solver`` is ``direct``. The column ``residuals`` has those after each product.
+        """
+        columns = ["query", "solver", "products", "residual", "solved", "slope", "residuals"]
+        rows = [
+            (query, solver["name"], len(seen), seen[-1] if seen else 0.0,
+             not seen or seen[-1] <= solver["tolerance"], slope, seen)
+            for manifest in self.store.units(QUERY).values()
+            if (solver := manifest.meta.get("solver"))
+            for query, seen, slope in zip(
+                manifest.meta["queries"], solver["residuals"], solver["slopes"], strict=True
+            )
+        ]  # fmt: skip
+        return pd.DataFrame(rows, columns=columns).set_index("query")
+
     # sign and unit
 
     @property

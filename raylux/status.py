@@ -86,7 +86,7 @@ def _queries(run: Run) -> list[StageStatus]:
         StageStatus(
             "query",
             bool(asked) and asked <= solved | unsolved,
-            f"{len(solved)} of {len(asked)} queries solved{_quarantined(len(unsolved))}",
+            f"{len(solved)} of {len(asked)} queries solved{_how(run)}{_quarantined(len(unsolved))}",
             _command(run, "query"),
         ),
         StageStatus(
@@ -131,6 +131,16 @@ def _complete(run: Run, blocks: list[ScoreBlock], found: dict[str, tuple[np.ndar
 def _given_up(run: Run, stage: str) -> set[str]:
     """Ids of what was quarantined in a stage."""
     return {name for unit in run.quarantined if unit.stage == stage for name in unit.sequences}
+
+
+def _how(run: Run) -> str:
+    """What an iterative solver reached."""
+    solves = run.solves()
+    if solves.empty:
+        return ""
+    short = int((~solves["solved"].astype(bool)).sum())
+    text = f" by {solves['solver'].iloc[0]}, residual at most {solves['residual'].max():.1e}"
+    return f"{text}; {short} above curvature.tolerance" if short else text
 
 
 def _quarantined(count: int) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raylux.cost import contraction, costs
+from raylux.cost import contraction, costs, solving
 from raylux.cost.contraction import Form
 from raylux.cost.costs import Choice, StageCost, Work
 from raylux.cost.fit import LAYER_OPERATIONS, base_bytes, batch_tokens, model_bytes, model_work, reading, store
@@ -51,6 +51,8 @@ def query(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     blocks = 1 if costs.LAYERWISE in can else math.ceil(count / block)
     if low:
         works += _probes(work, device, blocks)
+    iterated = solving.solving(work, cluster)
+    works += iterated.works
     disk = count * work.query_bytes()
     bases = blocks * (covariance_bytes(layers, model.groups, work.stored) if work.basis else 0)
     works.append(store(disk + bases, cluster))
@@ -61,13 +63,15 @@ def query(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     parallel = min(cluster.workers, len(model.leaders))
     stage = StageCost(
         "query", tuple(works), count * parallel, parallel, cluster.devices,
-        base_bytes(device) + model_bytes(work) + tokens * model.activation_bytes(work.itemsize, layers),
-        float(held * (2 if low else 1) + largest), disk, disk + bases,
+        base_bytes(device) + model_bytes(work) + tokens * model.activation_bytes(work.itemsize, layers)
+        + iterated.worker,
+        float(max(held * (2 if low else 1), iterated.held) + largest), disk, disk + bases + iterated.moved,
     )  # fmt: skip
     compressed = sum(1 for layer in layers if work.stored_rank(layer))
     times = "read once" if blocks == 1 else f"read {blocks:,} times"
     found = "by a randomised range finder" if finder else "by Gram matrices and eigh"
     return stage, [
+        *iterated.choices,
         Choice(
             "s_test",
             f"rank {work.rank} assumed in {compressed} of {len(layers)} layers" if compressed else "dense",

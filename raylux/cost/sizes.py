@@ -12,6 +12,9 @@ GIB = 1 << 30
 PROCESS_BYTES = 5 * GIB // 8
 QUERY_BLOCK = 16
 _BLOCK_BYTES = 2 * GIB
+# Solution, residual, direction, G times it, the residual preconditioned, and the product's sum in float64: by their
+# size those of so many gradients.
+SOLVE_STATE = 7
 
 # Nominal rates by which units are sized: a unit's compute is to outweigh the moving of its sums. They are
 # constants, not measurements, so that the same run is cut alike everywhere.
@@ -44,25 +47,47 @@ def layer_bytes(layers: Sequence[TrackedLayer], itemsize: int = 4) -> int:
 
 
 def worker_bytes(
-    layers: Sequence[TrackedLayer], groups: Mapping[str, str], parameters: int, itemsize: int, queries: int
+    layers: Sequence[TrackedLayer],
+    groups: Mapping[str, str],
+    parameters: int,
+    itemsize: int,
+    queries: int,
+    iterative: bool = False,
 ) -> int:
-    """Memory of a gradient worker at its peak: the model with the largest of what it holds beside it."""
+    """Memory of a gradient worker at its peak: the model with the largest of what it holds beside it.
+
+    ``iterative``: queries are solved by products with G, and directions and their products held for a block.
+    """
     covariance = covariance_bytes(layers, groups, itemsize)
     moments = covariance + layer_bytes(layers, itemsize)
     scoring = queries * layer_bytes(layers, itemsize)
-    return PROCESS_BYTES + parameters * itemsize + max(covariance, moments, scoring)
+    products = 2 * min(queries, solve_block(layers, itemsize)) * layer_bytes(layers, itemsize) if iterative else 0
+    return PROCESS_BYTES + parameters * itemsize + max(covariance, moments, scoring, products)
 
 
-def shards_bytes(layers: Sequence[TrackedLayer], groups: Mapping[str, str], itemsize: int, queries: int) -> int:
+def shards_bytes(
+    layers: Sequence[TrackedLayer], groups: Mapping[str, str], itemsize: int, queries: int, iterative: bool = False
+) -> int:
     """Memory of all factor shards together at their peak: sums in float64, or bases with a block of s_test."""
     sums = covariance_bytes(layers, groups, 8)
-    solving = covariance_bytes(layers, groups, itemsize) + min(_BLOCK_BYTES, queries * layer_bytes(layers, itemsize))
+    held = queries * layer_bytes(layers, itemsize)
+    if iterative:
+        held = SOLVE_STATE * min(queries, solve_block(layers, itemsize)) * layer_bytes(layers, itemsize)
+    else:
+        held = min(_BLOCK_BYTES, held)
+    solving = covariance_bytes(layers, groups, itemsize) + held
     return max(sums, solving)
 
 
 def query_block(layers: Sequence[TrackedLayer], itemsize: int) -> int:
     """Queries that are solved together."""
     return int(max(1, min(QUERY_BLOCK, _BLOCK_BYTES // max(1, layer_bytes(layers, itemsize)))))
+
+
+def solve_block(layers: Sequence[TrackedLayer], itemsize: int) -> int:
+    """Queries that are solved together by iterations, each with ``SOLVE_STATE`` gradients of state."""
+    room = _BLOCK_BYTES // max(1, SOLVE_STATE * layer_bytes(layers, itemsize))
+    return int(max(1, min(QUERY_BLOCK, room)))
 
 
 def probe_count(setting: int | str, parameters: int) -> int:

@@ -43,6 +43,8 @@ class Workload:
         tile: dense queries per product.
         query_basis: "standard" or "eigen", as a run has frozen it; None: the planner's choice.
         keep_bytes: a worker's local disk for the captured a and g of fitted sequences; 0: they are not kept.
+        solver_products: products with the Gauss-Newton matrix that a query takes, at most; 0: solved directly.
+        solver_sequences: over which each of them goes.
         scores_fit: the candidates include the fitted sequences, and kept ones are scored without another pass.
     """
 
@@ -72,6 +74,8 @@ class Workload:
     query_basis: str | None = None
     keep_bytes: float = 0.0
     scores_fit: bool = False
+    solver_products: int = 0
+    solver_sequences: int = 0
     sequence_products: bool = False
 
     @property

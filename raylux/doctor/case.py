@@ -96,8 +96,9 @@ class Case:
         model, config = self.model, self.config
         layers, parameters = model.coverage.tracked, model.coverage.parameters
         return demand_of(
-            config.engine, config.model.dtype, self.device, layers, model.groups, parameters, len(self.queries)
-        )
+            config.engine, config.model.dtype, self.device, layers, model.groups, parameters, len(self.queries),
+            config.curvature.solver != "direct",
+        )  # fmt: skip
 
     def lose(self, name: str) -> None:
         """A check found nothing to build on."""

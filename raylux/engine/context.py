@@ -133,8 +133,9 @@ class Context:
     def _demand(self, queries: int) -> Demand:
         engine, layers = self.config.engine, self.coverage.tracked
         return demand_of(
-            engine, self.plan.dtype, self.plan.device, layers, self.groups, self.coverage.parameters, queries
-        )
+            engine, self.plan.dtype, self.plan.device, layers, self.groups, self.coverage.parameters, queries,
+            self.config.curvature.solver != "direct",
+        )  # fmt: skip
 
     def _start(self) -> Backend:
         engine, layers = self.config.engine, self.coverage.tracked

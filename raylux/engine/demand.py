@@ -21,6 +21,7 @@ def demand_of(
     groups: Mapping[str, str],
     parameters: int,
     queries: int,
+    iterative: bool = False,
 ) -> Demand:
     """What a run asks for.
 
@@ -32,6 +33,7 @@ def demand_of(
         groups: layer -> leader of its input group.
         parameters: of the whole model.
         queries: how many are held at once.
+        iterative: they are solved by products with the Gauss-Newton matrix.
     """
     itemsize = 8 if dtype == "float64" else 4
     return Demand(
@@ -39,8 +41,8 @@ def demand_of(
         engine.shards,
         engine.threads,
         device == "cuda",
-        worker_bytes(layers, groups, parameters, itemsize, queries),
-        shards_bytes(layers, groups, itemsize, queries),
+        worker_bytes(layers, groups, parameters, itemsize, queries, iterative),
+        shards_bytes(layers, groups, itemsize, queries, iterative),
     )
 
 

@@ -70,6 +70,19 @@ class Task:
         return True
 
 
+class Untold(Task):
+    """A stretch within another one, of which nobody is told."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+
+    def go_on(self, done: int) -> None:
+        pass
+
+    def reach(self, done: int) -> None:
+        pass
+
+
 class Reporter:
     """Tells of a run's progress; ``quiet`` keeps the terminal clean, the file is written all the same."""
 

@@ -20,6 +20,9 @@ QUERY, SCORE, TOKENS, CANDIDATES = "query", "score", "tokens", "prefilter"
 CONTRACTION = "fit.contraction"
 # A batch's query files: taken, put aside, answered.
 TAKEN, ASIDE, ANSWER = "batch.taken", "batch.aside", "batch.answer"
+SOLVE, PRODUCT = "query.solve", "query.product"
+# Of a block that is being solved, [S, Q, P, M] for each layer; its group's ``names`` says what each S is.
+STATE = "state"
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,27 @@ class QueryFiles:
 
     queries: tuple[str, ...]
     layers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What a block of queries wants G's product with.
+
+    Attributes:
+        keys: layer -> key of the block's state.
+        name: of the part of it, [Q, P, M].
+        places: of the queries that go on.
+    """
+
+    keys: dict[str, str]
+    name: str
+    places: tuple[int, ...]
+
+
+def read_state(folder: RunFolder, key: str, name: str) -> np.ndarray:
+    """One part of a layer's state in a solve, [Q, P, M]."""
+    group = folder.group(key)
+    return group.read(STATE, group.attrs["names"].index(name))
 
 
 def input_matrix(group: str) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 from raylux import gpu, profiling
 from raylux.curvature import KINDS, Spectral, eigenbasis
 from raylux.engine import numerics
+from raylux.engine.iterating import IterativeSolves
 from raylux.engine.records import (
     Contraction,
     FactorFiles,
@@ -25,6 +26,7 @@ from raylux.engine.records import (
     output_matrix,
     query_arrays,
     read_basis,
+    read_state,
     tensor,
 )
 from raylux.engine.solve import solve_layer
@@ -55,7 +57,7 @@ class ShardSpec:
     device: str
 
 
-class FactorShard:
+class FactorShard(IterativeSolves):
     """Curvature factors of the layers it owns."""
 
     def __init__(self, spec: ShardSpec) -> None:
@@ -72,6 +74,7 @@ class FactorShard:
         self._block: dict[str, list[Tensor]] = {}
         self._factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._written: dict[str, tuple[str, Objects]] = {}
+        self._solves = {}
 
     def pid(self) -> int:
         """The process it lives in."""
@@ -196,6 +199,7 @@ class FactorShard:
         contraction: Contraction,
         eigen: bool,
         block: str,
+        solutions: Mapping[str, str] | None,
         *parts: Mapping[str, Any],
     ) -> tuple[dict[str, float], dict[str, list[float]], np.ndarray]:
         """s_test of a block of queries in every layer of this shard, kept until ``write_block``.
@@ -210,6 +214,7 @@ class FactorShard:
             eigen: leave s_test in the eigenbases.
             block: its name; layers that cannot be compressed are written under it at once, so that s_test of one
                 layer is held at a time.
+            solutions: layer -> key of the state that an iterative solve ended with; None: the kind's own inverse.
             *parts: per query, ``inputs`` [T, M] by group and ``grads`` [T, P] by layer.
 
         Returns:
@@ -224,9 +229,10 @@ class FactorShard:
             curvature = self._curvature(name, files, moments, rows_per_sequence)
             damping[name] = curvature.damping(self.spec.damping, least.get(name, 0.0))
             tokens = [self._tokens(part, name) for part in parts]
+            given = None if solutions is None else self._solutions(solutions[name])
             try:
                 with profiling.of("solve"):
-                    found = solve_layer(curvature, tokens, damping[name], dtype, eigen)
+                    found = solve_layer(curvature, tokens, damping[name], dtype, eigen, given)
             except NumericsError as error:
                 raise NumericsError(f"layer '{name}': {error}") from None
             squares[name] = found.squares
@@ -312,6 +318,10 @@ class FactorShard:
         )
         return KINDS[self.spec.kind].assemble(q_a, q_s, values[0], values[1], lam, rows_per_sequence.get(name, 1.0))
 
+    def _solutions(self, key: str) -> list[Tensor]:
+        """x [P, M] of each query of a block."""
+        return list(tensor(read_state(self.folder, key, "x"), self.compute, self.spec.device))
+
     def _tokens(self, part: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
         """a [T, M] and g [T, P]."""
         a = tensor(part["inputs"][self.spec.groups[name]], self.compute, self.spec.device)
@@ -322,8 +332,9 @@ class FactorShard:
 
 
 def _matrices(part: Mapping[str, Any]) -> list[tuple[str, np.ndarray]]:
-    if "moments" in part:
-        return list(part["moments"].items())
+    for kind in ("moments", "products"):
+        if kind in part:
+            return list(part[kind].items())
     inputs = [(input_matrix(name), array) for name, array in part["inputs"].items()]
     return inputs + [(output_matrix(name), array) for name, array in part["grads"].items()]
 

@@ -37,7 +37,12 @@ class Solved:
 
 
 def solve_layer(
-    curvature: Spectral, tokens: Sequence[Tokens], damping: float, dtype: torch.dtype, eigen: bool
+    curvature: Spectral,
+    tokens: Sequence[Tokens],
+    damping: float,
+    dtype: torch.dtype,
+    eigen: bool,
+    given: Sequence[Tensor] | None = None,
 ) -> Solved:
     """(G + λI)⁻¹ of each query's gradient.
 
@@ -52,6 +57,7 @@ def solve_layer(
         damping: λ.
         dtype: of the result.
         eigen: leave the result in the eigenbasis.
+        given: the solution of each query [P, M], where another solver has found it.
 
     Raises:
         NumericsError: λ = 0 where Λ has a zero.
@@ -59,12 +65,16 @@ def solve_layer(
     solved, squares, exact, rounded = [], [], [], []
     some = range(1, _PAIRS + 1) if len(tokens) > 1 else range(1)
     first = torch.zeros(0)
-    inverse = curvature.inverse(damping)
+    inverse = curvature.inverse(damping) if given is None else None
     for place, gradient in enumerate(_gradients(curvature, tokens, dtype)):
         flat = gradient.flatten()
         squares.append(float(torch.dot(flat, flat)))  # a float64 sum of squares takes fifteen times as long
-        divided = gradient if inverse is None else gradient * inverse
-        solved.append((divided if eigen else curvature.back(divided)).to(dtype))
+        if given is not None:
+            divided = curvature.into(given[place])
+            solved.append((divided if eigen else given[place]).to(dtype))
+        else:
+            divided = gradient if inverse is None else gradient * inverse
+            solved.append((divided if eigen else curvature.back(divided)).to(dtype))
         first = divided if place == 0 else first
         if place in some:
             exact.append(float((first * gradient).sum(dtype=torch.float64)))

@@ -22,6 +22,7 @@ from raylux.capture import Capture, Captured
 from raylux.curvature import Covariances, Statistics, add_second_moments, weighted
 from raylux.engine import numerics
 from raylux.engine.kept import Kept
+from raylux.engine.multiplying import GaussNewtonProducts
 from raylux.engine.plan import Plan
 from raylux.engine.records import Contraction, FactorFiles
 from raylux.engine.scorer import Bases, LoadedQueries, Pack, PackPart, Scorer, packs
@@ -67,7 +68,7 @@ Part = dict[str, Any]
 """What goes to one shard: arrays by layer, and counts."""
 
 
-class GradientWorker:
+class GradientWorker(GaussNewtonProducts):
     """Holds a frozen model and answers for units; it keeps nothing that another worker would miss.
 
     What a unit needs beside the model (bases, queries) comes with the call and is read from the run folder
@@ -84,6 +85,7 @@ class GradientWorker:
         self._reader: CorpusReader | None = None
         self._bases = Bases(self.folder, spec.layers, spec.groups, self.device)
         self._held: Scorer | None = None
+        self._aimed = None
         self._kept = Kept(spec.keep) if spec.keep != 0 else None
         self._routed = frozenset(layer.name for layer in spec.layers if layer.routed)
 
@@ -400,7 +402,7 @@ class GradientWorker:
     def _scorer(self, loaded: LoadedQueries) -> Scorer:
         """The s_test of every layer, read unless they are held."""
         if self._held is None or self._held.loaded != loaded:
-            self._held = None
+            self._held = self._aimed = None
             self._bases.drop()
             self._held = Scorer(self.folder, self.spec.layers, self.spec.groups, self.spec.plan, loaded, self._bases)
         return self._held

@@ -55,4 +55,7 @@ def _demand(config_path: str, overrides: Sequence[str], device: str) -> Demand:
     case = Case(config_path, overrides)
     model, config = case.model, case.config
     layers, parameters = model.coverage.tracked, model.coverage.parameters
-    return demand_of(config.engine, config.model.dtype, device, layers, model.groups, parameters, len(case.queries))
+    iterative = config.curvature.solver != "direct"
+    return demand_of(
+        config.engine, config.model.dtype, device, layers, model.groups, parameters, len(case.queries), iterative
+    )

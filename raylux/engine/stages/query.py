@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from raylux.batches import TokenRow
-from raylux.cost.sizes import rank_limit
+from raylux.cost.sizes import rank_limit, solve_block
 from raylux.engine.context import Context
 from raylux.engine.numerics import Numerics, distinct
 from raylux.engine.plan import choose_fit_rows, probe_count, query_block
 from raylux.engine.quarantine import give_up, given_up
 from raylux.engine.records import COVARIANCE, MOMENTS, PROBE, QUERY, factor_files
 from raylux.engine.shard import Measured
-from raylux.engine.stages import precision, prefilter
+from raylux.engine.stages import precision, prefilter, solving
 from raylux.engine.stages.fit import rows_per_sequence, shared_means
 from raylux.engine.work import Job, ShardLostError, every_shard, ids_at, results
 from raylux.engine.worker import QuerySpec
@@ -35,7 +35,8 @@ def run(ctx: Context) -> None:
     todo = [query for query in ctx.queries if query.id not in out]
     if not todo:
         return
-    size = query_block(ctx.coverage.tracked, ctx.itemsize)
+    solving.tidy(ctx)
+    size = (solve_block if _iterative(ctx) else query_block)(ctx.coverage.tracked, ctx.itemsize)
     with ctx.reporter.task("query", len(todo), "queries") as task:
         for start in range(0, len(todo), size):
             block = todo[start : start + size]
@@ -106,9 +107,12 @@ def _block(ctx: Context, name: str, queries: Sequence[Query]) -> None:
     moments = {unit: manifest.meta["key"] for unit, manifest in ctx.folder.units(MOMENTS).items()}
     tokens = rows_per_sequence(ctx.folder.units(COVARIANCE))
     damping: dict[str, float] = {}
+    iterative = _iterative(ctx)
+    ids = [query.id for query in gradients.queries]
+    solution = solving.solve(ctx, name, ids, gradients.parts) if iterative else None
     handles = [[parts[shard] for parts in gradients.parts] for shard in range(backend.shards)]
-    eigen = ctx.plan.query_basis == "eigen"
-    how = files, moments, tokens, shared_means(ctx), limits, precision.resolve(ctx), eigen, name
+    eigen, keys_found = ctx.plan.query_basis == "eigen", None if solution is None else solution.keys
+    how = files, moments, tokens, shared_means(ctx), limits, precision.resolve(ctx), eigen, name, keys_found
     squares: dict[str, list[float]] = {}
     pairs = []
     for part, own, taken in every_shard(backend, "solve", [(*how, *own) for own in handles]):
@@ -122,7 +126,7 @@ def _block(ctx: Context, name: str, queries: Sequence[Query]) -> None:
     ranks, errors = _choose(ctx, gradients.queries, limits)
     keys: dict[str, str] = {}
     objects: dict[str, tuple[int, str]] = {}
-    numerics = gradients.numerics
+    numerics = [*gradients.numerics, *(solution.numerics if solution else [])]
     for layer_keys, written, tag in every_shard(backend, "write_block", [(name, ranks)] * backend.shards):
         keys |= layer_keys
         objects |= written
@@ -131,7 +135,7 @@ def _block(ctx: Context, name: str, queries: Sequence[Query]) -> None:
         QUERY,
         name,
         objects,
-        queries=[query.id for query in gradients.queries],
+        queries=ids,
         layers=keys,
         damping=damping,
         heads=heads,
@@ -139,7 +143,13 @@ def _block(ctx: Context, name: str, queries: Sequence[Query]) -> None:
         errors=errors,
         rounding=rounding,
         numerics=distinct(numerics),
+        **({"solver": solution.facts} if solution else {}),
     )
+    solving.forget(ctx, name)
+
+
+def _iterative(ctx: Context) -> bool:
+    return ctx.config.curvature.solver != "direct"
 
 
 def _spec(query: Query) -> QuerySpec:

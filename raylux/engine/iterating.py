@@ -1,0 +1,146 @@
+"""A factor shard's part of an iterative solve: its layers' share of a block of queries, between two commits.
+
+What is held here is the state that the driver committed last, or a step beyond it: a shard that died is given that
+state again, and the step is taken again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raylux import gpu, profiling
+from raylux.curvature import Spectral
+from raylux.curvature.solvers import SOLVERS, LayerSolve
+from raylux.engine import numerics
+from raylux.engine.records import STATE, FactorFiles, tensor
+from raylux.errors import NumericsError
+from raylux.layers import TrackedLayer
+from raylux.store import RunFolder
+
+Objects = dict[str, tuple[int, str]]
+Saved = tuple[dict[str, str], Objects, numerics.Numerics]
+"""Layer -> key of its state, the objects written, and what their bits depend on."""
+
+
+class IterativeSolves:
+    """Methods of ``FactorShard``, which has the rest."""
+
+    spec: Any
+    folder: RunFolder
+    layers: dict[str, TrackedLayer]
+    compute: torch.dtype
+    _sums: dict[str, np.ndarray]
+    _counts: dict[str, int]
+    _solves: dict[str, LayerSolve]
+
+    def _curvature(
+        self, name: str, files: FactorFiles, moments: Mapping[str, str], rows_per_sequence: Mapping[str, float]
+    ) -> Spectral:
+        raise NotImplementedError
+
+    def _tokens(self, part: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def begin_solve(
+        self,
+        solver: str,
+        files: FactorFiles,
+        moments: Mapping[str, str],
+        rows_per_sequence: Mapping[str, float],
+        *parts: Mapping[str, Any],
+    ) -> tuple[list[dict[int, tuple[float, float]]], float, float]:
+        """Put a block of queries at the solver's start.
+
+        Args:
+            solver: its name.
+            files: the eigenbases.
+            moments: layer -> key of its Λ.
+            rows_per_sequence: layer -> T̄.
+            *parts: per query, ``inputs`` [T, M] by group and ``grads`` [T, P] by layer.
+
+        Returns:
+            Per layer: place of a query -> (vᵀv, vᵀ · start); the trace of G by this shard's factors; its largest λ.
+        """
+        self._solves = {}
+        sums, trace, most = [], 0.0, 0.0
+        for name in self.layers:
+            curvature = self._curvature(name, files, moments, rows_per_sequence)
+            damping = curvature.damping(self.spec.damping)
+            gradients = [g.T @ a for a, g in (self._tokens(part, name) for part in parts)]
+            with profiling.of("solve"):
+                try:
+                    self._solves[name] = LayerSolve.begin(SOLVERS[solver], curvature, damping, gradients)
+                except NumericsError as error:
+                    raise NumericsError(f"layer '{name}': {error}") from None
+                sums.append(dict(enumerate(self._solves[name].inner())))
+            assert curvature.values is not None, "a kind without curvature has no solver"
+            trace += float(curvature.values.double().sum())
+            most = max(most, damping)
+        return sums, trace, most
+
+    def load_solve(
+        self,
+        solver: str,
+        files: FactorFiles,
+        moments: Mapping[str, str],
+        rows_per_sequence: Mapping[str, float],
+        keys: Mapping[str, str],
+    ) -> None:
+        """Take up the state under ``keys``, layer -> key; otherwise as ``begin_solve``."""
+        self._solves = {}
+        for name in self.layers:
+            curvature = self._curvature(name, files, moments, rows_per_sequence)
+            group = self.folder.group(keys[name])
+            state = {
+                each: list(tensor(group.read(STATE, place), self.compute, self.spec.device))
+                for place, each in enumerate(group.attrs["names"])
+            }
+            self._solves[name] = LayerSolve(SOLVERS[solver], curvature, curvature.damping(self.spec.damping), state)
+
+    def take_products(self) -> dict[str, tuple[str, Objects, dict[str, Any]]]:
+        """Take the sums of a pass as G times each direction: ``energies`` of each layer, as a pass has them written.
+
+        Nothing, where the shard has begun anew meanwhile and holds no solve.
+        """
+        images: dict[str, dict[int, Tensor]] = {name: {} for name in self._solves}
+        for each, total in self._sums.items():
+            place, _, name = each.partition(":")
+            if name in images:
+                mean = total / self._counts[""]
+                images[name][int(place)] = tensor(mean, self.compute, self.spec.device)
+        with profiling.of("solve"):
+            energies = {name: self._solves[name].take(parts) for name, parts in images.items()}
+        return {name: ("", {}, {"sequences": self._counts[""], "energies": found}) for name, found in energies.items()}
+
+    def advance(self, steps: Mapping[int, float]) -> list[dict[int, tuple[float, float]]]:
+        """Go a step with each active query: per layer (rᵀr, rᵀP⁻¹r) by place."""
+        with profiling.of("solve"):
+            return [solve.advance(steps) for solve in self._solves.values()]
+
+    def turn(self, kept: Mapping[int, float], block: str) -> Saved:
+        """Choose the next directions and write the state of every layer."""
+        with profiling.of("solve"):
+            for solve in self._solves.values():
+                solve.turn(kept)
+        return self.save_solve(block)
+
+    def save_solve(self, block: str) -> Saved:
+        """Write the state of every layer under a fresh key."""
+        keys: dict[str, str] = {}
+        objects: Objects = {}
+        for name, solve in self._solves.items():
+            names = sorted(solve.state)
+            # One array: what small models pay for is the number of files.
+            array = np.stack([np.stack([gpu.to_host(x).numpy() for x in solve.state[each]]) for each in names])
+            keys[name], more = self.folder.write(f"solves/{name}/{block}", {STATE: array}, {"names": names})
+            objects |= more
+        return keys, objects, numerics.here(self.spec.device)
+
+    def end_solve(self) -> None:
+        """Let go of the state."""
+        self._solves = {}
