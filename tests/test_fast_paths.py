@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from raylux.api import STAGES, run_stages
 from raylux.batches import IGNORED, TokenRow
 from raylux.config import Config
+from raylux.curvature import Spectral
 from raylux.engine import choices
 from raylux.engine.records import CONTRACTION, QUERY
+from raylux.engine.solve import solve_layer
 from raylux.engine.stages import precision
 from raylux.layers import TrackedLayer
 from raylux.store import RunFolder
@@ -182,3 +185,20 @@ def test_a_masked_prompt_is_not_taken_for_a_gradient_without_error(
     scores(inputs, tmp_path / "masked")
     meta = RunFolder(str(tmp_path / "masked")).units(CONTRACTION)["products"].meta
     assert (meta["dtype"], meta["error"]) == ("float32", 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_query_is_solved_the_same_beside_a_longer_one(dtype: torch.dtype) -> None:
+    """Short queries rotate their tokens, long ones their gradient: each by its own length, whoever stands beside it."""
+    outputs, inputs = 96, 40
+    draw = torch.Generator().manual_seed(0)
+    q_a, q_s = (torch.linalg.qr(torch.randn(n, n, generator=draw))[0] for n in (inputs, outputs))
+    curvature = Spectral(torch.rand(outputs, inputs, generator=draw), q_a, q_s)
+    tokens = [
+        (torch.randn(length, inputs, generator=draw), torch.randn(length, outputs, generator=draw))
+        for length in (5, 7, 400, 6)
+    ]
+    together = solve_layer(curvature, tokens, 0.1, dtype, eigen=True)
+    for place, own in enumerate(tokens):
+        alone = solve_layer(curvature, [own], 0.1, dtype, eigen=True)
+        assert torch.equal(alone.s_test[0], together.s_test[place]) and alone.squares[0] == together.squares[place]

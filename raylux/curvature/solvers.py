@@ -235,9 +235,9 @@ def check_layers(name: str, layers: Sequence[TrackedLayer]) -> None:
     routed = [layer.name for layer in layers if layer.routed]
     if name != "direct" and routed:
         raise UserError(
-            f"curvature.solver={name}: '{routed[0]}' belongs to an expert, as {len(routed):,} of {len(layers):,} tracked "
-            "layers do, and there are no products with G for experts yet; leave them out of model.layers, or set "
-            "curvature.solver=direct"
+            f"curvature.solver={name}: '{routed[0]}' belongs to an expert, as {len(routed):,} of {len(layers):,} "
+            "tracked layers do, and there are no products with G for experts yet; leave them out of model.layers, or "
+            "set curvature.solver=direct"
         )
 
 

@@ -94,30 +94,33 @@ def _score(s_test: Tensor, tokens: Tokens, curvature: Spectral, eigen: bool) -> 
 
 
 def _gradients(curvature: Spectral, tokens: Sequence[Tokens], dtype: torch.dtype) -> Iterator[Tensor]:
-    """Q_Sᵀ G Q_A of each query, by the cheaper way: rotated as tokens (all queries' in one product), or as G."""
-    a, g = tokens[0]
-    count = sum(len(one) for one, _ in tokens) / len(tokens)
-    if not rotate_tokens_first(count, g.shape[1], a.shape[1]):
-        yield from (curvature.into(g.T @ a) for a, g in tokens)
-        return
-    lengths = [len(a) for a, _ in tokens]
-    rotated = [
-        _rotated(x, basis, dtype).split(lengths)
-        for x, basis in (
-            (torch.cat([a for a, _ in tokens]), curvature.q_a),
-            (torch.cat([g for _, g in tokens]), curvature.q_s),
-        )
-    ]
-    yield from (g.T @ a for a, g in zip(*rotated, strict=True))
+    """Q_Sᵀ G Q_A of each query, by the cheaper way: rotated as tokens, or as G.
+
+    Each query by itself, and by its own length: what stands beside it in the block is not to change its bits.
+    """
+    bases = [_Basis(basis, dtype) for basis in (curvature.q_a, curvature.q_s)]
+    for a, g in tokens:
+        if rotate_tokens_first(len(a), g.shape[1], a.shape[1]):
+            yield bases[1].rotate(g).T @ bases[0].rotate(a)
+        else:
+            yield curvature.into(g.T @ a)
 
 
-def _rotated(x: Tensor, basis: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x Q; in bf16 with Q as the sum of two bf16 matrices, which holds twice the digits."""
-    if basis is None:
-        return x
-    if dtype != torch.bfloat16:
-        return x @ basis
-    high = basis.to(dtype)
-    low = (basis - high).to(dtype)
-    tokens = x.to(dtype)
-    return rotate(tokens, high).to(x.dtype) + rotate(tokens, low).to(x.dtype)
+class _Basis:
+    """Q; beside bf16 products as the sum of two bf16 matrices, which holds twice the digits."""
+
+    def __init__(self, basis: Tensor | None, dtype: torch.dtype) -> None:
+        self._basis, self._parts = basis, []
+        if basis is not None and dtype == torch.bfloat16:
+            high = basis.to(dtype)
+            self._parts = [high, (basis - high).to(dtype)]
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """x Q [T, D] in the precision of x."""
+        if self._basis is None:
+            return x
+        if not self._parts:
+            return x @ self._basis
+        tokens = x.to(self._parts[0].dtype)
+        high, low = (rotate(tokens, part).to(x.dtype) for part in self._parts)
+        return high.add_(low)
