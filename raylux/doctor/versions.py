@@ -67,6 +67,7 @@ def _version(name: str) -> str:
 
 def _extras(case: Case) -> set[str]:
     config = case.config
-    places = (config.run.folder, config.model.path, config.corpus.path, config.queries.path)
+    places = (config.run.folder, config.model.path, config.model.adapter or "", config.corpus.path, config.queries.path)
     extras = {"gguf"} if config.model.path.lower().endswith(".gguf") else set()
+    extras |= {"lora"} if config.model.adapter else set()
     return extras | ({"s3"} if any(place.startswith("s3://") for place in places) else set())
