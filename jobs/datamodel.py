@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
+from jobs.bench.page import with_notes
 from jobs.lds import methods, page, retrain
 from jobs.lds.study import Settings, Study
 from raylux.errors import RayluxError
@@ -59,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = page.page(study.settings, found, judged, measured, _command(given, folder))
     print(text)
     if write:
-        (DOCS / "datamodel.md").write_text(text, encoding="utf-8")
+        path = DOCS / "datamodel.md"
+        path.write_text(with_notes(text, path), encoding="utf-8")
         page.plot(judged, DOCS / "datamodel.png")
     return 0
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from jobs.lds.methods import EKFAC, Method
 from jobs.lds.study import Settings
+from raylux.errors import UserError
 from raylux.evaluate import Judgement
 from raylux.evaluate.datamodel import Estimate, spearman
 
@@ -79,12 +80,18 @@ def _signed(found: Estimate) -> str:
 
 
 def plot(judged: Judgement, path: Path) -> None:
-    """LDS of each method with its interval."""
-    import matplotlib
+    """LDS of each method with its interval.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
 
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError("the plot needs matplotlib; `make bench` installs it") from None
     order = sorted(judged.lds, key=lambda name: judged.lds[name].value)
     found = [judged.lds[name] for name in order]
     figure, axes = plt.subplots(figsize=(7, 0.35 * len(order) + 1.2), layout="constrained")
