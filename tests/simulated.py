@@ -179,6 +179,8 @@ def expected(units: int, out: tuple[int, ...] = ()) -> dict[str, Any]:
             total = total + more[side][layer.name]
         rows = sum(more["rows"][layer.name] for more in counted)
         sums[f"{name}:{layer.name}"] = total
-        found[f"{name}:{layer.name}"] = (total / rows).astype(np.float32).tobytes()
-        found[f"counts {name}:{layer.name}"] = {"rows": rows, "sequences": sequences}
+        mean = (total / rows).astype(np.float32)
+        found[f"{name}:{layer.name}"] = mean.tobytes()
+        eigenvalue = float(np.trace(mean, dtype=np.float64)) / len(mean)
+        found[f"counts {name}:{layer.name}"] = {"rows": rows, "sequences": sequences, "mean": eigenvalue}
     return found
