@@ -18,7 +18,7 @@ from tests.small import make_inputs
 
 
 @pytest.mark.cluster
-@pytest.mark.timeout(900)  # two minutes where nothing else runs
+@pytest.mark.timeout(900)  # killed eight times, each time with a start of Ray or of workers
 def test_killed_in_every_stage_a_run_ends_with_the_bits_of_one_left_alone(tmp_path: Path) -> None:
     outcome = chaos(seed=0, kills=8, work=SHORT, base=tmp_path)
     assert (outcome.differing, outcome.problems, outcome.wasteful) == ([], [], [])
