@@ -389,7 +389,7 @@ def input_groups(model: nn.Module, layers: Sequence[TrackedLayer]) -> dict[str, 
         # Plain meta tensors would not do: transformers looks at the numbers of a mask, unless it meets fake ones.
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device))
-    except (RuntimeError, NotImplementedError, ValueError):
+    except (RuntimeError, NotImplementedError, ValueError):  # what torch raises of an operation without a fake kernel
         return {layer.name: layer.name for layer in layers}
     finally:
         for handle in handles:

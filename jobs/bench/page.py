@@ -11,7 +11,7 @@ from jobs.bench.found import Found
 from jobs.bench.points import GB, Row, rows
 from jobs.bench.records import KRONFLUENCE, RAYLUX, Measured
 from jobs.bench.rounds import FLOAT32
-from raylux.errors import UserError
+from jobs.plots import pyplot
 
 NOTES = "## What was missed, and why"
 """The heading from which on a page is written by hand."""
@@ -259,13 +259,7 @@ def plot(found: Found, path: Path) -> None:
     Raises:
         UserError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError("the plot needs matplotlib; `make bench` installs it") from None
+    plt = pyplot()
     groups = [
         (workload, size)
         for workload in found.workloads("speed")

@@ -11,7 +11,7 @@ import numpy as np
 from raylux.config import Config
 from raylux.engine.plan import choose_fit_rows
 from raylux.engine.records import COVARIANCE, EIGEN, LABELS, MOMENTS, QUARANTINE, QUERY, SCORE, SNAPSHOT, TOKENS
-from raylux.store import CorpusReader, RunFolder, read_table, score_blocks
+from raylux.store import CorpusReader, Manifest, RunFolder, read_table, score_blocks
 
 _STAGES = (COVARIANCE, LABELS, EIGEN, MOMENTS, QUERY, SCORE, TOKENS)
 _ARRAYS = (
@@ -48,14 +48,27 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _arrays(run: RunFolder) -> Iterator[tuple[str, np.ndarray]]:
+    """Committed arrays by name; scores row by row, as who keeps what decides which rows share a unit."""
     for stage in _STAGES:
         for unit, manifest in run.units(stage).items():
+            if stage == SCORE:
+                yield from _rows(run, manifest)
+                continue
             keys: dict[str, str] = manifest.meta["layers"] if stage == QUERY else {"": manifest.meta["key"]}
             for part, key in keys.items():
                 group = run.group(key)
                 for name in _ARRAYS:
                     if name in group:
                         yield f"{stage} {unit} {part} {name}", group.read(name)
+
+
+def _rows(run: RunFolder, manifest: Manifest) -> Iterator[tuple[str, np.ndarray]]:
+    group, asked = run.group(manifest.meta["key"]), ", ".join(manifest.meta["queries"])
+    for name in _ARRAYS:
+        if name in group:
+            array = group.read(name)
+            for place, row in enumerate(manifest.meta["rows"]):
+                yield f"{SCORE} row {row} of {asked} {name}", array[..., place]
 
 
 def _asked(run: RunFolder) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jobs.lds.methods import EKFAC, Method
 from jobs.lds.study import Settings
-from raylux.errors import UserError
+from jobs.plots import pyplot
 from raylux.evaluate import Judgement
 from raylux.evaluate.datamodel import Estimate, spearman
 
@@ -85,13 +85,7 @@ def plot(judged: Judgement, path: Path) -> None:
     Raises:
         UserError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError("the plot needs matplotlib; `make bench` installs it") from None
+    plt = pyplot()
     order = sorted(judged.lds, key=lambda name: judged.lds[name].value)
     found = [judged.lds[name] for name in order]
     figure, axes = plt.subplots(figsize=(7, 0.35 * len(order) + 1.2), layout="constrained")

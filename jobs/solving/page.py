@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from jobs.plots import pyplot
 from jobs.solving.cost import Cost
 from jobs.solving.language_model import Found, Setting
 from jobs.solving.logistic import Logistic
@@ -140,10 +141,7 @@ def _costs(costs: Sequence[Cost]) -> str:
 
 def figure(found: Sequence[Found], path: Path) -> None:
     """Relative error and score correlation by products, a line per solver and seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
 
     plot, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
     colours = {curve.solver: f"C{place}" for place, curve in enumerate(found[0].curves)}

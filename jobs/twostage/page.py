@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.plots import pyplot
+
 _RESULTS = Path(__file__).parent.parent.parent / "docs" / "results"
 FIGURES = _RESULTS / "two-stage.json"
 PAGE = _RESULTS / "two-stage.md"
@@ -200,10 +202,7 @@ def _fewest(figures: Mapping[str, dict[str, Any]]) -> str:
 
 def _plot(figures: Mapping[str, dict[str, Any]]) -> None:
     """Cost against the size of the sketch, stacked by what it goes to, a panel for each case."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
 
     figure, axes = plt.subplots(1, len(figures), figsize=(5 * len(figures), 3.6), sharey=True, squeeze=False)
     for axis, (name, case) in zip(axes[0], figures.items(), strict=True):

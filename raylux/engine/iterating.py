@@ -6,6 +6,7 @@ state again, and the step is taken again.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from raylux import gpu, profiling
 from raylux.curvature import Spectral
 from raylux.curvature.solvers import SOLVERS, LayerSolve
 from raylux.engine import numerics
-from raylux.engine.records import STATE, FactorFiles, tensor
+from raylux.engine.records import STATE, Fitted, tensor
 from raylux.errors import NumericsError
 from raylux.layers import TrackedLayer
 from raylux.store import RunFolder
@@ -27,7 +28,7 @@ Saved = tuple[dict[str, str], Objects, numerics.Numerics]
 """Layer -> key of its state, the objects written, and what their bits depend on."""
 
 
-class IterativeSolves:
+class IterativeSolves(ABC):
     """Methods of ``FactorShard``, which has the rest."""
 
     spec: Any
@@ -38,29 +39,22 @@ class IterativeSolves:
     _counts: dict[str, int]
     _solves: dict[str, LayerSolve]
 
-    def _curvature(
-        self, name: str, files: FactorFiles, moments: Mapping[str, str], rows_per_sequence: Mapping[str, float]
-    ) -> Spectral:
-        raise NotImplementedError
+    @abstractmethod
+    def _curvature(self, name: str, fitted: Fitted) -> tuple[Spectral, float]:
+        """A layer's curvature, and its λ."""
 
+    @abstractmethod
     def _tokens(self, part: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """a [T, M] and g [T, P] of a query in a layer."""
 
     def begin_solve(
-        self,
-        solver: str,
-        files: FactorFiles,
-        moments: Mapping[str, str],
-        rows_per_sequence: Mapping[str, float],
-        *parts: Mapping[str, Any],
+        self, solver: str, fitted: Fitted, *parts: Mapping[str, Any]
     ) -> tuple[list[dict[int, tuple[float, float]]], float, float]:
         """Put a block of queries at the solver's start.
 
         Args:
             solver: its name.
-            files: the eigenbases.
-            moments: layer -> key of its Λ.
-            rows_per_sequence: layer -> T̄.
+            fitted: what the fit left.
             *parts: per query, ``inputs`` [T, M] by group and ``grads`` [T, P] by layer.
 
         Returns:
@@ -69,8 +63,7 @@ class IterativeSolves:
         self._solves = {}
         sums, trace, most = [], 0.0, 0.0
         for name in self.layers:
-            curvature = self._curvature(name, files, moments, rows_per_sequence)
-            damping = curvature.damping(self.spec.damping)
+            curvature, damping = self._curvature(name, fitted)
             gradients = [g.T @ a for a, g in (self._tokens(part, name) for part in parts)]
             with profiling.of("solve"):
                 try:
@@ -83,24 +76,17 @@ class IterativeSolves:
             most = max(most, damping)
         return sums, trace, most
 
-    def load_solve(
-        self,
-        solver: str,
-        files: FactorFiles,
-        moments: Mapping[str, str],
-        rows_per_sequence: Mapping[str, float],
-        keys: Mapping[str, str],
-    ) -> None:
+    def load_solve(self, solver: str, fitted: Fitted, keys: Mapping[str, str]) -> None:
         """Take up the state under ``keys``, layer -> key; otherwise as ``begin_solve``."""
         self._solves = {}
         for name in self.layers:
-            curvature = self._curvature(name, files, moments, rows_per_sequence)
+            curvature, damping = self._curvature(name, fitted)
             group = self.folder.group(keys[name])
             state = {
                 each: list(tensor(group.read(STATE, place), self.compute, self.spec.device))
                 for place, each in enumerate(group.attrs["names"])
             }
-            self._solves[name] = LayerSolve(SOLVERS[solver], curvature, curvature.damping(self.spec.damping), state)
+            self._solves[name] = LayerSolve(SOLVERS[solver], curvature, damping, state)
 
     def take_products(self) -> dict[str, tuple[str, Objects, dict[str, Any]]]:
         """Take the sums of a pass as G times each direction: ``energies`` of each layer, as a pass has them written.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from raylux.engine.records import Directions, read_state, tensor
 from raylux.store import CorpusReader, RunFolder
 
 
-class GaussNewtonProducts:
+class GaussNewtonProducts(ABC):
     """Methods of ``GradientWorker``, which has the rest."""
 
     spec: Any
@@ -28,8 +29,9 @@ class GaussNewtonProducts:
     _aimed: tuple[Directions, list[dict[str, Tensor]]] | None
 
     @property
+    @abstractmethod
     def reader(self) -> CorpusReader:
-        raise NotImplementedError
+        """The corpus of the run."""
 
     def product_unit(
         self, rows: np.ndarray, shards: Sequence[Sequence[str]], directions: Directions

@@ -33,6 +33,23 @@ class FactorFiles:
 
 
 @dataclass(frozen=True)
+class Fitted:
+    """What a fit left for the shards to make a layer's curvature of.
+
+    Attributes:
+        files: the eigenbases.
+        moments: layer -> key of its Λ.
+        rows_per_sequence: layer -> T̄.
+        least: expert's layer -> the mean Λ below which that of its own does not count for its damping.
+    """
+
+    files: FactorFiles
+    moments: dict[str, str]
+    rows_per_sequence: dict[str, float]
+    least: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Contraction:
     """How products of captured tensors are taken.
 

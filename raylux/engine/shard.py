@@ -21,7 +21,7 @@ from raylux.engine import numerics
 from raylux.engine.iterating import IterativeSolves
 from raylux.engine.records import (
     Contraction,
-    FactorFiles,
+    Fitted,
     input_matrix,
     output_matrix,
     query_arrays,
@@ -191,10 +191,7 @@ class FactorShard(IterativeSolves):
 
     def solve(
         self,
-        files: FactorFiles,
-        moments: Mapping[str, str],
-        rows_per_sequence: Mapping[str, float],
-        least: Mapping[str, float],
+        fitted: Fitted,
         rank_limit: Mapping[str, int],
         contraction: Contraction,
         eigen: bool,
@@ -205,10 +202,7 @@ class FactorShard(IterativeSolves):
         """s_test of a block of queries in every layer of this shard, kept until ``write_block``.
 
         Args:
-            files: the eigenbases.
-            moments: layer -> key of its Λ.
-            rows_per_sequence: layer -> T̄.
-            least: expert's layer -> the mean Λ below which that of its own does not count for its damping.
+            fitted: what the fit left.
             rank_limit: layer -> largest rank to try; 0: dense only.
             contraction: how products with sequences will be taken; layers that may be compressed keep full precision.
             eigen: leave s_test in the eigenbases.
@@ -226,8 +220,7 @@ class FactorShard(IterativeSolves):
         pairs: list[np.ndarray] = []
         for name in self.layers:
             dtype = self.compute if rank_limit[name] else contraction.torch_dtype
-            curvature = self._curvature(name, files, moments, rows_per_sequence)
-            damping[name] = curvature.damping(self.spec.damping, least.get(name, 0.0))
+            curvature, damping[name] = self._curvature(name, fitted)
             tokens = [self._tokens(part, name) for part in parts]
             given = None if solutions is None else self._solutions(solutions[name])
             try:
@@ -300,23 +293,19 @@ class FactorShard(IterativeSolves):
         self._block, self._factors, self._written = {}, {}, {}
         return keys, objects, numerics.here(self.spec.device)
 
-    def _curvature(
-        self,
-        name: str,
-        files: FactorFiles,
-        moments: Mapping[str, str],
-        rows_per_sequence: Mapping[str, float],
-    ) -> Spectral:
-        group = self.spec.groups[name]
-        q_a, q_s = read_basis(self.folder, files, name, group, self.compute, self.spec.device)
+    def _curvature(self, name: str, fitted: Fitted) -> tuple[Spectral, float]:
+        group, eigen = self.spec.groups[name], fitted.files.eigen
+        q_a, q_s = read_basis(self.folder, fitted.files, name, group, self.compute, self.spec.device)
         values: list[Tensor | None] = [None, None]
-        if files.eigen:
-            keys = files.eigen[input_matrix(group)], files.eigen[output_matrix(name)]
-            values = [tensor(self.folder.group(key).read("values"), self.compute, self.spec.device) for key in keys]
-        lam = (
-            tensor(self.folder.group(moments[name]).read("matrix"), self.compute, self.spec.device) if moments else None
-        )
-        return KINDS[self.spec.kind].assemble(q_a, q_s, values[0], values[1], lam, rows_per_sequence.get(name, 1.0))
+        if eigen:
+            values = [self._read(eigen[matrix], "values") for matrix in (input_matrix(group), output_matrix(name))]
+        lam = self._read(fitted.moments[name], "matrix") if fitted.moments else None
+        rows = fitted.rows_per_sequence.get(name, 1.0)
+        curvature = KINDS[self.spec.kind].assemble(q_a, q_s, values[0], values[1], lam, rows)
+        return curvature, curvature.damping(self.spec.damping, fitted.least.get(name, 0.0))
+
+    def _read(self, key: str, name: str) -> Tensor:
+        return tensor(self.folder.group(key).read(name), self.compute, self.spec.device)
 
     def _solutions(self, key: str) -> list[Tensor]:
         """x [P, M] of each query of a block."""

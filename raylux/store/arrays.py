@@ -8,6 +8,7 @@ Zarr library reads it; only this one notices a lost or a damaged object for cert
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any
@@ -141,23 +142,22 @@ class _Objects(Store):
     ) -> list[Buffer | None]:
         return [await self.get(key, prototype, wanted) for key, wanted in key_ranges]
 
-    async def exists(self, key: str) -> bool:
-        raise NotImplementedError
-
-    async def set(self, key: str, value: Buffer) -> None:
-        raise NotImplementedError
-
     async def delete(self, key: str) -> None:
-        raise NotImplementedError
+        raise _refused(f"delete {key}")
 
     def list(self) -> AsyncIterator[str]:
-        raise NotImplementedError
+        raise _refused("list")
 
     def list_prefix(self, prefix: str) -> AsyncIterator[str]:
-        raise NotImplementedError
+        raise _refused(f"list {prefix}")
 
     def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        raise NotImplementedError
+        raise _refused(f"list {prefix}")
+
+
+def _refused(what: str) -> io.UnsupportedOperation:
+    """Zarr wants these methods of every store, and asks a store of one group for none of them."""
+    return io.UnsupportedOperation(f"{what}: a written group is read as a whole, and never changes")
 
 
 class _Writing(_Objects):
@@ -220,6 +220,9 @@ class _Reading(_Objects):
 
     async def exists(self, key: str) -> bool:
         return key in self.objects
+
+    async def set(self, key: str, value: Buffer) -> None:
+        raise _refused(f"write {key}")
 
 
 def _part(data: bytes, wanted: ByteRequest | None) -> bytes:

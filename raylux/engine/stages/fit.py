@@ -12,7 +12,16 @@ from raylux.engine.context import Context
 from raylux.engine.pace import Pace
 from raylux.engine.plan import choose_fit_rows, covariance_bytes, fit_units, layer_bytes
 from raylux.engine.quarantine import given_up
-from raylux.engine.records import COVARIANCE, EIGEN, LABELS, MOMENTS, factor_files, input_matrix, output_matrix
+from raylux.engine.records import (
+    COVARIANCE,
+    EIGEN,
+    LABELS,
+    MOMENTS,
+    Fitted,
+    factor_files,
+    input_matrix,
+    output_matrix,
+)
 from raylux.engine.stages import precision
 from raylux.engine.sums import Finished, SumPass, Units, forget_snapshot
 from raylux.engine.work import ids_at
@@ -175,7 +184,17 @@ def rows_per_sequence(units: Mapping[str, Manifest]) -> dict[str, float]:
     }
 
 
-def shared_means(ctx: Context) -> dict[str, float]:
+def fitted(ctx: Context) -> Fitted:
+    """What the ledger has of the fit."""
+    return Fitted(
+        factor_files(ctx.folder),
+        {unit: manifest.meta["key"] for unit, manifest in ctx.folder.units(MOMENTS).items()},
+        rows_per_sequence(ctx.folder.units(COVARIANCE)),
+        _shared_means(ctx),
+    )
+
+
+def _shared_means(ctx: Context) -> dict[str, float]:
     """Expert's layer -> mean of Λ over this matrix of all tracked experts of its block, whatever the kind's Λ is."""
     pools: dict[str, list[str]] = {}
     for layer in ctx.coverage.tracked:

@@ -15,10 +15,10 @@ from raylux.engine.context import Context
 from raylux.engine.numerics import Numerics, distinct
 from raylux.engine.plan import choose_fit_rows, probe_count, query_block
 from raylux.engine.quarantine import give_up, given_up
-from raylux.engine.records import COVARIANCE, MOMENTS, PROBE, QUERY, factor_files
+from raylux.engine.records import PROBE, QUERY
 from raylux.engine.shard import Measured
 from raylux.engine.stages import precision, prefilter, solving
-from raylux.engine.stages.fit import rows_per_sequence, shared_means
+from raylux.engine.stages.fit import fitted
 from raylux.engine.work import Job, ShardLostError, every_shard, ids_at, results
 from raylux.engine.worker import QuerySpec
 from raylux.errors import RayluxError
@@ -103,16 +103,13 @@ def _block(ctx: Context, name: str, queries: Sequence[Query]) -> None:
     if not gradients.queries:
         return
     limits = _rank_limits(ctx)
-    files = factor_files(ctx.folder)
-    moments = {unit: manifest.meta["key"] for unit, manifest in ctx.folder.units(MOMENTS).items()}
-    tokens = rows_per_sequence(ctx.folder.units(COVARIANCE))
     damping: dict[str, float] = {}
     iterative = _iterative(ctx)
     ids = [query.id for query in gradients.queries]
     solution = solving.solve(ctx, name, ids, gradients.parts) if iterative else None
     handles = [[parts[shard] for parts in gradients.parts] for shard in range(backend.shards)]
     eigen, keys_found = ctx.plan.query_basis == "eigen", None if solution is None else solution.keys
-    how = files, moments, tokens, shared_means(ctx), limits, precision.resolve(ctx), eigen, name, keys_found
+    how = fitted(ctx), limits, precision.resolve(ctx), eigen, name, keys_found
     squares: dict[str, list[float]] = {}
     pairs = []
     for part, own, taken in every_shard(backend, "solve", [(*how, *own) for own in handles]):

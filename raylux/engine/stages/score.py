@@ -42,9 +42,7 @@ def run(ctx: Context) -> None:
 
 def _keepers(ctx: Context) -> np.ndarray | None:
     """The worker that may keep each corpus row [N], −1 where nobody does; None where it makes no difference."""
-    # On a cluster that changes the units would be others from one run to the next: until what compares runs goes by
-    # rows, a unit is cut by keepers only where the number of workers is fixed.
-    if len(set(ctx.keepers.values())) < 2 or not isinstance(ctx.config.engine.workers, int):
+    if len(set(ctx.keepers.values())) < 2:
         return None
     found = np.full(len(ctx.ids), -1, np.int64)
     units = FitUnits(ctx)

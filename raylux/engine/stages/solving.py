@@ -28,9 +28,8 @@ from raylux.engine.records import (
     QUERY,
     SOLVE,
     Directions,
-    factor_files,
 )
-from raylux.engine.stages.fit import FitUnits, rows_per_sequence
+from raylux.engine.stages.fit import FitUnits, fitted
 from raylux.engine.sums import SumPass, Units
 from raylux.engine.work import ShardLostError, every_shard, ids_at
 from raylux.errors import RayluxError, UserError
@@ -109,18 +108,8 @@ def tidy(ctx: Context) -> None:
         forget(ctx, block)
 
 
-def _factors(ctx: Context) -> tuple[Any, ...]:
-    moments = {unit: manifest.meta["key"] for unit, manifest in ctx.folder.units(MOMENTS).items()}
-    return (
-        ctx.config.curvature.solver,
-        factor_files(ctx.folder),
-        moments,
-        rows_per_sequence(ctx.folder.units(COVARIANCE)),
-    )
-
-
 def _begin(ctx: Context, block: str, ids: Sequence[str], parts: Sequence[Sequence[Any]]) -> _State:
-    backend, how = ctx.backend, _factors(ctx)
+    backend, how = ctx.backend, (ctx.config.curvature.solver, fitted(ctx))
     handles = [[own[shard] for own in parts] for shard in range(backend.shards)]
     sums, traces, dampings = [], [], []
     for layers, trace, damping in every_shard(backend, "begin_solve", [(*how, *own) for own in handles]):
@@ -147,7 +136,8 @@ def _load(ctx: Context, block: str, ids: Sequence[str]) -> _State | None:
     state = _State(rule, Trace.load(meta["trace"]), meta["keys"], meta["numerics"])
     if state.trace.iteration:
         ctx.reporter.say(f"query: block {block} goes on after {state.trace.iteration} products")
-    every_shard(ctx.backend, "load_solve", [(*_factors(ctx), state.keys)] * ctx.backend.shards)
+    call = ctx.config.curvature.solver, fitted(ctx), state.keys
+    every_shard(ctx.backend, "load_solve", [call] * ctx.backend.shards)
     return state
 
 
@@ -215,9 +205,9 @@ def _step(ctx: Context, block: str, ids: Sequence[str], state: _State, out: froz
 
 def _units(ctx: Context, solver: Solver, iteration: int, directions: Directions, out: frozenset[str]) -> Units:
     """The units of one pass: those of the fit, or of the sequences that are drawn for this iteration."""
-    fitted = FitUnits(ctx)
+    whole = FitUnits(ctx)
     lost = frozenset(given_up(ctx.folder, COVARIANCE, MOMENTS))
-    rows, slices, names = fitted.rows, fitted.slices, fitted.names
+    rows, slices, names = whole.rows, whole.slices, whole.names
     if not solver.krylov:
         kept = [part for part, name in zip(slices, names, strict=True) if name not in lost]
         rows = np.concatenate([rows[part] for part in kept]) if kept else rows[:0]
