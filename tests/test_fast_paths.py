@@ -39,17 +39,17 @@ def scores(inputs: Inputs, folder: Path, *overrides: str) -> np.ndarray:
 def test_what_is_kept_changes_no_bit(
     inputs: Inputs, tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from raylux.engine.worker import GIVEN, GradientWorker
+    from raylux.engine.captures import GIVEN, CapturedSequences
 
     served: list[str] = []
-    kept_batch = GradientWorker._kept_batch
+    kept_batch = CapturedSequences.batch
 
-    def watched(self: GradientWorker, rows: np.ndarray, batch: object, which: str, kind: object) -> object:
+    def watched(self: CapturedSequences, rows: np.ndarray, batch: object, which: str, kind: object) -> object:
         found = kept_batch(self, rows, batch, which, kind)  # type: ignore[arg-type]
         served.extend([which] * (found is not None))
         return found
 
-    monkeypatch.setattr(GradientWorker, "_kept_batch", watched)
+    monkeypatch.setattr(CapturedSequences, "batch", watched)
     how = ("prefilter.kind=none", f"engine.contraction_dtype={dtype}")
     scores(inputs, tmp_path / "kept", *how)
     assert GIVEN in served and served.count("fit") > 2, "nothing was served from the disk: nothing is tested"

@@ -10,7 +10,10 @@ import pytest
 
 import raylux
 from raylux.cli import main
-from raylux.engine.records import COVARIANCE, SCORE
+from raylux.engine.quarantine import Pairs, give_up
+from raylux.engine.records import COVARIANCE, QUARANTINE, SCORE, TOKENS
+from raylux.engine.stages.score import token_rows
+from raylux.engine.work import Failure
 from raylux.health import Quarantined
 from raylux.results import Run
 from raylux.store import RunFolder
@@ -18,11 +21,15 @@ from tests.small import Inputs, make_inputs
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = tmp_path_factory.mktemp("health")
-    inputs: Inputs = make_inputs(base / "inputs", "gpt2")
-    inputs.run(base / "run")
-    return base / "run"
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return make_inputs(tmp_path_factory.mktemp("health") / "inputs", "gpt2")
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("health") / "run"
+    inputs.run(folder)
+    return folder
 
 
 @pytest.fixture
@@ -61,6 +68,23 @@ def test_a_unit_that_was_given_up_is_missing_and_done_with(folder: Path) -> None
     assert done and f"{len(lost)} quarantined" in detail
     assert not set(lost) & set(run.top("a", k=1000)["sequence"])
     assert len(run.top("a", k=1000)) == len(ids) - len(lost)
+
+
+def test_what_was_given_up_is_not_tried_again_in_another_unit(inputs: Inputs, whole: Path, folder: Path) -> None:
+    """The unit's name is of a cluster whose workers kept other sequences: its pairs are what counts."""
+    store, rows = RunFolder(str(folder)), (3, 17)
+    ids = [str(raylux.open_run(whole).sequences["sequence"][row]) for row in rows]
+    store.drop([SCORE, TOKENS])
+    for stage, query in ((SCORE, "a"), (TOKENS, "b")):
+        give_up(store, stage, "of another cluster", ids, Failure(4, "SIGKILL"), Pairs((query,), rows))
+    inputs.run(folder)
+    assert len(store.committed(QUARANTINE)) == 2, "nothing was given up again"
+    known, found = raylux.open_run(whole), raylux.open_run(folder)
+    for query in known.queries:
+        one, other = (run.top(query, k=1000).set_index("sequence")["influence"] for run in (known, found))
+        assert set(one.index) - set(other.index) == (set(ids) if query == "a" else set())
+        assert (one[other.index] == other).all()
+    assert not set(rows) & set(token_rows(store, "b"))
 
 
 def test_one_that_was_given_up_elsewhere_leaves_the_scores_missing(folder: Path) -> None:

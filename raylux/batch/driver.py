@@ -209,14 +209,9 @@ class Batch:
         self._told = {}
         self._tell(len(waiting))
         ctx.apart = tuple(file.ids for file in files)
-        everything = ctx.queries = [query for file in files for query in file.queries]
-        prefilter.run(ctx)
-        for file in files:
-            # Queries of a block are rotated in one product, whose shape may tell: blocks are those of the file alone.
-            ctx.queries = list(file.queries)
-            query.run(ctx)
-        ctx.queries = everything
-        score.run(ctx)
+        ctx.queries = [asked for file in files for asked in file.queries]
+        for stage in (prefilter, query, score):
+            stage.run(ctx)
         for file in files:
             answers.keep(ctx, file)
             self._done[file.name] = file.ids

@@ -21,7 +21,7 @@ from raylux.batches import Batch, TokenRow, collate, fit_batches, is_scored_so, 
 from raylux.capture import Capture, Captured
 from raylux.curvature import Covariances, Statistics, add_second_moments, weighted
 from raylux.engine import numerics
-from raylux.engine.kept import Kept
+from raylux.engine.captures import FIT, GIVEN, CapturedSequences
 from raylux.engine.multiplying import GaussNewtonProducts
 from raylux.engine.plan import Plan
 from raylux.engine.records import Contraction, FactorFiles
@@ -29,7 +29,7 @@ from raylux.engine.scorer import Bases, LoadedQueries, Pack, PackPart, Scorer, p
 from raylux.errors import NumericsError
 from raylux.influence.dots import sequence_gradients
 from raylux.layers import TrackedLayer
-from raylux.routed import Routed, Rows
+from raylux.routed import Rows
 from raylux.sampling import sample_labels
 from raylux.store import CorpusReader, RunFolder
 
@@ -61,9 +61,6 @@ class QuerySpec:
     weights: tuple[float, ...]
 
 
-# What a worker keeps of a sequence: its inputs, its gradients on the labels of the fit, and on those given.
-INPUTS, FIT, GIVEN = "inputs", "fit", "given"
-
 Part = dict[str, Any]
 """What goes to one shard: arrays by layer, and counts."""
 
@@ -86,8 +83,8 @@ class GradientWorker(GaussNewtonProducts):
         self._bases = Bases(self.folder, spec.layers, spec.groups, self.device)
         self._held: Scorer | None = None
         self._aimed = None
-        self._kept = Kept(spec.keep) if spec.keep != 0 else None
         self._routed = frozenset(layer.name for layer in spec.layers if layer.routed)
+        self._kept = CapturedSequences(spec.keep, self._routed, self.device)
 
     def prepare(self) -> dict[str, Any]:
         """Load the model. Apart from ``__init__``, so that its errors arrive as what they are.
@@ -158,7 +155,7 @@ class GradientWorker(GaussNewtonProducts):
             The labels the gradients were taken on (flat, in the order of ``rows``), then a part per shard.
         """
         plan = self.spec.plan
-        keeps = contraction.scored and self._kept is not None
+        keeps = contraction.scored and self.spec.keep != 0
         sums = Covariances()
         sequences = self.reader.rows(rows)
         labels: list[np.ndarray] = [np.zeros(0, np.int32)] * len(sequences)
@@ -169,7 +166,10 @@ class GradientWorker(GaussNewtonProducts):
             with profiling.of("covariance"):
                 sums.add(*weighted(self.spec.statistics, inputs, grads, batch.mask.to(self.device)))
             with profiling.of("keep"):
-                self._keep(rows, batch, captured, contraction)
+                if self.spec.keep != 0:
+                    dtype = contraction.torch_dtype
+                    given = {name: g.to(dtype) for name, g in captured.given.items()}
+                    self._kept.keep(rows, batch, *self._operands(captured, dtype), given)
             drawn = captured.labels.cpu().numpy()
             for place, row in enumerate(batch.rows):
                 labels[row] = drawn[place, : len(sequences[row].tokens)].astype(np.int32)
@@ -215,7 +215,7 @@ class GradientWorker(GaussNewtonProducts):
             layer.name: torch.zeros(layer.shape, dtype=self.compute, device=self.device) for layer in self.spec.layers
         }
         for batch in self._fit_batches(sequences):
-            inputs, grads = self._kept_batch(rows, batch, FIT, dtype) or self._operands(
+            inputs, grads = self._kept.batch(rows, batch, FIT, dtype) or self._operands(
                 self._run(batch, sampled and labels is None), dtype
             )
             add_second_moments(totals, inputs, grads, self.spec.groups, bases)
@@ -226,47 +226,6 @@ class GradientWorker(GaussNewtonProducts):
 
     def _fit_batches(self, sequences: Sequence[TokenRow]) -> list[Batch]:
         return fit_batches(sequences, self.spec.plan.batch_tokens, most=self.spec.plan.longest)
-
-    # what is kept
-
-    def _keep(self, rows: np.ndarray, batch: Batch, captured: Captured, contraction: Contraction) -> None:
-        if self._kept is None:
-            return
-        dtype = contraction.torch_dtype
-        inputs, grads = self._operands(captured, dtype)
-        given = {name: g.to(dtype) for name, g in captured.given.items()}
-        for place, at in enumerate(batch.rows):
-            row = int(rows[at])
-            self._kept.put((INPUTS, row), {name: a[place] for name, a in inputs.items()})
-            self._kept.put((FIT, row), {name: g[place] for name, g in grads.items()})
-            if given:
-                self._kept.put((GIVEN, row), {name: g[place] for name, g in given.items()})
-
-    def _kept_batch(
-        self, rows: np.ndarray, batch: Batch, which: str, dtype: torch.dtype
-    ) -> tuple[dict[str, Rows], dict[str, Rows]] | None:
-        """a and g of a batch whose sequences are all kept; rows beyond them repeat the first, as its tokens do."""
-        kept = self._kept
-        places = [int(rows[at]) for at in batch.rows]
-        if kept is None or not all((what, row) in kept for row in places for what in (INPUTS, which)):
-            return None
-        filled = [places[at] if at < len(places) else places[0] for at in range(len(batch.mask))]
-        found = []
-        for what in (INPUTS, which):
-            shapes = [kept.shapes((what, row)) for row in filled]
-            tensors = {name: self._empty(name, [own[name] for own in shapes], dtype) for name in shapes[0]}
-            for place, row in enumerate(filled):
-                if not kept.read((what, row), {name: x[place] for name, x in tensors.items()}):
-                    return None
-            found.append({name: _moved(x, self.device) for name, x in tensors.items()})
-        return found[0], found[1]
-
-    def _empty(self, name: str, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Rows:
-        """Room for what is kept of a batch's sequences in a layer; of an expert each has its own number of rows."""
-        if name not in self._routed:
-            return torch.empty(len(shapes), *shapes[0], dtype=dtype)
-        sizes = tuple(shape[0] for shape in shapes)
-        return Routed(torch.empty(sum(sizes), shapes[0][1], dtype=dtype), sizes)
 
     # queries
 
@@ -384,14 +343,13 @@ class GradientWorker(GaussNewtonProducts):
         """Captured sequences, as many together as a product takes; those that are kept are not run again."""
         plan, dtype = self.spec.plan, contraction.torch_dtype
         sequences = self.reader.rows(rows)
-        held = (self._kept if kept else None) or ()
-        here = [at for at, row in enumerate(rows) if (GIVEN, int(row)) in held and (INPUTS, int(row)) in held]
+        here = [at for at, row in enumerate(rows) if kept and self._kept.has(int(row), GIVEN)]
         rest = sorted(set(range(len(rows))) - set(here))
 
         def parts(chosen: list[int], which: str | None) -> Iterator[PackPart]:
             own = rows[chosen]
             for batch in score_batches([sequences[at] for at in chosen], plan.batch_tokens, plan.longest):
-                tokens = self._kept_batch(own, batch, which, dtype) if which else None
+                tokens = self._kept.batch(own, batch, which, dtype) if which else None
                 tokens = tokens or self._operands(self._run(batch, sampled=False), dtype)
                 yield PackPart(tuple(chosen[at] for at in batch.rows), batch.mask.shape[1], *tokens)
 
@@ -427,10 +385,6 @@ class GradientWorker(GaussNewtonProducts):
     def _widened(self, captured: Captured) -> tuple[dict[str, Rows], dict[str, Rows]]:
         """a and g in the precision of the sums."""
         return self._operands(captured, self.compute)
-
-
-def _moved(x: Rows, device: str) -> Rows:
-    return x.over(x.rows.to(device)) if isinstance(x, Routed) else x.to(device)
 
 
 def _array(x: Tensor) -> np.ndarray:

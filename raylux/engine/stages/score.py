@@ -11,7 +11,7 @@ import numpy as np
 
 from raylux.engine.context import Context
 from raylux.engine.plan import score_units
-from raylux.engine.quarantine import give_up, given_up
+from raylux.engine.quarantine import Pairs, give_up, lost_pairs
 from raylux.engine.records import SCORE, TOKENS, FactorFiles, factor_files, query_files
 from raylux.engine.scorer import LoadedQueries
 from raylux.engine.stages import precision, prefilter
@@ -35,7 +35,7 @@ def run(ctx: Context) -> None:
     """Compute and commit the scores that are missing, then the per-token scores of the best."""
     jobs = missing(ctx, _keepers(ctx))
     if jobs and not _score(ctx, jobs):
-        # What failed in the company that it was given here is tried in its own, by which it is known from then on.
+        # What failed among the sequences that a worker keeps is tried in smaller company before it is given up.
         _score(ctx, missing(ctx))
     _tokens(ctx)
 
@@ -64,7 +64,7 @@ def _score(ctx: Context, jobs: Sequence[ScoreJob]) -> bool:
                 through = False
                 continue
             if result.failure is not None:
-                _quarantine(ctx, SCORE, result, job.rows)
+                _quarantine(ctx, SCORE, result, job.queries, job.rows)
             else:
                 key, objects = result.value
                 ctx.folder.commit(
@@ -88,9 +88,10 @@ def _loaded(ctx: Context, wanted: set[str]) -> Any:
     return ctx.backend.share(LoadedQueries(tuple(query_files(ctx.folder)), ids, precision.resolve(ctx), basis))
 
 
-def _quarantine(ctx: Context, stage: str, result: Result, rows: np.ndarray) -> None:
+def _quarantine(ctx: Context, stage: str, result: Result, queries: Sequence[str], rows: np.ndarray) -> None:
     assert result.failure is not None
-    give_up(ctx.folder, stage, result.job.name, ids_at(ctx.ids, rows), result.failure)
+    pairs = Pairs(tuple(queries), tuple(rows.tolist()))
+    give_up(ctx.folder, stage, result.job.name, ids_at(ctx.ids, rows), result.failure, pairs)
     ctx.reporter.say(f"{stage}: unit {result.job.name} is quarantined ({result.failure.reason})")
 
 
@@ -114,15 +115,15 @@ def missing(ctx: Context, keepers: np.ndarray | None = None) -> list[ScoreJob]:
         units, near = _units_by_keeper(units, lengths[rows], keepers[rows], size)
     blocks = [block for block in score_blocks(ctx.folder) if block.layers or not ctx.config.score.layers]
     absent = np.ones((len(wanted), len(rows)), bool)
-    for block in blocks:
-        places = [wanted.index(query) for query in block.queries if query in wanted]
-        absent[np.ix_(np.array(places, np.int64), np.flatnonzero(np.isin(rows, block.rows)))] = False
+    lost = lost_pairs(ctx.folder, SCORE)
+    for queries, known in [(x.queries, x.rows) for x in blocks] + [(x.queries, np.array(x.rows)) for x in lost]:
+        places = [wanted.index(query) for query in queries if query in wanted]
+        absent[np.ix_(np.array(places, np.int64), np.flatnonzero(np.isin(rows, known)))] = False
     if ctx.apart:
         own = prefilter.own_rows(ctx)
         for place, query in enumerate(wanted):
             absent[place] &= np.isin(rows, own[query], assume_unique=True)
-    out = given_up(ctx.folder, SCORE)
-    return [job for job in _jobs(wanted, rows, absent, units, near, bool(ctx.apart)) if job.name not in out]
+    return list(_jobs(wanted, rows, absent, units, near, bool(ctx.apart)))
 
 
 def _units_by_keeper(
@@ -169,15 +170,17 @@ def _tokens(ctx: Context) -> None:
     queries = [query.id for query in answerable(ctx)]
     own = prefilter.own_rows(ctx) if ctx.apart else None
     best = best_rows(ctx.folder, queries, ctx.config.score.token_top, own)
-    out = given_up(ctx.folder, TOKENS)
     have: dict[str, set[int]] = {}
     for manifest in ctx.folder.units(TOKENS).values():
         have.setdefault(manifest.meta["query"], set()).update(manifest.meta["rows"])
+    for lost in lost_pairs(ctx.folder, TOKENS):
+        for query in lost.queries:
+            have.setdefault(query, set()).update(lost.rows)
     jobs = []
     for query, (rows, _) in best.items():
         rows = np.array([row for row in rows if row not in have.get(query, ())], np.int64)
         name = hashlib.blake2b(f"{query} {rows.tolist()}".encode(), digest_size=8).hexdigest()
-        if len(rows) and name not in out:
+        if len(rows):
             jobs.append((query, name, rows))
     if not jobs:
         return
@@ -187,7 +190,7 @@ def _tokens(ctx: Context) -> None:
         for result in results(ctx.backend, "token_unit", calls):
             query, rows = result.job.item
             if result.failure is not None:
-                _quarantine(ctx, TOKENS, result, rows)
+                _quarantine(ctx, TOKENS, result, [query], rows)
             else:
                 key, objects = result.value
                 numerics = [dict(result.numerics)]

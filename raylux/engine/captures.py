@@ -1,0 +1,78 @@
+"""What a worker has captured of sequences, kept by corpus row, and made a batch of again."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raylux.batches import Batch
+from raylux.engine.kept import Kept
+from raylux.routed import Routed, Rows
+
+# What is kept of a sequence: its inputs, its gradients on the labels of the fit, and on those given.
+INPUTS, FIT, GIVEN = "inputs", "fit", "given"
+
+Captures = Mapping[str, Rows]
+"""a by input group, or g by layer, of a batch."""
+
+
+class CapturedSequences:
+    """a and g of sequences on the worker's disk, in the precision of the products.
+
+    Args:
+        limit: bytes at most, as ``Kept``.
+        routed: names of experts' layers, of which each sequence has its own number of rows.
+        device: where batches go.
+    """
+
+    def __init__(self, limit: int | None, routed: Collection[str], device: str) -> None:
+        self._kept, self._routed, self._device = Kept(limit), frozenset(routed), device
+
+    def keep(self, rows: np.ndarray, batch: Batch, inputs: Captures, grads: Captures, given: Captures) -> None:
+        """Keep the sequences of a batch, as far as they fit.
+
+        Args:
+            rows: corpus rows, in which ``batch.rows`` are places.
+            batch: that was run.
+            inputs: a of it; ``grads``: g on the labels of the fit; ``given``: g on its own, if they were asked for.
+            grads: see ``inputs``.
+            given: see ``inputs``.
+        """
+        for place, at in enumerate(batch.rows):
+            for what, found in ((INPUTS, inputs), (FIT, grads), (GIVEN, given)):
+                if found:
+                    self._kept.put((what, int(rows[at])), {name: x[place] for name, x in found.items()})
+
+    def has(self, row: int, which: str) -> bool:
+        """Whether a and g of a corpus row are there."""
+        return (INPUTS, row) in self._kept and (which, row) in self._kept
+
+    def batch(
+        self, rows: np.ndarray, batch: Batch, which: str, dtype: torch.dtype
+    ) -> tuple[dict[str, Rows], dict[str, Rows]] | None:
+        """a and g of a batch whose sequences are all kept; rows beyond them repeat the first, as its tokens do."""
+        places = [int(rows[at]) for at in batch.rows]
+        if not all(self.has(row, which) for row in places):
+            return None
+        filled = [places[at] if at < len(places) else places[0] for at in range(len(batch.mask))]
+        found = []
+        for what in (INPUTS, which):
+            shapes = [self._kept.shapes((what, row)) for row in filled]
+            tensors = {name: self._empty(name, [own[name] for own in shapes], dtype) for name in shapes[0]}
+            for place, row in enumerate(filled):
+                if not self._kept.read((what, row), {name: x[place] for name, x in tensors.items()}):
+                    return None
+            found.append({name: self._moved(x) for name, x in tensors.items()})
+        return found[0], found[1]
+
+    def _empty(self, name: str, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Rows:
+        if name not in self._routed:
+            return torch.empty(len(shapes), *shapes[0], dtype=dtype)
+        sizes = tuple(shape[0] for shape in shapes)
+        return Routed(torch.empty(sum(sizes), shapes[0][1], dtype=dtype), sizes)
+
+    def _moved(self, x: Rows) -> Rows:
+        return x.to(self._device) if isinstance(x, Tensor) else x.over(x.rows.to(self._device))
