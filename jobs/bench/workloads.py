@@ -26,7 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from jobs.bench.batches import IGNORED, batch_of, summed_loss
 from raylux.cache import build_once, entry_name
 from raylux.errors import UserError
-from raylux.models import quiet
+from raylux.modelfiles import quiet
 
 _ROOT = Path(__file__).parent.parent.parent
 

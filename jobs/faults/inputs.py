@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from raylux.demo.corpus import read_leads
 from raylux.demo.training import TrainingSettings, train_tokenizer
-from raylux.models import quiet
+from raylux.modelfiles import quiet
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from jobs.bench.batches import IGNORED
 from jobs.bench.workloads import grammar, word_tokenizer, write_lines
 from raylux.config import Config
-from raylux.models import quiet
+from raylux.modelfiles import quiet
 
 _IDS = {"bos_token_id": 0, "eos_token_id": 0, "use_cache": False}
 _STILL = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

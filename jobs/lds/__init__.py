@@ -1,1 +1,1 @@
-"""The study of ``jobs/lds.py``: models trained on subsets, and every kind of score held against them."""
+"""The study of ``jobs/datamodel.py``: models trained on subsets, and every kind of score held against them."""

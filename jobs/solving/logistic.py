@@ -25,11 +25,13 @@ class Logistic:
     """What was found.
 
     Attributes:
+        seed: of the split and of LiSSA's draws.
         largest: eigenvalue of H + λ; ``scale`` is LiSSA's s.
         cg: products -> relative error of CG, the largest over queries.
         lissa: products -> (relative error, score correlation), the worst over queries.
     """
 
+    seed: int
     parameters: int
     largest: float
     scale: float
@@ -126,4 +128,4 @@ def study(
         return found
 
     conjugate = {count: error for count, (error, _) in follow("cg", cg).items()}
-    return Logistic(650, largest, scale, conjugate, follow("lissa", lissa))
+    return Logistic(seed, 650, largest, scale, conjugate, follow("lissa", lissa))

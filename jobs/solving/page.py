@@ -14,17 +14,15 @@ from jobs.solving.logistic import Logistic
 LEAST_SCORE, LARGEST_CG, LEAST_LISSA = 0.98, 1e-5, 0.99
 
 
-def page(
-    found: Sequence[Found], regressions: Sequence[Logistic], costs: Sequence[Cost], command: str, note: str = ""
-) -> str:
-    """The page as Markdown; ``note``: what else is to be said of how it came about."""
+def page(found: Sequence[Found], regressions: Sequence[Logistic], costs: Sequence[Cost], command: str) -> str:
+    """The page as Markdown."""
     setting = Setting()
     model = setting.model
     return f"""# How well the solvers solve
 
     {command}
 
-One core; everything but the costs in float64.{note}
+One core; everything but the costs in float64.
 
 ## A small language model
 
@@ -112,10 +110,10 @@ def _curves(found: Sequence[Found]) -> str:
 
 def _regressions(regressions: Sequence[Logistic]) -> str:
     rows = []
-    for seed, one in enumerate(regressions):
-        rows += [[str(seed), "cg", str(count), f"{error:.1e}", ""] for count, error in one.cg.items()]
+    for one in regressions:
+        rows += [[str(one.seed), "cg", str(count), f"{error:.1e}", ""] for count, error in one.cg.items()]
         rows += [
-            [str(seed), "lissa", str(count), f"{error:.2f}", f"{score:.4f}"]
+            [str(one.seed), "lissa", str(count), f"{error:.2f}", f"{score:.4f}"]
             for count, (error, score) in one.lissa.items()
         ]
     return _table(["seed", "solver", "products", "relative error", "score correlation"], rows)

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from raylux.cache import build_once, entry_name
-from raylux.models import quiet
+from raylux.modelfiles import quiet
 
 SPECIAL = "<|endoftext|>"
 _FORMAT = 1  # raise when training changes in a way that the settings do not show
