@@ -17,7 +17,7 @@ from raylux.config import Config
 from raylux.errors import MissingStageError, NumericsError, RayluxError, UserError
 
 if TYPE_CHECKING:
-    from raylux.api import Run, attribute, open_run, run
+    from raylux.api import Run, attribute, combine, open_run, run
 
 __all__ = [
     "Config",
@@ -27,6 +27,7 @@ __all__ = [
     "Run",
     "UserError",
     "attribute",
+    "combine",
     "open_run",
     "run",
 ]
@@ -34,7 +35,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """The names that need torch are imported when they are first used: ``raylux --help`` answers at once."""
-    if name in ("Run", "attribute", "open_run", "run"):
+    if name in ("Run", "attribute", "combine", "open_run", "run"):
         from raylux import api
 
         return getattr(api, name)

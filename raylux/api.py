@@ -10,6 +10,7 @@ from typing import Any
 
 from raylux import models, prepare
 from raylux.adapters import has_adapter
+from raylux.combined import Combined
 from raylux.config import Config
 from raylux.engine.context import Context
 from raylux.engine.progress import Reporter
@@ -18,7 +19,7 @@ from raylux.errors import MissingStageError, UserError
 from raylux.results import Run, StageStatus
 from raylux.store import Lease, RunFolder
 
-__all__ = ["STAGES", "Run", "StageStatus", "attribute", "open_run", "run", "run_stages"]
+__all__ = ["STAGES", "Combined", "Run", "StageStatus", "attribute", "combine", "open_run", "run", "run_stages"]
 
 # Fewer queries are looked at one by one.
 ACROSS_FROM = 3
@@ -38,6 +39,19 @@ def run(config: Config) -> Run:
 def open_run(path: str | Path) -> Run:
     """Open a run folder to look at. Raises UserError where there is none."""
     return Run(str(path))
+
+
+def combine(runs: Sequence[str | Path | Run], weights: Sequence[float] | None = None) -> Combined:
+    """Read several runs over the same corpus and queries as one: Σ_k w_k · influence_k, by default the mean.
+
+    Args:
+        runs: folders, or runs that are open: models of several checkpoints, seeds or stages of a training.
+        weights: one for each; learning rates with kind ``identity`` are TracIn's.
+
+    Raises:
+        UserError: they cannot be added up, or there is no run at one of them.
+    """
+    return Combined([one if isinstance(one, Run) else open_run(one) for one in runs], weights)
 
 
 def run_stages(

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from raylux import health, status
+from raylux import health, ranking, status
 from raylux.config import Config
 from raylux.curvature import KINDS
 from raylux.engine.records import QUERY
@@ -175,7 +175,7 @@ class Run:
             rows,
             self.sequences["sequence"].to_numpy()[rows],
             self._scale,
-            self._attrs(),
+            self.meaning(),
             norms if self.unit == "cosine" else None,
             "float64" if self.settings["plan"]["dtype"] == "float64" else "float32",
             self._keep,
@@ -183,7 +183,7 @@ class Run:
         )
 
     def top(self, query: str, k: int = 10, by: Literal["sequence", "document"] = "sequence") -> pd.DataFrame:
-        """The k sequences (or documents, their sequences summed) with the largest influence on a query.
+        """The k sequences (or documents, summed) with the largest influence on a query.
 
         Columns: rank, sequence (or document), influence, prefilter (NaN where the sequence was not among this
         query's own candidates), the kept columns, text.
@@ -192,13 +192,8 @@ class Run:
             UserError: no such query, or documents asked of a packed corpus.
             MissingStageError: the query has no scores yet.
         """
-        table = self._scored(query)
-        if by == "document":
-            table = self._by_document(table)
-        best = table.sort_values("influence", ascending=False, kind="stable").head(k)
-        best.insert(0, "rank", np.arange(1, len(best) + 1))
-        result = best.reset_index(drop=True)
-        result.attrs.update(self._attrs())
+        result = ranking.best(self.scored(query, by), k)
+        result.attrs.update(self.meaning())
         return result
 
     def best(self) -> pd.DataFrame:
@@ -249,7 +244,7 @@ class Run:
             values[:, np.searchsorted(self.rows, block.rows)] = part * self._scale
         names = self.sequences["sequence"].to_numpy()[self.rows]
         coords = {"layer": np.asarray(layers, object), "sequence": names}
-        return xr.DataArray(values, coords, ("layer", "sequence"), name="influence", attrs=self._attrs())
+        return xr.DataArray(values, coords, ("layer", "sequence"), name="influence", attrs=self.meaning())
 
     def token_scores(self, query: str, sequence: str) -> pd.DataFrame:
         """Influence by token of one sequence: position, token_id, token, influence; tokens sum to the total.
@@ -282,7 +277,7 @@ class Run:
         result = pd.DataFrame(
             {"position": np.arange(len(tokens)), "token_id": tokens, "token": self._decode(tokens), "influence": shares}
         )
-        result.attrs.update(self._attrs())
+        result.attrs.update(self.meaning())
         return result
 
     # what is there
@@ -349,7 +344,8 @@ class Run:
     def _own_blocks(self) -> list[ScoreBlock]:
         return score_blocks(self.store)
 
-    def _attrs(self) -> dict[str, Any]:
+    def meaning(self) -> dict[str, Any]:
+        """What tables and arrays say of a score: unit, sign, train_size, curvature."""
         return {
             "unit": self.unit,
             "sign": SIGN,
@@ -364,8 +360,15 @@ class Run:
         if query not in self.query_records:
             raise UserError(f"{self.folder}: no query '{query}'; it has {', '.join(self.queries[:10]) or 'none'}")
 
-    def _scored(self, query: str) -> pd.DataFrame:
-        """Every scored sequence of a query with its influence, in corpus order."""
+    def scored(self, query: str, by: Literal["sequence", "document"] = "sequence") -> pd.DataFrame:
+        """Every scored sequence (or document) of a query, in corpus order: the columns of ``top`` without the rank.
+
+        Raises:
+            UserError: as ``top``.
+            MissingStageError: as ``top``.
+        """
+        if by == "document" and self.config.corpus.pack:
+            raise UserError(f"{self.folder}: a packed corpus has no scores per document (corpus.pack is true)")
         self._known(query)
         answer = self._answer(query)
         # A query of a batch's file has its scores in the answer, and there alone.
@@ -388,18 +391,8 @@ class Run:
         columns = {"sequence": table["sequence"], "influence": values[there], "prefilter": prefilter[rows]}
         columns |= {name: table[name] for name in kept} | {"document": table["document"], "text": table["text"]}
         frame = pd.DataFrame({name: np.asarray(column) for name, column in columns.items()})
-        return frame if (frame["document"] != frame["sequence"]).any() else frame.drop(columns="document")
-
-    def _by_document(self, table: pd.DataFrame) -> pd.DataFrame:
-        if self.config.corpus.pack:
-            raise UserError(f"{self.folder}: a packed corpus has no scores per document (corpus.pack is true)")
-        if "document" not in table:
-            return table.rename(columns={"sequence": "document"})
-        rest = {
-            name: "first" for name in table.columns if name not in ("document", "sequence", "influence", "prefilter")
-        }
-        grouped = table.groupby("document", sort=False).agg({"influence": "sum", "prefilter": "max", **rest})
-        return grouped.reset_index()
+        frame = frame if (frame["document"] != frame["sequence"]).any() else frame.drop(columns="document")
+        return ranking.by_document(frame) if by == "document" else frame
 
     def _decode(self, tokens: np.ndarray) -> list[str]:
         from raylux.models import ModelFiles, load_tokenizer

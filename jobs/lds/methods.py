@@ -15,6 +15,7 @@ import raylux
 from jobs.lds.retrain import FIRST_SEED
 from jobs.lds.study import Study
 from raylux import prefilter
+from raylux.combined import Combined
 from raylux.curvature import KINDS
 from raylux.demo.training import train_model
 
@@ -70,7 +71,7 @@ def all_methods(study: Study, folder: Path) -> list[Method]:
     methods.append(_timed("ekfac, pcg", "the exact Gauss-Newton matrix at the same λ, by preconditioned CG", solved))
     methods.append(_timed("TracIn", f"dot products by learning rate over {len(points)} epochs' models",
                           lambda: _weighted(study, points, folder / "tracin", "identity")))  # fmt: skip
-    level = [Checkpoint(point.model, 1.0) for point in points]
+    level = [Checkpoint(point.model, 1 / len(points)) for point in points]
     methods.append(_timed("ekfac, averaged", f"mean over {len(points)} epochs' models",
                           lambda: _weighted(study, level, folder / "averaged", EKFAC)))  # fmt: skip
     methods.append(_timed("bm25", "shared tokens, no model", lambda: bm25(study)))
@@ -94,19 +95,27 @@ def train(study: Study) -> list[Checkpoint]:
 
 def scores(study: Study, model: PreTrainedModel, folder: Path, kind: str, overrides: Sequence[str] = ()) -> np.ndarray:
     """raylux's scores [Q, N], in the order of the texts."""
+    return _array(study, _run(study, model, folder, kind, overrides))
+
+
+def _run(study: Study, model: PreTrainedModel, folder: Path, kind: str, overrides: Sequence[str] = ()) -> raylux.Run:
     options = [f"curvature.kind={kind}", "query.max_error=0", "score.token_top=0", "score.unit=raw", *overrides]
-    train = [{"text": text, "id": f"{place:06d}"} for place, text in enumerate(study.texts)]
-    run = raylux.attribute(model, study.tokenizer, train, study.asked, folder=folder, overrides=options)
-    ids = [row["id"] for row in train]
-    queries = [query["id"] for query in study.asked]
-    return run.scores().sel(query=queries, sequence=ids).to_numpy().astype(np.float64)
+    train = [{"text": text, "id": _id(place)} for place, text in enumerate(study.texts)]
+    return raylux.attribute(model, study.tokenizer, train, study.asked, folder=folder, overrides=options)
+
+
+def _id(place: int) -> str:
+    return f"{place:06d}"
+
+
+def _array(study: Study, found: raylux.Run | Combined) -> np.ndarray:
+    queries, ids = [query["id"] for query in study.asked], [_id(place) for place in range(len(study.texts))]
+    return found.scores().sel(query=queries, sequence=ids).to_numpy().astype(np.float64)
 
 
 def _weighted(study: Study, points: Sequence[Checkpoint], folder: Path, kind: str) -> np.ndarray:
-    return sum(
-        (point.rate * scores(study, point.model, folder / str(place), kind) for place, point in enumerate(points)),
-        np.zeros((len(study.asked), len(study.texts))),
-    )
+    runs = [_run(study, point.model, folder / str(place), kind) for place, point in enumerate(points)]
+    return _array(study, raylux.combine(runs, [point.rate for point in points]))
 
 
 def bm25(study: Study) -> np.ndarray:

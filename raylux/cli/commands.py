@@ -40,7 +40,10 @@ class Backend(StrEnum):
 
 @app.command(
     short_help="show the most influential sequences",
-    help=manual("""The training sequences of RUN with the largest influence on a query, best first.
+    help=manual("""The training sequences with the largest influence on a query, best first.
+
+    Of several RUNs over the same corpus and queries (models of several checkpoints, seeds or stages of a training) the
+    mean is shown, or the sum by --weight, with how far the runs agree: the mean of Spearman's correlation between two.
 
     Positive influence means that training on the sequence raises what the query measures. The unit (nats, raw or
     dot) stands in the table's title and in every json and csv record. Reads the run folder, writes nothing.
@@ -52,21 +55,27 @@ class Backend(StrEnum):
     Examples:
       raylux top runs/quickstart --query boat -k 10
       raylux top runs/quickstart --query boat --by document --format json | jq '.[0].text'
+      raylux top runs/epoch-1 runs/epoch-2 --weight 5e-4 --weight 1e-4
     """),
 )
 def top(
-    run: RunArgument,
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="run folders: local paths or fsspec URLs")],
     query: Annotated[str | None, typer.Option("--query", "-q", metavar="ID", help="a query's id; default: all")] = None,
+    weight: Annotated[
+        list[float] | None,
+        typer.Option("--weight", "-w", help="of a RUN, as often as there are RUNs; default: their mean"),
+    ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="lines per query")] = 10,
     by: Annotated[By, typer.Option("--by", help="one line per sequence, or per document (its sequences summed)")] = (
         By.sequence
     ),
     form: Annotated[Format, typer.Option("--format", "-f", help="how to print")] = Format.table,
 ) -> None:
-    """Print ``Run.top`` of one query or of all."""
+    """Print ``Run.top`` of one query or of all, or that of several runs together."""
     from raylux import api
 
-    opened = api.open_run(run)
+    combined = api.combine(runs, weight) if len(runs) > 1 or weight else None
+    opened = combined or api.open_run(runs[0])
     ids = [output.known(query, opened.queries, opened.folder)] if query is not None else list(opened.queries)
     if form is Format.table:
         from raylux.report import tables
@@ -74,6 +83,8 @@ def top(
         console = output.console()
         for name in ids:
             title = f"{name}: influence in {opened.unit}, positive raises the measurement"
+            if combined:
+                title += f"; {len(runs)} runs, which agree by {combined.agreement(name):.2f}"
             console.print(tables.top_table(opened.top(name, k=k, by=by.value), title, unit=opened.unit))
         return
     frames = [output.with_meaning(opened.top(name, k=k, by=by.value), name, opened.unit) for name in ids]
