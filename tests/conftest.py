@@ -28,6 +28,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 os.environ.pop("RAY_ADDRESS", None)  # the tests never join a cluster that happens to be there
+os.environ.pop("COLUMNS", None)  # tables are as wide as in a pipe; xdist says how wide a terminal is
 
 _OBJECT_STORE_BYTES = 500 * 1024**2
 _RAY_PROCESSES = ("raylet", "gcs_server", "/ray/_private/", "/ray/dashboard/", "/ray/util/client/", "ray::")
