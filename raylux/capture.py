@@ -8,14 +8,15 @@ Layout, fixed for everything that builds on it:
 - of an expert of a mixture, which sees some tokens of some sequences: a and g as ``Routed``.
 
 The gradient of sequence n is then ``G_PM = Σ_t g_tP a_tM``, whatever the layer's own storage (``nn.Linear``
-keeps [P, M], GPT-2's ``Conv1D`` [M, P]). Parameters are frozen: no weight gradient is ever formed, and the
-graph begins at the lowest tracked layer, so the backward pass stops there.
+keeps [P, M], GPT-2's ``Conv1D`` [M, P]). Parameters are frozen: no weight gradient is ever formed. The graph begins
+at the lowest tracked layer whatever is wanted, so that the forward pass has the same bits; the backward pass stops at
+the lowest layer that is wanted.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +33,7 @@ from raylux.gpu import is_unrepeatable, repeatable
 from raylux.layers import TrackedLayer
 from raylux.loss import LogitLoss, logit_loss
 from raylux.profiling import of
+from raylux.recording import Forward, Outputs, Record
 from raylux.routed import Routed, Rows
 
 # The share of a sequence's tokens up to which logits are computed for those with a loss alone.
@@ -130,7 +132,7 @@ class Capture:
         targets = torch.full_like(batch.labels, IGNORED)
         targets[:, :-1] = batch.labels[:, 1:]
         places = self._places(targets)
-        record = _Outputs()
+        record = Outputs()
         handles = [module.register_forward_hook(record.hook(name)) for name, module in self._modules.items()]
         try:
             with sdpa_kernel(SDPBackend.MATH), of("forward"):
@@ -142,43 +144,50 @@ class Capture:
         with sdpa_kernel(SDPBackend.MATH):
             yield Forward(flat, targets.reshape(-1)[places] != IGNORED, record.inputs, record.outputs)
 
-    def run(self, batch: Batch, labeller: Labeller | None = None, both: bool = False) -> Captured:
+    def run(
+        self,
+        batch: Batch,
+        labeller: Labeller | None = None,
+        both: bool = False,
+        wanted: Collection[str] | None = None,
+    ) -> Captured:
         """Forward and backward of one batch.
 
         Args:
             batch: on the model's device.
             labeller: draws labels from the model's probabilities where the batch has a label; default: its own.
             both: give the gradients on the batch's own labels too, by a second backward of the same forward.
+            wanted: names of the layers to record, a layer pass's; default: all.
 
         Raises:
             NumericsError: the loss is not finite, or a layer took no part in it. Gradients are checked where they
                 are summed, by layer and unit.
         """
+        names = {layer.name for layer in self.layers}
+        layers = [layer for layer in self.layers if layer.name in (names if wanted is None else wanted)]
         try:
-            return self._run(batch, labeller, both)
+            return self._run(batch, labeller, both, layers)
         except RuntimeError as error:
             if not (self._repeatable and is_unrepeatable(error)):
                 raise
         self._repeatable = False
-        return self._run(batch, labeller, both)
+        return self._run(batch, labeller, both, layers)
 
-    def _run(self, batch: Batch, labeller: Labeller | None, both: bool) -> Captured:
+    def _run(self, batch: Batch, labeller: Labeller | None, both: bool, layers: Sequence[TrackedLayer]) -> Captured:
         targets = torch.full_like(batch.labels, IGNORED)
         targets[:, :-1] = batch.labels[:, 1:]  # a token's logits are for the next one
         places = self._places(targets)
-        with self._recording(batch) as record:
+        with self._recording(batch, layers) as record:
             with of("forward"):
                 logits = self._logits(batch, places)
             with of("backward"):
                 losses = self._losses(logits, batch, targets.reshape(-1)[places], places, labeller, both)
             taken = []
             for index, one in enumerate(losses):
-                record.grads = {}
-                if logits.requires_grad:
-                    with of("backward"), repeatable(logits.device.type if self._repeatable else "cpu"):
-                        logits.backward(one.gradient.view_as(logits), retain_graph=index + 1 < len(losses))
-                taken.append(self._gradients(record, batch))
-            raw = self._inputs(record, batch)
+                with of("backward"), repeatable(logits.device.type if self._repeatable else "cpu"):
+                    grads = record.gradients(logits, one.gradient, retain=index + 1 < len(losses))
+                taken.append(self._gradients(grads, batch, layers))
+            raw = self._inputs(record, batch, layers)
         labels, loss = batch.labels.clone(), losses[0].token_loss
         targets.view(-1)[places] = losses[0].labels
         labels[:, 1:] = targets[:, :-1]
@@ -230,11 +239,11 @@ class Capture:
         return self.model(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False, **extra).logits
 
     @contextmanager
-    def _recording(self, batch: Batch) -> Iterator[_Record]:
-        record = _Record()
-        leaders = set(self.groups.values())
+    def _recording(self, batch: Batch, layers: Sequence[TrackedLayer]) -> Iterator[Record]:
+        wanted = {layer.name for layer in layers}
+        record, leaders = Record(), {self.groups[name] for name in wanted}
         handles = [
-            module.register_forward_hook(record.hook(name, keep_input=name in leaders))
+            module.register_forward_hook(record.hook(name, keep_input=name in leaders, keep_edge=name in wanted))
             for name, module in self._modules.items()
         ]
         for block in self._blocks:
@@ -247,10 +256,10 @@ class Capture:
             for block in self._blocks:
                 block.mask = block.routing = None
 
-    def _inputs(self, record: _Record, batch: Batch) -> dict[str, Rows]:
+    def _inputs(self, record: Record, batch: Batch, layers: Sequence[TrackedLayer]) -> dict[str, Rows]:
         """Input group -> a without the bias's coordinate."""
         found: dict[str, Rows] = {}
-        for name in dict.fromkeys(self.groups[layer.name] for layer in self.layers):
+        for name in dict.fromkeys(self.groups[layer.name] for layer in layers):
             calls = record.inputs.get(name, [])
             if name in self._experts:
                 found[name] = self._routed(name, calls, self._widths[name])
@@ -270,20 +279,23 @@ class Capture:
         rows = calls[0] if calls else some.new_zeros(routing.totals[expert], width)
         return routing.routed(expert, rows)
 
-    def _gradients(self, record: _Record, batch: Batch) -> dict[str, Rows]:
+    def _gradients(
+        self, found: dict[str, list[Tensor | None]], batch: Batch, layers: Sequence[TrackedLayer]
+    ) -> dict[str, Rows]:
         count, mask = len(batch.mask), batch.mask
         padded = not bool(mask.all())
         grads: dict[str, Rows] = {}
-        for layer in self.layers:
-            calls = record.grads.get(layer.name, {})
+        for layer in layers:
+            calls = found.get(layer.name, [])
+            there = [grad for grad in calls if grad is not None]
             if layer.routed:
-                grads[layer.name] = self._routed(layer.name, list(calls.values()), layer.outputs)
+                grads[layer.name] = self._routed(layer.name, there, layer.outputs)
                 continue
-            if not calls:
+            if not there:
                 raise NumericsError(f"layer '{layer.name}' took no part in the loss")
             # A call whose output the loss does not depend on has no gradient, but its inputs are there.
-            none = torch.zeros_like(next(iter(calls.values())))
-            parts = [_by_sequence(calls.get(call, none), count) for call in range(record.calls[layer.name])]
+            none = torch.zeros_like(there[0])
+            parts = [_by_sequence(none if grad is None else grad, count) for grad in calls]
             joined = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
             # Where padding stands on the left, its own rows attend to themselves and may leak nothing into
             # the loss; a zero there is exact.
@@ -297,62 +309,6 @@ def _expert_of(model: nn.Module, name: str) -> tuple[SplitExperts, int]:
     block = model.get_submodule(path)
     assert isinstance(block, SplitExperts)
     return block, int(expert)
-
-
-@dataclass
-class Forward:
-    """One forward pass whose graph is kept. Legend: n tokens, flat; V entries of the vocabulary.
-
-    Attributes:
-        logits: [n, V].
-        counted: [n] bool, whether a loss is taken there.
-        inputs: layer -> the input of each call, [..., M] without the bias's coordinate.
-        outputs: layer -> the output of each call, [..., P], a part of the graph.
-    """
-
-    logits: Tensor
-    counted: Tensor
-    inputs: dict[str, list[Tensor]]
-    outputs: dict[str, list[Tensor]]
-
-
-class _Outputs:
-    """Inputs and outputs by layer in call order; what goes on from a layer is a copy, safe from changes in place."""
-
-    def __init__(self) -> None:
-        self.inputs: dict[str, list[Tensor]] = {}
-        self.outputs: dict[str, list[Tensor]] = {}
-
-    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if not output.requires_grad:
-                output.requires_grad_(True)
-            self.inputs.setdefault(name, []).append(inputs[0].detach())
-            self.outputs.setdefault(name, []).append(output)
-            return output.clone()
-
-        return record
-
-
-class _Record:
-    """Inputs by layer in call order; gradients by layer and call (they arrive in reverse)."""
-
-    def __init__(self) -> None:
-        self.inputs: dict[str, list[Tensor]] = {}
-        self.grads: dict[str, dict[int, Tensor]] = {}
-        self.calls: dict[str, int] = {}
-
-    def hook(self, name: str, keep_input: bool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            call = self.calls.get(name, 0)
-            self.calls[name] = call + 1
-            if keep_input:
-                self.inputs.setdefault(name, []).append(inputs[0].detach())
-            if not output.requires_grad:
-                output.requires_grad_(True)
-            output.register_hook(lambda grad: self.grads.setdefault(name, {}).__setitem__(call, grad))
-
-        return record
 
 
 def _positions(batch: Batch) -> Tensor:

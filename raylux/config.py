@@ -100,6 +100,9 @@ class FitSection(Section):
     )
     seed: int = Field(0, ge=0, lt=2**63)
     unit_tokens: Count | Auto = Field("auto", description="tokens in a fit unit")
+    passes: Annotated[int, Field(ge=1, le=64)] | Auto = Field(
+        "auto", description="layer passes of each stage that sums; auto: as few as the workers' memory allows"
+    )
     eigh: Literal["auto", "float32", "float64"] = Field(
         "auto",
         description="of eigendecompositions; auto: float32 beside bf16 products, where it passes a check, else float64",

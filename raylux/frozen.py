@@ -68,6 +68,7 @@ _FREE = frozenset(
         "model.trust_remote_code",
         "queries.path",
         "fit.snapshot",
+        "fit.passes",
         "prefilter.kind",
         "prefilter.top",
         "score.unit",

@@ -124,6 +124,7 @@ def _workload(config: Config, sizes: Sizes, device: str) -> tuple[Workload, Plan
         tile=8 if device == "cpu" else 256,
         solver_products=products,
         solver_sequences=over,
+        passes=None if config.fit.passes == "auto" else config.fit.passes,
     )
     return work, plan
 

@@ -10,7 +10,9 @@ achieve.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,6 +71,25 @@ def sample_labels(probabilities: Tensor, keys: Tensor, positions: Tensor, seed: 
     within = blocks[torch.arange(len(blocks), device=chosen.device), chosen]
     # Never an entry of the padding, however all others are rounded to nothing: the first of equals wins.
     return chosen * _BLOCK + _race(within, _mix(places))
+
+
+def drawn_before(keys: Sequence[int], labels: Sequence[np.ndarray]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """What gives again the labels [T] that were drawn for each of some sequences; to be called as ``sample_labels``.
+
+    Args:
+        keys: of the sequences.
+        labels: of each, as they were drawn.
+    """
+    starts = np.concatenate([[0], np.cumsum([len(own) for own in labels])])
+    where = {key: int(start) for key, start in zip(keys, starts, strict=False)}
+    flat = torch.from_numpy(np.concatenate([*labels, np.zeros(0, np.int64)]).astype(np.int64))
+
+    def look_up(_: Tensor, asked: Tensor, positions: Tensor) -> Tensor:
+        own, at = asked.unique(return_inverse=True)
+        begins = torch.tensor([where[key] for key in own.tolist()], device=asked.device)
+        return flat.to(asked.device)[begins[at] + positions]
+
+    return look_up
 
 
 def _race(weights: Tensor, places: Tensor) -> Tensor:

@@ -134,13 +134,7 @@ def contents(folder: Path | str, queries: tuple[str, ...] = ()) -> dict[str, np.
     Score arrays stand in the order of the sequences' ids; per-token scores are those of each query's two best.
     """
     store, run = RunFolder(str(folder)), raylux.open_run(folder)
-    found: dict[str, np.ndarray] = {}
-    for stage in (COVARIANCE, EIGEN, MOMENTS):
-        for unit, manifest in store.units(stage).items():
-            group = store.group(manifest.meta["key"])
-            for name in ("matrix", "values", "vectors"):
-                if name in group:
-                    found[f"{stage} {unit} {name}"] = group.read(name)
+    found = factors(store)
     wanted = queries or tuple(run.queries)
     for manifest in store.units(QUERY).values():
         for place, query in enumerate(manifest.meta["queries"]):
@@ -154,6 +148,18 @@ def contents(folder: Path | str, queries: tuple[str, ...] = ()) -> dict[str, np.
         if run.config.score.token_top:
             for sequence in run.top(query, 2)["sequence"]:
                 found[f"tokens {query} {sequence}"] = run.token_scores(query, sequence)["influence"].to_numpy()
+    return found
+
+
+def factors(store: RunFolder) -> dict[str, np.ndarray]:
+    """The numbers of the fit by name."""
+    found: dict[str, np.ndarray] = {}
+    for stage in (COVARIANCE, EIGEN, MOMENTS):
+        for unit, manifest in store.units(stage).items():
+            group = store.group(manifest.meta["key"])
+            for name in ("matrix", "values", "vectors"):
+                if name in group:
+                    found[f"{stage} {unit} {name}"] = group.read(name)
     return found
 
 

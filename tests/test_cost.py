@@ -13,10 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raylux.batches import TokenRow, collate
 from raylux.capture import Capture, input_groups
-from raylux.cost import contraction, costs, sizes
+from raylux.cost import contraction, costs, fit, sizes
 from raylux.cost.fit import rotation_flops
 from raylux.cost.machine import Cluster, Device, eigh_flops
 from raylux.cost.model import ModelShape
+from raylux.cost.passes import covariance_held, largest, split
 from raylux.cost.planner import plan_run
 from raylux.cost.serve import distinct
 from raylux.cost.workload import Workload
@@ -179,12 +180,14 @@ def test_what_is_refused_names_a_change_and_that_change_helps() -> None:
     large = _work(model=_published("llama-3-70b"))
     assert "devices_per_worker: 4" in _said(large, _cluster())
     plan_run(large, _cluster(devices_per_worker=4), costs.AHEAD)
-    assert "take 2 nodes" in _said(_work(), _cluster(host_memory_gb=200.0), costs.ENGINE | {costs.SPLIT})
+    assert "take 2 nodes" in _said(_work(), _cluster(host_memory_gb=4.0), costs.ENGINE | {costs.SPLIT})
     line = _said(_work(), _cluster(disk_tb=0.1))
     assert "disk_tb: " in line
     plan_run(_work(), _cluster(disk_tb=float(line.rpartition("disk_tb: ")[2])), costs.AHEAD)
-    # What the engine cannot do is no way out of it.
-    assert "layer passes, which the engine does not make yet" in _said(_work(), _cluster(), costs.ENGINE)
+    # Passes that the config sets too few are refused, with those that would do.
+    line = _said(_work(passes=1), _cluster())
+    assert "fit.passes=1 is too few" in line
+    plan_run(_work(passes=int(line.rpartition("set it to ")[2].split(",")[0])), _cluster(), costs.AHEAD)
 
 
 def test_passes_are_as_few_as_fit_and_take_every_layer_once() -> None:
@@ -200,6 +203,19 @@ def _small(**changes: Any) -> Workload:
     _, shape = _shape("llama")
     usual = {"model": shape, "dtype": "float32", "contraction": "bfloat16", "tokens": 24.0, "fit_sequences": 100}
     return _work(**{**usual, "corpus": 100, "candidates": 100, "batch_tokens": 96, **changes})
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_device_that_holds_a_part_of_the_sums_makes_passes_of_a_small_model(count: int) -> None:
+    work = _small()
+    model, held = work.model, covariance_held(work.model.groups, work.stored)
+    beside = fit.base_bytes(_cluster().device) + fit.model_bytes(work)
+    beside += work.batch_tokens * model.activation_bytes(work.itemsize, model.tracked)
+    need = beside + largest(split(model.tracked, model.groups, count), held)
+    blocks, _ = fit.passes(work, _cluster(device={"memory_gb": (need + 1) / 0.9e9}), held, 0.0)
+    assert len(blocks) == count
+    more, _ = fit.passes(work, _cluster(device={"memory_gb": (need - 1) / 0.9e9}), held, 0.0) if count < 4 else ([], 0)
+    assert len(more) > count or count == 4
 
 
 def test_symmetric_updates_take_half_the_flops() -> None:

@@ -44,8 +44,8 @@ def test_what_is_kept_changes_no_bit(
     served: list[str] = []
     kept_batch = CapturedSequences.batch
 
-    def watched(self: CapturedSequences, rows: np.ndarray, batch: object, which: str, kind: object) -> object:
-        found = kept_batch(self, rows, batch, which, kind)  # type: ignore[arg-type]
+    def watched(self: CapturedSequences, rows: np.ndarray, batch: object, which: str, *more: object) -> object:
+        found = kept_batch(self, rows, batch, which, *more)  # type: ignore[arg-type]
         served.extend([which] * (found is not None))
         return found
 

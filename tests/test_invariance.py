@@ -32,8 +32,8 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "low-rank": ("llama", WIDE, LOW_RANK),
     "fast": ("gpt2", {}, FAST),
 }
-# (workers, shards): processes take long to start, so each case has its own pair, and together they have all.
-CLUSTERS = {"gpt2": (2, 3), "llama": (1, 2), "low-rank": (3, 1), "fast": (2, 2)}
+# (workers, shards, layer passes): processes take long to start, so each case has its own, and together they have all.
+CLUSTERS = {"gpt2": (2, 3, 1), "llama": (1, 2, 4), "low-rank": (3, 1, 1), "fast": (2, 2, 2)}
 FLOAT32, FLOAT64 = 1e-4, 1e-9
 
 
@@ -80,9 +80,10 @@ def test_again_in_another_folder(case: Case) -> None:
     assert differing(contents(case.run("again")), case.usual) == []
 
 
-def test_any_number_of_workers_and_shards_on_ray(case: Case, ray_cluster: Any) -> None:
-    workers, shards = CLUSTERS[case.name]
-    folder = case.run("ray", "engine.backend=ray", f"engine.workers={workers}", f"engine.shards={shards}")
+def test_any_number_of_workers_shards_and_layer_passes_on_ray(case: Case, ray_cluster: Any) -> None:
+    workers, shards, passes = CLUSTERS[case.name]
+    how = (f"engine.workers={workers}", f"engine.shards={shards}", f"fit.passes={passes}")
+    folder = case.run("ray", "engine.backend=ray", *how)
     assert differing(contents(folder), case.usual) == []
 
 

@@ -77,8 +77,18 @@ def test_a_model_that_is_not_here_is_planned_from_its_config_alone(monkeypatch: 
     assert found["total"]["device_hours"] < 24
     assert found["total"]["dollars"] == pytest.approx(3 * found["total"]["device_hours"])
     ahead = [choice["name"] for choice in found["choices"] if not choice["in_engine"]]
-    assert "covariance passes" in ahead
+    assert "solve" in ahead and not any("passes" in name for name in ahead)
     assert found["cluster"]["devices"] == 8
+
+
+def test_sums_that_a_device_does_not_hold_are_planned_in_passes(capsys: Any) -> None:
+    assert main(_llama("--cluster", CLUSTER, "--candidates", "1000000", "--json")) == 0
+    chosen = {choice["name"]: choice for choice in json.loads(capsys.readouterr().out)["choices"]}
+    for name in ("covariance passes", "Λ passes"):
+        assert chosen[name]["value"].startswith("2, ") and chosen[name]["in_engine"]
+    assert main(_llama("--cluster", CLUSTER, "--candidates", "1000000", "fit.passes=1")) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and "fit.passes=1 is too few" in said.err and "set it to 2" in said.err
 
 
 def test_what_cannot_work_is_one_line(tmp_path: Path, capsys: Any) -> None:

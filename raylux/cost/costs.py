@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 # What the engine can do; a plan may count on more where it is asked to look ahead.
-PASSES = "layer passes"
 EXPANDED_FORM = "low rank expanded per block of queries"
 SUBSPACE_FORM = "a shared subspace, then exact rescoring"
 EIGENBASIS_FORM = "queries left in the eigenbasis"
@@ -22,7 +21,6 @@ ENGINE = frozenset({SHARED_ROTATION})
 ENGINE_CPU = ENGINE | {SYMMETRIC}
 AHEAD = frozenset(
     {
-        PASSES,
         EXPANDED_FORM,
         SUBSPACE_FORM,
         EIGENBASIS_FORM,
@@ -34,6 +32,14 @@ AHEAD = frozenset(
         SPLIT,
     }
 )
+
+
+@dataclass(frozen=True)
+class Passes:
+    """In how many layer passes the covariances and Λ are summed."""
+
+    covariance: int = 1
+    moments: int = 1
 
 
 @dataclass(frozen=True)

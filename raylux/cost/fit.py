@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from raylux.cost import costs
 from raylux.cost.contraction import rotate_tokens_first
 from raylux.cost.costs import Choice, StageCost, Work
 from raylux.cost.machine import Cluster, Device, eigh_flops
+from raylux.cost.passes import Held, Layers, covariance_held, cut, largest, moments_held, split
 from raylux.cost.sizes import PROCESS_BYTES, covariance_bytes, covariance_entries, covariance_products, layer_bytes
 from raylux.cost.workload import Workload
 from raylux.errors import UserError
 from raylux.layers import TrackedLayer
 
-Layers = Sequence[TrackedLayer]
 _BATCHES = (16_384, 8_192, 4_096, 2_048, 1_024)
 # A context of CUDA with its libraries, beside the process's own memory on the host.
-_GPU_BASE = 1.5e9
+GPU_BASE = 1.5e9
 # Passes of the squared gradient's entries through memory: formed, squared in place, summed.
 _SQUARING_PASSES = 4
 # Λ is taken from this many bytes of formed gradients at once (curvature/moments.py), twice with the rotated ones.
@@ -40,7 +39,7 @@ def shard_room(cluster: Cluster) -> float:
 
 def base_bytes(device: Device) -> float:
     """A worker before its model."""
-    return _GPU_BASE if device.gpu else float(PROCESS_BYTES)
+    return GPU_BASE if device.gpu else float(PROCESS_BYTES)
 
 
 def model_bytes(work: Workload) -> float:
@@ -55,31 +54,34 @@ def batch_tokens(work: Workload, wanted: Layers | None = None) -> tuple[int, ...
     return tuple(max(size, math.ceil(work.tokens)) for size in _BATCHES)
 
 
-def passes(
-    work: Workload, cluster: Cluster, held: Callable[[TrackedLayer], float], sums: float, can: frozenset[str]
-) -> tuple[list[Layers], int]:
+def room_beside(work: Workload, device: Device, batch: float) -> float:
+    """Bytes of a device that a pass's sums and bases may take beside the model and a batch."""
+    room = device.memory - base_bytes(device) - model_bytes(work)
+    return room - batch * work.model.activation_bytes(work.itemsize, work.model.tracked)
+
+
+def passes(work: Workload, cluster: Cluster, held: Held, sums: float) -> tuple[list[Layers], int]:
     """Layers of each pass, the last of the model first, and the batch that makes the passes fewest.
 
     Args:
-        work: what is computed.
+        work: what is computed; where it says how many passes, so many.
         cluster: its workers hold the model, a batch and what ``held`` says; its shards the sums.
         held: bytes of a worker for a layer of the pass.
         sums: bytes of all shards for all layers in one pass.
-        can: what may be chosen.
 
     Raises:
-        UserError: not even one layer fits beside the model, or the passes are more than the engine makes.
+        UserError: not even one layer fits beside the model, or the passes that the config sets are too few.
     """
-    layers, device = work.model.tracked, cluster.worker
-    least = math.ceil(sums / shard_room(cluster))
+    layers, groups, device = work.model.tracked, work.model.groups, cluster.worker
+    wanted = work.passes and min(work.passes, len(work.model.leaders))
+    least = wanted or math.ceil(sums / shard_room(cluster))
     best: tuple[list[Layers], int] | None = None
     short = math.inf
     for batch in batch_tokens(work):
-        room = device.memory - base_bytes(device) - model_bytes(work)
-        room -= batch * work.model.activation_bytes(work.itemsize, layers)
-        blocks = _cut(layers, held, room, least)
+        room = room_beside(work, device, batch)
+        blocks = cut(layers, groups, held, room, least)
         if blocks is None:
-            short = min(short, max(map(held, layers)) - room)
+            short = min(short, largest(split(layers, groups, len(groups)), held) - room)
         elif best is None or len(blocks) < len(best[0]):
             best = blocks, batch
     if best is None:
@@ -88,27 +90,12 @@ def passes(
             f"a pass does not fit: the model, one batch and the sums of one layer need a device of {need:,.1f} GB, "
             f"there are {device.memory_gb:,.1f} GB; set engine.batch_tokens lower, or take devices of that size"
         )
-    if len(best[0]) > 1 and costs.PASSES not in can:
-        whole = sum(map(held, layers)) + device.memory - room
+    if wanted and len(best[0]) > wanted:
         raise UserError(
-            f"the sums of all layers beside the model need a device of {whole / 0.9e9:,.1f} GB, there are "
-            f"{device.memory_gb:,.1f} GB: {len(best[0])} layer passes, which the engine does not make yet; track "
-            "fewer model.layers, or take devices of that size"
+            f"fit.passes={work.passes} is too few: the sums do not fit a device of {device.memory_gb:,.1f} GB; set it "
+            f"to {len(best[0])}, or to auto"
         )
     return best
-
-
-def _cut(layers: Layers, held: Callable[[TrackedLayer], float], room: float, least: int) -> list[Layers] | None:
-    """At least ``least`` runs of layers that fit into ``room`` bytes, about equal; None: one alone does not."""
-    if max(map(held, layers)) > room:
-        return None
-    least = max(least, math.ceil(sum(map(held, layers)) / room))
-    for count in range(least, len(layers) + 1):
-        ends = [round(len(layers) * place / count) for place in range(count + 1)]
-        blocks = [layers[start:stop] for start, stop in itertools.pairwise(ends)]
-        if all(sum(map(held, block)) <= room for block in blocks):
-            return list(blocks)
-    return None
 
 
 def model_work(work: Workload, device: Device, tokens: float, batch: float, blocks: Sequence[Layers]) -> list[Work]:
@@ -130,12 +117,8 @@ def covariance(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
     """Σ a aᵀ and Σ g gᵀ over the fit's tokens."""
     device, model, groups = cluster.worker, work.model, work.model.groups
     itemsize = work.stored
-
-    def held(layer: TrackedLayer) -> float:
-        leads = layer.inputs**2 if layer.name in model.leaders else 0
-        return float(itemsize * (layer.outputs**2 + leads))
-
-    blocks, batch = passes(work, cluster, held, covariance_bytes(model.tracked, groups, 8), can)
+    held = covariance_held(groups, itemsize)
+    blocks, batch = passes(work, cluster, held, covariance_bytes(model.tracked, groups, 8))
     share = 0.5 if costs.SYMMETRIC in can else 1.0
     size = min(batch, model.hidden)
     flops = work.fit_tokens * 2.0 * covariance_products(model.tracked, groups) * share
@@ -213,13 +196,8 @@ def eigenbases(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
 def moments(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageCost, list[Choice]]:
     """Λ: tokens or gradients rotated, gradients formed, squared, summed."""
     device, model = cluster.worker, work.model
-    basis = work.operand if work.basis else 0
-
-    def held(layer: TrackedLayer) -> float:
-        leads = layer.inputs**2 if layer.name in model.leaders else 0
-        return float(basis * (layer.outputs**2 + leads) + work.stored * layer.parameters)
-
-    blocks, batch = passes(work, cluster, held, layer_bytes(model.tracked, 8), can)
+    held = moments_held(model.groups, work.operand if work.basis else 0, work.stored)
+    blocks, batch = passes(work, cluster, held, layer_bytes(model.tracked, 8))
     shared, kept = costs.SHARED_ROTATION in can, work.kept_share(cluster.workers)
     tokens, sequences = work.fit_tokens, work.fit_sequences
     rotation = sum(rotation_flops(layer, work.tokens, shared and layer.name not in model.leaders)[0]
@@ -311,9 +289,7 @@ def _formed_first(work: Workload) -> float:
     )
 
 
-def resident(
-    work: Workload, device: Device, batch: float, blocks: Sequence[Layers], held: Callable[[TrackedLayer], float]
-) -> float:
+def resident(work: Workload, device: Device, batch: float, blocks: Sequence[Layers], held: Held) -> float:
     """Bytes of a worker at the peak of its largest pass."""
     most = max(sum(map(held, block)) + batch * work.model.activation_bytes(work.itemsize, block) for block in blocks)
     return base_bytes(device) + model_bytes(work) + most
@@ -342,5 +318,4 @@ def _pass_choice(
         f"{count}, batches of {batch:,} tokens",
         f"{whole / 1e9:,.2f} GB of sums and bases beside {beside:,.2f} GB of model and a batch in "
         f"{device.memory / 1e9:,.1f} GB",
-        in_engine=count == 1,
     )

@@ -7,6 +7,7 @@ import math
 from raylux.cost import costs, fit, serve
 from raylux.cost.costs import Choice, RunPlan
 from raylux.cost.machine import USABLE, Cluster
+from raylux.cost.passes import covariance_held, largest, split
 from raylux.cost.sizes import covariance_bytes, layer_bytes
 from raylux.cost.workload import Workload
 from raylux.errors import UserError
@@ -24,7 +25,7 @@ def plan_run(work: Workload, cluster: Cluster, can: frozenset[str] = costs.ENGIN
         UserError: it cannot work; the line names the smallest change that would help.
     """
     _check_model(work, cluster, can)
-    choices = [_shards(work, cluster, can)] if work.basis or work.moments else []
+    choices = [_shards(work, cluster)] if work.basis or work.moments else []
     makers = [fit.covariance, fit.eigenbases] if work.basis else []
     makers += [fit.moments] if work.moments else []
     stages = []
@@ -59,13 +60,13 @@ def _check_model(work: Workload, cluster: Cluster, can: frozenset[str]) -> None:
     )
 
 
-def _shards(work: Workload, cluster: Cluster, can: frozenset[str]) -> Choice:
+def _shards(work: Workload, cluster: Cluster) -> Choice:
     """As many shards as workers, at most one per input group; they live in host memory."""
     layers, groups = work.model.tracked, work.model.groups
     sums = max(covariance_bytes(layers, groups, 8) if work.basis else 0, layer_bytes(layers, 8) if work.moments else 0)
     room, nodes = fit.shard_room(cluster), cluster.nodes
     # In layer passes the shards hold the sums of one pass at a time.
-    least = 8 * max(layer.outputs**2 + layer.inputs**2 for layer in layers) if costs.PASSES in can else sums
+    least = largest(split(layers, groups, len(groups)), covariance_held(groups, 8))
     if least > room:
         more = math.ceil(least / (room / nodes))
         raise UserError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from raylux.cost.costs import Passes
+from raylux.cost.passes import covariance_held, largest, moments_held, split
 from raylux.layers import TrackedLayer
 
 GIB = 1 << 30
@@ -53,23 +55,31 @@ def worker_bytes(
     itemsize: int,
     queries: int,
     iterative: bool = False,
+    passes: Passes = Passes(),  # noqa: B008 (frozen)
 ) -> int:
     """Memory of a gradient worker at its peak: the model with the largest of what it holds beside it.
 
     ``iterative``: queries are solved by products with G, and directions and their products held for a block.
+    ``passes``: in which the fit sums.
     """
-    covariance = covariance_bytes(layers, groups, itemsize)
-    moments = covariance + layer_bytes(layers, itemsize)
+    covariance = int(largest(split(layers, groups, passes.covariance), covariance_held(groups, itemsize)))
+    moments = int(largest(split(layers, groups, passes.moments), moments_held(groups, itemsize, itemsize)))
     scoring = queries * layer_bytes(layers, itemsize)
     products = 2 * min(queries, solve_block(layers, itemsize)) * layer_bytes(layers, itemsize) if iterative else 0
     return PROCESS_BYTES + parameters * itemsize + max(covariance, moments, scoring, products)
 
 
 def shards_bytes(
-    layers: Sequence[TrackedLayer], groups: Mapping[str, str], itemsize: int, queries: int, iterative: bool = False
+    layers: Sequence[TrackedLayer],
+    groups: Mapping[str, str],
+    itemsize: int,
+    queries: int,
+    iterative: bool = False,
+    passes: Passes = Passes(),  # noqa: B008 (frozen)
 ) -> int:
-    """Memory of all factor shards together at their peak: sums in float64, or bases with a block of s_test."""
-    sums = covariance_bytes(layers, groups, 8)
+    """Memory of all factor shards together at their peak: a pass's sums in float64, or bases with a block of s_test."""
+    sums = int(largest(split(layers, groups, passes.covariance), covariance_held(groups, 8)))
+    sums = max(sums, int(largest(split(layers, groups, passes.moments), moments_held(groups, 0, 8))))
     held = queries * layer_bytes(layers, itemsize)
     if iterative:
         held = SOLVE_STATE * min(queries, solve_block(layers, itemsize)) * layer_bytes(layers, itemsize)

@@ -45,6 +45,7 @@ class Workload:
         keep_bytes: a worker's local disk for the captured a and g of fitted sequences; 0: they are not kept.
         solver_products: products with the Gauss-Newton matrix that a query takes, at most; 0: solved directly.
         solver_sequences: over which each of them goes.
+        passes: of each stage of the fit that sums; None: the planner's choice.
         scores_fit: the candidates include the fitted sequences, and kept ones are scored without another pass.
     """
 
@@ -74,6 +75,7 @@ class Workload:
     query_basis: str | None = None
     keep_bytes: float = 0.0
     scores_fit: bool = False
+    passes: int | None = None
     solver_products: int = 0
     solver_sequences: int = 0
     sequence_products: bool = False

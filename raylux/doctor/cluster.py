@@ -7,8 +7,8 @@ import os
 from raylux.doctor.case import Case
 from raylux.doctor.finding import FAIL, OK, WARN, Finding
 from raylux.engine.auth import ADDRESS, MODE, TOKEN, TOKEN_PATH, Auth, look
-from raylux.engine.capacity import Demand
-from raylux.engine.demand import check_memory_here
+from raylux.engine.capacity import Demand, settled
+from raylux.engine.demand import check_memory_here, settled_here
 from raylux.engine.plan import GIB
 from raylux.engine.probe import Answer, ask
 from raylux.shown import plain
@@ -69,11 +69,13 @@ def resources(case: Case) -> Finding:
     demand = case.demand
     if case.config.engine.backend == "local":
         check_memory_here(demand)
+        demand = settled_here(demand)
         return Finding("resources", OK, f"in process: {_gib(demand.worker_bytes + demand.shards_bytes)} needed, free")
     case.require("ray")
     answer = ask(demand)
     if answer.problem:  # names the way out itself
         return Finding("resources", FAIL, plain(answer.problem, _LINE))
+    demand = settled(demand, answer.supply)
     need = answer.workers * demand.worker_bytes + demand.shards_bytes
     detail = (
         f"{answer.workers} workers of {_unit(demand)} and {_gib(demand.worker_bytes)}, {answer.shards} shards of "

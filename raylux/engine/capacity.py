@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
+from raylux.cost.costs import Passes
 from raylux.errors import UserError
 
 GIB = 1 << 30
@@ -12,7 +13,13 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Demand:
-    """Workers and shards (a number, or "auto"), what each takes, and memory in bytes."""
+    """Workers and shards (a number, or "auto"), what each takes, and memory in bytes.
+
+    Attributes:
+        passes: layer passes of the fit, by which the bytes were reckoned.
+        most: passes that there may be; 1: no more than these.
+        otherwise: the same run in other passes.
+    """
 
     workers: int | str
     shards: int | str
@@ -20,13 +27,42 @@ class Demand:
     gpu: bool
     worker_bytes: int
     shards_bytes: int
+    passes: Passes = field(default_factory=Passes)
+    most: int = 1
+    otherwise: Callable[[Passes], Demand] | None = field(default=None, compare=False, repr=False)
+
+
+def settle(demand: Demand, fits: Callable[[Demand], bool]) -> Demand:
+    """The demand in as few layer passes as fit; in as many as may be, where none do."""
+    if demand.otherwise is None or fits(demand):
+        return demand
+    ask, counts = demand.otherwise, range(1, demand.most + 1)
+    both = next((count for count in counts if fits(ask(Passes(count, count)))), None)
+    if both is None:
+        return ask(Passes(demand.most, demand.most))
+    covariance = next(count for count in counts if fits(ask(Passes(count, both))))
+    moments = next(count for count in counts if fits(ask(Passes(covariance, count))))
+    return ask(Passes(covariance, moments))
+
+
+def settled(demand: Demand, supply: Mapping[str, float]) -> Demand:
+    """The demand in the layer passes that a cluster of this supply wants."""
+
+    def fits(one: Demand) -> bool:
+        try:
+            fit(one, supply)
+        except UserError:
+            return False
+        return True
+
+    return settle(demand, fits)
 
 
 def fit(demand: Demand, supply: Mapping[str, float]) -> tuple[int, int]:
     """Workers and shards that fit a cluster.
 
     Args:
-        demand: of the run.
+        demand: of the run, in the passes that it says.
         supply: Ray's names for what the whole cluster has: ``CPU``, ``GPU``, ``memory`` in bytes.
 
     Raises:
@@ -43,10 +79,12 @@ def fit(demand: Demand, supply: Mapping[str, float]) -> tuple[int, int]:
         raise UserError(f"not enough {kind}s on the cluster: {who} {need}, it has {have}; {_way_out(demand, by_cpu)}")
     need_bytes = workers * demand.worker_bytes + demand.shards_bytes
     if need_bytes > memory:
+        most = max(demand.passes.covariance, demand.passes.moments)
+        way = f" in {most} layer passes" if most > 1 else ""
         raise UserError(
             f"not enough memory on the cluster: {workers} worker{'s' * (workers > 1)} and the factor shards need "
-            f"{need_bytes / GIB:.1f} GiB, it has {memory / GIB:.1f} GiB; use fewer engine.workers, a larger cluster, "
-            f"fewer model.layers or fewer queries"
+            f"{need_bytes / GIB:.1f} GiB{way}, it has {memory / GIB:.1f} GiB; use fewer engine.workers, a larger "
+            f"cluster, fewer model.layers or fewer queries"
         )
     shards = demand.shards if isinstance(demand.shards, int) else workers
     return workers, shards

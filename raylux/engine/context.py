@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from raylux import fingerprints
 from raylux.config import Config
+from raylux.cost.costs import Passes
 from raylux.curvature import KINDS, Kind
+from raylux.engine import device
 from raylux.engine.capacity import Demand
-from raylux.engine.demand import check_memory_here, demand_of, has_memory_here
+from raylux.engine.demand import check_memory_here, demand_of, has_memory_here, settled_here
 from raylux.engine.kept import kept_bytes
 from raylux.engine.local import LocalBackend
 from raylux.engine.plan import Plan, assign
@@ -59,6 +61,7 @@ class Context:
     _started: bool = False
     _meter: Meter | None = None
     _backend: Backend | None = None
+    _passes: Passes = field(default_factory=Passes)
     _assignment: list[list[str]] = field(default_factory=list)
     _reader: CorpusReader | None = None
     _ids: list[str] | None = None
@@ -90,6 +93,12 @@ class Context:
         """Layer names of each shard."""
         _ = self.backend
         return self._assignment
+
+    @property
+    def passes(self) -> Passes:
+        """Layer passes of the fit."""
+        _ = self.backend
+        return self._passes
 
     @property
     def backend(self) -> Backend:
@@ -134,8 +143,15 @@ class Context:
         engine, layers = self.config.engine, self.coverage.tracked
         return demand_of(
             engine, self.plan.dtype, self.plan.device, layers, self.groups, self.coverage.parameters, queries,
-            self.config.curvature.solver != "direct",
+            self.config.curvature.solver != "direct", self.config.fit.passes,
         )  # fmt: skip
+
+    def _on_device(self, demand: Demand) -> Demand:
+        """The demand in as many more passes as the workers' GPUs want; of other devices it is known already."""
+        if demand.otherwise is None or self.plan.device != "cuda" or not self.kind.fitted:
+            return demand
+        room = device.room(self.files, self.config.model, self.coverage, self.groups, self.plan)
+        return device.settled(demand, self.coverage.tracked, self.groups, room, self.plan, self.kind)
 
     def _start(self) -> Backend:
         engine, layers = self.config.engine, self.coverage.tracked
@@ -154,6 +170,7 @@ class Context:
         demand = self._demand(self.holds or len(self.queries))
         if engine.backend == "local":
             check_memory_here(demand)
+            self._passes = self._on_device(settled_here(demand)).passes
             self._assignment = assign(layers, self.groups, 1)
             return LocalBackend(worker, self._shard_specs(), self.reporter.event)
         # Ray is imported where it is used: a run in process loads nothing of it.
@@ -163,6 +180,8 @@ class Context:
 
         self._started = session.connect() or self._started
         workers, shards = session.size(demand, engine.timeout)
+        demand = self._on_device(session.settled(demand))
+        self._passes = demand.passes
         shards = min(shards, len(set(self.groups.values())))
         self._assignment = assign(layers, self.groups, shards)
         self._meter = Meter(redacted(self.folder.files.root.rpartition("/")[2]))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import psutil
 
 from raylux.config import EngineSection
-from raylux.engine.capacity import Demand
+from raylux.cost.costs import Passes
+from raylux.cost.passes import MOST_PASSES
+from raylux.engine.capacity import Demand, settle
 from raylux.engine.plan import GIB, shards_bytes, worker_bytes
 from raylux.errors import UserError
 from raylux.layers import TrackedLayer
@@ -22,6 +26,7 @@ def demand_of(
     parameters: int,
     queries: int,
     iterative: bool = False,
+    passes: int | str = 1,
 ) -> Demand:
     """What a run asks for.
 
@@ -34,26 +39,56 @@ def demand_of(
         parameters: of the whole model.
         queries: how many are held at once.
         iterative: they are solved by products with the Gauss-Newton matrix.
+        passes: ``fit.passes`` of the config.
     """
     itemsize = 8 if dtype == "float64" else 4
+    sized = partial(_in_passes, engine, itemsize, device, tuple(layers), dict(groups), parameters, queries, iterative)
+    if isinstance(passes, int):
+        return sized(Passes(passes, passes))
+    most = min(MOST_PASSES, len(set(groups.values())))
+    return replace(sized(Passes()), most=most, otherwise=sized)
+
+
+def _in_passes(
+    engine: EngineSection,
+    itemsize: int,
+    device: str,
+    layers: Sequence[TrackedLayer],
+    groups: Mapping[str, str],
+    parameters: int,
+    queries: int,
+    iterative: bool,
+    passes: Passes,
+) -> Demand:
     return Demand(
         engine.workers,
         engine.shards,
         engine.threads,
         device == "cuda",
-        worker_bytes(layers, groups, parameters, itemsize, queries, iterative),
-        shards_bytes(layers, groups, itemsize, queries, iterative),
+        worker_bytes(layers, groups, parameters, itemsize, queries, iterative, passes),
+        shards_bytes(layers, groups, itemsize, queries, iterative, passes),
+        passes,
     )
 
 
-def has_memory_here(demand: Demand) -> bool:
-    """For the backend in process: whether this machine's free memory is enough."""
+def settled_here(demand: Demand) -> Demand:
+    """For the backend in process: the demand in as few layer passes as this machine's free memory allows."""
+    return settle(demand, _has_memory)
+
+
+def _has_memory(demand: Demand) -> bool:
     return demand.worker_bytes + demand.shards_bytes <= psutil.virtual_memory().available
+
+
+def has_memory_here(demand: Demand) -> bool:
+    """For the backend in process: whether this machine's free memory is enough, in as many passes as it takes."""
+    return _has_memory(settled_here(demand))
 
 
 def check_memory_here(demand: Demand) -> None:
     """Raises UserError where it is not."""
-    if not has_memory_here(demand):
+    demand = settled_here(demand)
+    if not _has_memory(demand):
         need, have = demand.worker_bytes + demand.shards_bytes, psutil.virtual_memory().available
         raise UserError(
             f"not enough memory: this run needs {need / GIB:.1f} GiB in process, {have / GIB:.1f} GiB are free; "

@@ -12,7 +12,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any, BinaryIO
 
 import torch
@@ -48,10 +48,12 @@ class Kept:
     def __contains__(self, key: Hashable) -> bool:
         return key in self._places
 
-    def put(self, key: Hashable, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors, unless they no longer fit."""
+    def put(self, key: Hashable, tensors: Mapping[str, Tensor], share: float = 1.0) -> None:
+        """Keep what is not yet under a key, unless it does not fit into a share of the limit."""
+        known = self._places.get(key, {})
+        tensors = {name: x for name, x in tensors.items() if name not in known}
         size = sum(x.numel() * x.element_size() for x in tensors.values())
-        if key in self._places or self._end + size > self._limit:
+        if not tensors or self._end + size > self._limit * share:
             return
         if self._file is None:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the worker)
@@ -66,7 +68,11 @@ class Kept:
                 places[name] = at, tuple(x.shape), x.dtype
         except OSError:
             return
-        self._places[key] = places
+        self._places[key] = known | places
+
+    def names(self, key: Hashable) -> Collection[str]:
+        """Of the tensors under a key."""
+        return self._places.get(key, {}).keys()
 
     def read(self, key: Hashable, into: Mapping[str, Tensor]) -> bool:
         """Fill tensors of the shapes that were kept, on the CPU; whether that could be done."""

@@ -12,10 +12,11 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from raylux.engine import auth
-from raylux.engine.capacity import Demand
+from raylux.engine.capacity import Demand, fit, settled
+from raylux.errors import UserError
 
 # Starting a cluster takes 10 to 20 s on an idle machine, joining one a second.
 TIMEOUT = 90.0
@@ -41,6 +42,11 @@ class Answer:
     workers: int = 0
     shards: int = 0
 
+    @property
+    def supply(self) -> dict[str, float]:
+        """By Ray's names."""
+        return {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory}
+
 
 def ask(demand: Demand | None = None, timeout: float = TIMEOUT) -> Answer:
     """Join the cluster of RAY_ADDRESS, or start one for a moment, and hold a demand against its resources.
@@ -49,17 +55,16 @@ def ask(demand: Demand | None = None, timeout: float = TIMEOUT) -> Answer:
         demand: of a run; None: only whether a cluster answers.
         timeout: seconds until the question is given up.
     """
-    question = json.dumps(asdict(demand) if demand is not None else None)
     process = subprocess.Popen(
         [sys.executable, "-m", "raylux.engine.probe"],
-        stdin=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(question, timeout=timeout)
+        out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         return Answer(f"no answer in {timeout:.0f} s")
     finally:
@@ -67,7 +72,14 @@ def ask(demand: Demand | None = None, timeout: float = TIMEOUT) -> Answer:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-    return _parse(out, err)
+    answer = _parse(out, err)
+    if demand is None or answer.problem:
+        return answer
+    try:
+        workers, shards = fit(settled(demand, answer.supply), answer.supply)
+    except UserError as error:
+        return replace(answer, problem=str(error))
+    return replace(answer, workers=workers, shards=shards)
 
 
 def _parse(out: str, err: str) -> Answer:
@@ -79,33 +91,24 @@ def _parse(out: str, err: str) -> Answer:
 
 
 def main() -> None:
-    """Answer one question on stdin with one line on stdout."""
-    question = json.loads(sys.stdin.read())
-    print(json.dumps(asdict(_answer(Demand(**question) if question else None))), flush=True)
+    """Say in one line on stdout what the cluster has."""
+    print(json.dumps(asdict(_answer())), flush=True)
 
 
-def _answer(demand: Demand | None) -> Answer:
+def _answer() -> Answer:
     auth.switch_on()
     import ray
 
     from raylux.engine import session
-    from raylux.errors import UserError
 
-    workers = shards = 0
-    problem = ""
     try:
         session.connect()
     except UserError as error:
         return Answer(str(error))
     try:
         supply, nodes = ray.cluster_resources(), [node for node in ray.nodes() if node["Alive"]]
-        if demand is not None:
-            try:
-                workers, shards = session.size(demand)
-            except UserError as error:
-                problem = str(error)
         cpus, gpus, memory = (float(supply.get(name, 0.0)) for name in ("CPU", "GPU", "memory"))
-        return Answer(problem, len(nodes), cpus, gpus, memory, workers, shards)
+        return Answer("", len(nodes), cpus, gpus, memory)
     finally:
         ray.shutdown()
 

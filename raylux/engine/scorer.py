@@ -99,21 +99,25 @@ class Bases:
         self, folder: RunFolder, layers: Sequence[TrackedLayer], groups: Mapping[str, str], device: str
     ) -> None:
         self._folder, self._layers, self._groups, self._device = folder, layers, groups, device
-        self._of: tuple[FactorFiles, torch.dtype] | None = None
+        self._of: tuple[FactorFiles, torch.dtype, frozenset[str] | None] | None = None
         self._held: dict[str, tuple[Tensor | None, Tensor | None]] = {}
 
-    def get(self, files: FactorFiles, dtype: torch.dtype) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-        """(Q_A, Q_S) of every layer, read unless they are held; Nones where ``files`` is empty."""
-        if self._of != (files, dtype):
+    def get(
+        self, files: FactorFiles, dtype: torch.dtype, wanted: frozenset[str] | None = None
+    ) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+        """(Q_A, Q_S) of every layer, or of those wanted, read unless they are held; Nones where ``files`` is empty."""
+        if self._of != (files, dtype, wanted):
             self.drop()
             give_back()
             leaders: dict[str, Tensor | None] = {}
             for layer in self._layers:
+                if wanted is not None and layer.name not in wanted:
+                    continue
                 group = self._groups[layer.name]
                 q_a, q_s = read_basis(self._folder, files, layer.name, group, dtype, self._device)
                 # Layers that read the same tensor share one basis of it.
                 self._held[layer.name] = leaders.setdefault(group, q_a), q_s
-            self._of = files, dtype
+            self._of = files, dtype, wanted
         return self._held
 
     def drop(self) -> None:

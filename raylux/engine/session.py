@@ -10,6 +10,7 @@ from typing import Any
 
 from raylux.engine import auth
 from raylux.engine.capacity import Demand, fit
+from raylux.engine.capacity import settled as settled_by
 from raylux.errors import RayluxError, UserError
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -69,19 +70,29 @@ def size(demand: Demand, patience: float = 0.0) -> tuple[int, int]:
         UserError: as ``fit`` does, of the cluster as it is now, or at the end of the patience.
     """
     if os.environ.get(GROW, "0") in ("", "0") or not isinstance(demand.workers, int):
-        return fit(demand, ray.cluster_resources())
+        return _fit(demand)
     _ask_for(_bundles(demand))
     atexit.register(_ask_for, [])
     until = time.monotonic() + patience
     while True:
         try:
-            return fit(demand, ray.cluster_resources())
+            return _fit(demand)
         except UserError as error:
             if time.monotonic() > until:
                 raise UserError(
                     f"{error} (asked of the autoscaler, which did not bring it in {patience:.0f} s)"
                 ) from None
         time.sleep(_LOOK_EVERY)
+
+
+def settled(demand: Demand) -> Demand:
+    """The demand in as few layer passes as the cluster has memory for, as it is now."""
+    return settled_by(demand, ray.cluster_resources())
+
+
+def _fit(demand: Demand) -> tuple[int, int]:
+    supply = ray.cluster_resources()
+    return fit(settled_by(demand, supply), supply)
 
 
 def _bundles(demand: Demand) -> list[dict[str, float]]:
@@ -103,7 +114,7 @@ def _ask_for(bundles: list[dict[str, float]]) -> None:
 def fitting(demand: Demand) -> int:
     """Workers that fit the cluster as it is now; 0: it has too little."""
     try:
-        return fit(demand, ray.cluster_resources())[0]
+        return _fit(demand)[0]
     except UserError:
         return 0
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from raylux import fingerprints, gpu, models, profiling
-from raylux.batches import Batch, TokenRow, collate, fit_batches, is_scored_so, score_batches
-from raylux.capture import Capture, Captured
-from raylux.curvature import Covariances, Statistics, add_second_moments, weighted
+from raylux.batches import Batch, TokenRow, collate, score_batches
+from raylux.capture import Capture, Captured, Labeller
+from raylux.curvature import Statistics
 from raylux.engine import numerics
-from raylux.engine.captures import FIT, GIVEN, CapturedSequences
+from raylux.engine.captures import GIVEN, CapturedSequences
+from raylux.engine.fitting import FitSums, Part
 from raylux.engine.multiplying import GaussNewtonProducts
 from raylux.engine.plan import Plan
-from raylux.engine.records import Contraction, FactorFiles
+from raylux.engine.records import Contraction
 from raylux.engine.scorer import Bases, LoadedQueries, Pack, PackPart, Scorer, packs
 from raylux.errors import NumericsError
 from raylux.influence.dots import sequence_gradients
@@ -61,11 +62,7 @@ class QuerySpec:
     weights: tuple[float, ...]
 
 
-Part = dict[str, Any]
-"""What goes to one shard: arrays by layer, and counts."""
-
-
-class GradientWorker(GaussNewtonProducts):
+class GradientWorker(FitSums, GaussNewtonProducts):
     """Holds a frozen model and answers for units; it keeps nothing that another worker would miss.
 
     What a unit needs beside the model (bases, queries) comes with the call and is read from the run folder
@@ -84,7 +81,7 @@ class GradientWorker(GaussNewtonProducts):
         self._held: Scorer | None = None
         self._aimed = None
         self._routed = frozenset(layer.name for layer in spec.layers if layer.routed)
-        self._kept = CapturedSequences(spec.keep, self._routed, self.device)
+        self._kept = CapturedSequences(spec.keep, spec.layers, spec.groups, self.device)
 
     def prepare(self) -> dict[str, Any]:
         """Load the model. Apart from ``__init__``, so that its errors arrive as what they are.
@@ -143,89 +140,6 @@ class GradientWorker(GaussNewtonProducts):
         others = ~torch.eye(len(rows), dtype=torch.bool)
         size = exact[others].norm()
         return float((rounded - exact)[others].norm() / size) if size > 0 else 1.0
-
-    # fit
-
-    def covariance_unit(
-        self, rows: np.ndarray, shards: Sequence[Sequence[str]], sampled: bool, contraction: Contraction
-    ) -> tuple[Any, ...]:
-        """Sums of a aᵀ and g gᵀ of a fit unit; what was captured is kept for the passes to come, where it fits.
-
-        Returns:
-            The labels the gradients were taken on (flat, in the order of ``rows``), then a part per shard.
-        """
-        plan = self.spec.plan
-        keeps = contraction.scored and self.spec.keep != 0
-        sums = Covariances()
-        sequences = self.reader.rows(rows)
-        labels: list[np.ndarray] = [np.zeros(0, np.int32)] * len(sequences)
-        for batch in self._fit_batches(sequences):
-            both = keeps and is_scored_so(batch, plan.batch_tokens, plan.longest)
-            captured = self._run(batch, sampled, both)
-            inputs, grads = self._summed(captured)
-            with profiling.of("covariance"):
-                sums.add(*weighted(self.spec.statistics, inputs, grads, batch.mask.to(self.device)))
-            with profiling.of("keep"):
-                if self.spec.keep != 0:
-                    dtype = contraction.torch_dtype
-                    given = {name: g.to(dtype) for name, g in captured.given.items()}
-                    self._kept.keep(rows, batch, *self._operands(captured, dtype), given)
-            drawn = captured.labels.cpu().numpy()
-            for place, row in enumerate(batch.rows):
-                labels[row] = drawn[place, : len(sequences[row].tokens)].astype(np.int32)
-        arrays = {name: _array(x) for name, x in sums.inputs.items()}, {n: _array(x) for n, x in sums.grads.items()}
-        parts = [
-            {
-                "inputs": {name: arrays[0][name] for name in names if name in arrays[0]},
-                "grads": {name: arrays[1][name] for name in names},
-                "rows": {name: sums.rows[name] for name in names},
-                "sequences": sums.sequences,
-            }
-            for names in shards
-        ]
-        return (np.concatenate(labels), *parts)
-
-    def moment_unit(
-        self,
-        rows: np.ndarray,
-        labels: np.ndarray | None,
-        shards: Sequence[Sequence[str]],
-        sampled: bool,
-        files: FactorFiles,
-        contraction: Contraction,
-    ) -> tuple[Any, ...]:
-        """Sums of squared per-sequence gradients in the eigenbasis of a fit unit.
-
-        Args:
-            rows: corpus rows of the unit.
-            labels: flat labels drawn in the covariance pass, or None to draw (or read) them now.
-            shards: layer names of each shard.
-            sampled: draw labels, where none are given.
-            files: the eigenbases; empty: the standard basis.
-            contraction: how products are taken.
-        """
-        dtype = contraction.torch_dtype
-        bases = self._bases.get(files, dtype)
-        sequences = self.reader.rows(rows)
-        if labels is not None:
-            ends = np.cumsum([len(row.tokens) for row in sequences])
-            drawn = np.split(labels, ends[:-1])
-            sequences = [TokenRow(row.tokens, new, row.key) for row, new in zip(sequences, drawn, strict=True)]
-        totals = {
-            layer.name: torch.zeros(layer.shape, dtype=self.compute, device=self.device) for layer in self.spec.layers
-        }
-        for batch in self._fit_batches(sequences):
-            inputs, grads = self._kept.batch(rows, batch, FIT, dtype) or self._operands(
-                self._run(batch, sampled and labels is None), dtype
-            )
-            add_second_moments(totals, inputs, grads, self.spec.groups, bases)
-        parts = [
-            {"moments": {name: _array(totals[name]) for name in names}, "sequences": len(sequences)} for names in shards
-        ]
-        return (len(sequences), *parts)
-
-    def _fit_batches(self, sequences: Sequence[TokenRow]) -> list[Batch]:
-        return fit_batches(sequences, self.spec.plan.batch_tokens, most=self.spec.plan.longest)
 
     # queries
 
@@ -365,22 +279,25 @@ class GradientWorker(GaussNewtonProducts):
             self._held = Scorer(self.folder, self.spec.layers, self.spec.groups, self.spec.plan, loaded, self._bases)
         return self._held
 
-    def _run(self, batch: Batch, sampled: bool, both: bool = False) -> Captured:
+    def _run(
+        self,
+        batch: Batch,
+        sampled: bool | Labeller,
+        both: bool = False,
+        wanted: Collection[str] | None = None,
+    ) -> Captured:
         assert self._capture is not None, "prepare() comes first"
         # Where the mask still is on the CPU, so that nothing is waited for; filler rows stand last and do not count.
         profiling.count(tokens=int(batch.mask[: len(batch.rows)].sum()))
-        seed = self.spec.seed
-        labeller = (lambda p, keys, places: sample_labels(p, keys, places, seed)) if sampled else None
-        return self._capture.run(batch.to(self.device), labeller, both)
+        labeller = sampled if callable(sampled) else self._draw if sampled else None
+        return self._capture.run(batch.to(self.device), labeller, both, wanted)
+
+    def _draw(self, probabilities: Tensor, keys: Tensor, places: Tensor) -> Tensor:
+        return sample_labels(probabilities, keys, places, self.spec.seed)
 
     def _operands(self, captured: Captured, dtype: torch.dtype) -> tuple[dict[str, Rows], dict[str, Rows]]:
         """a and g in the precision of the products."""
         return captured.inputs_in(dtype), {name: g.to(dtype) for name, g in captured.grads.items()}
-
-    def _summed(self, captured: Captured) -> tuple[dict[str, Rows], dict[str, Rows]]:
-        """a and g as their covariances are summed: widened, but for bf16 on a GPU, which multiplies it exactly."""
-        native = self.device == "cuda" and self.spec.plan.dtype == "bfloat16" and self.spec.statistics == "tokens"
-        return self._operands(captured, torch.bfloat16 if native else self.compute)
 
     def _widened(self, captured: Captured) -> tuple[dict[str, Rows], dict[str, Rows]]:
         """a and g in the precision of the sums."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from raylux.config import Config
-from raylux.engine.capacity import Demand, fit
+from raylux.engine.capacity import Demand, fit, settled
 from raylux.errors import UserError
 from raylux.sources import resolve
 
@@ -35,7 +35,7 @@ def check(
     if not _here(config.model.path):
         say(f"model.path = {config.model.path} is no folder of this machine: CPUs and GPUs are checked, memory is not")
         return
-    fit(_demand(config_path, overrides, "cuda" if gpu else "cpu"), supply)
+    fit(settled(_demand(config_path, overrides, "cuda" if gpu else "cpu"), supply), supply)
 
 
 def _here(place: str) -> bool:
@@ -57,5 +57,6 @@ def _demand(config_path: str, overrides: Sequence[str], device: str) -> Demand:
     layers, parameters = model.coverage.tracked, model.coverage.parameters
     iterative = config.curvature.solver != "direct"
     return demand_of(
-        config.engine, config.model.dtype, device, layers, model.groups, parameters, len(case.queries), iterative
-    )
+        config.engine, config.model.dtype, device, layers, model.groups, parameters, len(case.queries), iterative,
+        config.fit.passes,
+    )  # fmt: skip

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
-import numpy as np
-
-from raylux.batches import IGNORED
+from raylux.cost.passes import covariance_held, moments_held
 from raylux.engine.context import Context
-from raylux.engine.pace import Pace
-from raylux.engine.plan import choose_fit_rows, covariance_bytes, fit_units, layer_bytes
 from raylux.engine.quarantine import given_up
 from raylux.engine.records import (
     COVARIANCE,
     EIGEN,
-    LABELS,
     MOMENTS,
     Fitted,
     factor_files,
@@ -23,9 +17,8 @@ from raylux.engine.records import (
     output_matrix,
 )
 from raylux.engine.stages import precision
-from raylux.engine.sums import Finished, SumPass, Units, forget_snapshot
-from raylux.engine.work import ids_at
-from raylux.errors import RayluxError
+from raylux.engine.stages.layers import FitUnits, LayerSums, sum_layers
+from raylux.engine.sums import forget_snapshot
 from raylux.store import Manifest
 
 
@@ -60,70 +53,17 @@ def _layers(ctx: Context) -> set[str]:
     return {layer.name for layer in ctx.coverage.tracked}
 
 
-class FitUnits:
-    """The sequences of the fit, cut into units: a function of ids and lengths alone."""
-
-    def __init__(self, ctx: Context) -> None:
-        self.rows = choose_fit_rows(ctx.ids, ctx.config.fit.sequences, ctx.config.fit.seed)
-        lengths = ctx.reader.lengths[self.rows]
-        self.slices = fit_units(lengths, ctx.plan.fit_unit_tokens)
-        self.names = [f"f{index:06d}" for index in range(len(self.slices))]
-        self.ends = np.concatenate([[0], np.cumsum(lengths)])
-
-    def tokens(self, index: int) -> slice:
-        """Where a unit's tokens lie among those of the fit, flat."""
-        part = self.slices[index]
-        return slice(int(self.ends[part.start]), int(self.ends[part.stop]))
-
-    def joined(self, heads: Mapping[int, np.ndarray]) -> np.ndarray:
-        """The labels of all units, flat in the order of the fit; of a unit that was left out, none counts."""
-        labels = np.full(int(self.ends[-1]), IGNORED, np.int32)
-        for index, head in heads.items():
-            labels[self.tokens(index)] = head
-        return labels
-
-
-def _pass(
-    ctx: Context,
-    units: FitUnits,
-    stage: str,
-    names: tuple[str, str, str],
-    args: Any,
-    size: int,
-    leave_out: Sequence[str],
-) -> Finished:
-    """Run a pass of sums; ``names``: what people call it, the worker's method, the shard's that writes."""
-    what, method, write = names
-    work = Units(
-        stage, method, write, units.names, args, lambda index: ids_at(ctx.ids, units.rows[units.slices[index]]),
-        frozenset(leave_out), ctx.keepers,
-    )  # fmt: skip
-    with ctx.reporter.task(what, len(units.names), "units") as task:
-        done = SumPass(ctx.backend, ctx.folder, work, Pace(ctx.config.fit.snapshot, size), ctx.reporter).run(task)
-    if not done.written or any(not counts["sequences"] for _, _, counts in done.written.values()):
-        raise RayluxError(
-            f"{ctx.folder.path}: every unit of the fit is quarantined, nothing is left to fit on; "
-            "`raylux inspect` lists the reasons"
-        )
-    return done
-
-
 def _covariances(ctx: Context, units: FitUnits) -> None:
-    if not set(matrices(ctx)) - ctx.folder.committed(COVARIANCE):
-        forget_snapshot(ctx.folder, COVARIANCE)
-        return
-    sampled, assignment = ctx.config.fit.labels == "sampled", ctx.assignment
-    contraction = precision.resolve(ctx)
+    if set(matrices(ctx)) - ctx.folder.committed(COVARIANCE):
+        contraction, sampled = precision.resolve(ctx), ctx.config.fit.labels == "sampled"
+        held, names = covariance_held(ctx.groups, 8), ("covariance", "covariance_unit", "write_covariances")
+        sums = LayerSums(COVARIANCE, *names, ctx.passes.covariance, held, _sides, (sampled, contraction))
+        sum_layers(ctx, units, sums)
+    forget_snapshot(ctx.folder, COVARIANCE)
 
-    def args(index: int) -> tuple[Any, ...]:
-        return units.rows[units.slices[index]], assignment, sampled, contraction
 
-    size = covariance_bytes(ctx.coverage.tracked, ctx.groups, 8)
-    done = _pass(ctx, units, COVARIANCE, ("covariance", "covariance_unit", "write_covariances"), args, size, ())
-    ctx.keepers |= done.workers
-    key, objects = ctx.folder.write("factors/labels", {"labels": units.joined(done.heads)})
-    ctx.folder.commit(LABELS, "labels", objects, key=key)
-    _commit(ctx, COVARIANCE, done)
+def _sides(ctx: Context, layer: str) -> set[str]:
+    return {input_matrix(ctx.groups[layer]), output_matrix(layer)}
 
 
 def _eigenbases(ctx: Context) -> None:
@@ -148,31 +88,16 @@ def _eigenbases(ctx: Context) -> None:
 
 
 def _moments(ctx: Context, units: FitUnits) -> None:
-    if not _layers(ctx) - ctx.folder.committed(MOMENTS):
-        forget_snapshot(ctx.folder, MOMENTS)
-        return
-    drawn = None
-    if ctx.kind.basis:
-        drawn = ctx.folder.group(ctx.folder.manifest(LABELS, "labels").meta["key"]).read("labels")
-    sampled, assignment = ctx.config.fit.labels == "sampled", ctx.assignment
-    files = ctx.backend.share(factor_files(ctx.folder))
-    contraction = precision.resolve(ctx)
-
-    def args(index: int) -> tuple[Any, ...]:
-        labels = None if drawn is None else drawn[units.tokens(index)]
-        return units.rows[units.slices[index]], labels, assignment, sampled, files, contraction
-
-    # A unit that killed its workers in the first pass is not tried again in the second.
-    leave_out = tuple(given_up(ctx.folder, COVARIANCE))
-    size = layer_bytes(ctx.coverage.tracked, 8)
-    done = _pass(ctx, units, MOMENTS, ("lambda", "moment_unit", "write_moments"), args, size, leave_out)
-    _commit(ctx, MOMENTS, done)
-
-
-def _commit(ctx: Context, stage: str, done: Finished) -> None:
-    for name, (key, objects, counts) in done.written.items():
-        ctx.folder.commit(stage, name, objects, key=key, numerics=done.numerics, **counts)
-    forget_snapshot(ctx.folder, stage)
+    if _layers(ctx) - ctx.folder.committed(MOMENTS):
+        contraction, sampled = precision.resolve(ctx), ctx.config.fit.labels == "sampled"
+        files = ctx.backend.share(factor_files(ctx.folder))
+        held, names = moments_held(ctx.groups, 0, 8), ("lambda", "moment_unit", "write_moments")
+        # A unit that killed its workers in the first pass is not tried again in the second.
+        out = frozenset(given_up(ctx.folder, COVARIANCE))
+        more = (sampled, files, contraction)
+        sums = LayerSums(MOMENTS, *names, ctx.passes.moments, held, lambda _, layer: {layer}, more, out)
+        sum_layers(ctx, units, sums)
+    forget_snapshot(ctx.folder, MOMENTS)
 
 
 def rows_per_sequence(units: Mapping[str, Manifest]) -> dict[str, float]:

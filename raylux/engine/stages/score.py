@@ -15,7 +15,7 @@ from raylux.engine.quarantine import Pairs, give_up, lost_pairs
 from raylux.engine.records import SCORE, TOKENS, FactorFiles, factor_files, query_files
 from raylux.engine.scorer import LoadedQueries
 from raylux.engine.stages import precision, prefilter
-from raylux.engine.stages.fit import FitUnits
+from raylux.engine.stages.layers import FitUnits
 from raylux.engine.stages.query import answerable
 from raylux.engine.work import Job, Result, ids_at, results
 from raylux.store import RunFolder, ScoreBlock, score_blocks

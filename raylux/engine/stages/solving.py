@@ -29,7 +29,8 @@ from raylux.engine.records import (
     SOLVE,
     Directions,
 )
-from raylux.engine.stages.fit import FitUnits, fitted
+from raylux.engine.stages.fit import fitted
+from raylux.engine.stages.layers import FitUnits
 from raylux.engine.sums import SumPass, Units
 from raylux.engine.work import ShardLostError, every_shard, ids_at
 from raylux.errors import RayluxError, UserError

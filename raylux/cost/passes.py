@@ -1,0 +1,64 @@
+"""Layer passes: which layers a worker holds the sums (and bases) of at a time, so that they fit beside the model.
+
+A pass runs the model over all fitted sequences for its own layers; the last layers of the model come first. Layers
+that read the same tensor stay together, as they share one A. Which layers stand in a pass changes no bits.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from raylux.layers import TrackedLayer
+
+Layers = Sequence[TrackedLayer]
+Held = Callable[[TrackedLayer], float]
+"""Bytes that a worker holds for a layer of its pass."""
+
+# Each runs the model over all sequences of the fit.
+MOST_PASSES = 64
+
+
+def covariance_held(groups: Mapping[str, str], itemsize: int) -> Held:
+    """S of a layer, and A where the layer leads its input group."""
+    leaders = frozenset(groups.values())
+
+    def held(layer: TrackedLayer) -> float:
+        return float(itemsize * (layer.outputs**2 + (layer.inputs**2 if layer.name in leaders else 0)))
+
+    return held
+
+
+def moments_held(groups: Mapping[str, str], basis_itemsize: int, itemsize: int) -> Held:
+    """Λ of a layer, and its bases (``basis_itemsize`` 0: there are none)."""
+    bases = covariance_held(groups, basis_itemsize)
+    return lambda layer: bases(layer) + itemsize * layer.parameters
+
+
+def split(layers: Layers, groups: Mapping[str, str], count: int) -> list[Layers]:
+    """``count`` runs of about equally many input groups, the last of the model first; no more than there are groups."""
+    families: dict[str, list[TrackedLayer]] = {}
+    for layer in layers:
+        families.setdefault(groups[layer.name], []).append(layer)
+    runs, count = list(families.values()), max(1, min(count, len(families)))
+    ends = [round(len(runs) * place / count) for place in range(count + 1)]
+    blocks = [list(itertools.chain(*runs[start:stop])) for start, stop in itertools.pairwise(ends)]
+    return list(reversed(blocks))
+
+
+def cut(layers: Layers, groups: Mapping[str, str], held: Held, room: float, least: int = 1) -> list[Layers] | None:
+    """The fewest runs of layers, at least ``least``, of which each fits into ``room`` bytes; None: they do not."""
+    if largest(split(layers, groups, len(layers)), held) > room:
+        return None
+    least = max(least, math.ceil(sum(map(held, layers)) / room))
+    for count in range(least, min(MOST_PASSES, len({groups[layer.name] for layer in layers})) + 1):
+        blocks = split(layers, groups, count)
+        if largest(blocks, held) <= room:
+            return blocks
+    return None
+
+
+def largest(blocks: Sequence[Layers], held: Held) -> float:
+    """Bytes that a worker holds in the largest of these passes."""
+    return max(sum(map(held, block)) for block in blocks)

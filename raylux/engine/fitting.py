@@ -1,0 +1,171 @@
+"""A gradient worker's part of the fit: sums of a unit, for the layers of a pass."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from raylux import gpu, profiling
+from raylux.batches import Batch, TokenRow, fit_batches, is_scored_so
+from raylux.capture import Captured, Labeller
+from raylux.curvature import Covariances, add_second_moments, weighted
+from raylux.engine.captures import FIT, CapturedSequences
+from raylux.engine.records import Contraction, FactorFiles
+from raylux.engine.scorer import Bases
+from raylux.routed import Rows
+from raylux.sampling import drawn_before
+from raylux.store import CorpusReader
+
+Part = dict[str, Any]
+"""What goes to one shard: arrays by layer, and counts."""
+
+
+class FitSums(ABC):
+    """Methods of ``GradientWorker``, which has the rest.
+
+    The layers that are summed are those that ``shards`` names: all of the model's, or those of a layer pass.
+    """
+
+    spec: Any
+    device: str
+    compute: torch.dtype
+    _kept: CapturedSequences
+    _bases: Bases
+
+    @property
+    @abstractmethod
+    def reader(self) -> CorpusReader:
+        """The corpus of the run."""
+
+    @abstractmethod
+    def _run(
+        self,
+        batch: Batch,
+        sampled: bool | Labeller,
+        both: bool = False,
+        wanted: Collection[str] | None = None,
+    ) -> Captured: ...
+
+    @abstractmethod
+    def _operands(self, captured: Captured, dtype: torch.dtype) -> tuple[dict[str, Rows], dict[str, Rows]]: ...
+
+    def covariance_unit(
+        self,
+        rows: np.ndarray,
+        labels: np.ndarray | None,
+        shards: Sequence[Sequence[str]],
+        sampled: bool,
+        contraction: Contraction,
+    ) -> tuple[Any, ...]:
+        """Sums of a aᵀ and g gᵀ of a fit unit; what was captured is kept for the passes to come, where it fits.
+
+        Args:
+            rows: corpus rows of the unit.
+            labels: flat labels drawn in an earlier pass, or None to draw (or read) them now.
+            shards: layer names of each shard, those of the pass.
+            sampled: draw labels, where none are given.
+            contraction: how products will be taken of what is kept.
+
+        Returns:
+            The labels the gradients were taken on (flat, in the order of ``rows``), None where they were given; then
+            a part per shard.
+        """
+        plan, wanted = self.spec.plan, frozenset(name for names in shards for name in names)
+        keeps = contraction.scored and self.spec.keep != 0
+        sums = Covariances()
+        sequences = self.reader.rows(rows)
+        labeller = sampled if labels is None else _drawn(sequences, labels)
+        drawn: list[np.ndarray] = [np.zeros(0, np.int32)] * len(sequences)
+        for batch in self._fit_batches(sequences):
+            both = keeps and is_scored_so(batch, plan.batch_tokens, plan.longest)
+            captured = self._run(batch, labeller, both, wanted)
+            inputs, grads = self._summed(captured)
+            with profiling.of("covariance"):
+                sums.add(*weighted(self.spec.statistics, inputs, grads, batch.mask.to(self.device)))
+            with profiling.of("keep"):
+                if self.spec.keep != 0:
+                    dtype = contraction.torch_dtype
+                    given = {name: g.to(dtype) for name, g in captured.given.items()}
+                    self._kept.keep(rows, batch, *self._operands(captured, dtype), given)
+            _place(drawn, batch, captured)
+        arrays = [{name: gpu.to_host(x).numpy() for name, x in found.items()} for found in (sums.inputs, sums.grads)]
+        parts = [
+            {
+                "inputs": {name: arrays[0][name] for name in names if name in arrays[0]},
+                "grads": {name: arrays[1][name] for name in names},
+                "rows": {name: sums.rows[name] for name in names},
+                "sequences": sums.sequences,
+            }
+            for names in shards
+        ]
+        return (np.concatenate(drawn) if labels is None else None, *parts)
+
+    def moment_unit(
+        self,
+        rows: np.ndarray,
+        labels: np.ndarray | None,
+        shards: Sequence[Sequence[str]],
+        sampled: bool,
+        files: FactorFiles,
+        contraction: Contraction,
+    ) -> tuple[Any, ...]:
+        """Sums of squared per-sequence gradients in the eigenbasis of a fit unit.
+
+        Args:
+            rows: corpus rows of the unit.
+            labels: flat labels drawn in an earlier pass, or None to draw (or read) them now.
+            shards: layer names of each shard, those of the pass.
+            sampled: draw labels, where none are given.
+            files: the eigenbases; empty: the standard basis.
+            contraction: how products are taken.
+
+        Returns:
+            As ``covariance_unit``.
+        """
+        dtype, wanted = contraction.torch_dtype, frozenset(name for names in shards for name in names)
+        bases = self._bases.get(files, dtype, wanted)
+        sequences = self.reader.rows(rows)
+        labeller = sampled if labels is None else _drawn(sequences, labels)
+        drawn: list[np.ndarray] = [np.zeros(0, np.int32)] * len(sequences)
+        totals = {
+            layer.name: torch.zeros(layer.shape, dtype=self.compute, device=self.device)
+            for layer in self.spec.layers
+            if layer.name in wanted
+        }
+        for batch in self._fit_batches(sequences):
+            kept = None if labels is None else self._kept.batch(rows, batch, FIT, dtype, wanted)
+            if kept is None:
+                captured = self._run(batch, labeller, wanted=wanted)
+                kept = self._operands(captured, dtype)
+                _place(drawn, batch, captured)
+            add_second_moments(totals, *kept, self.spec.groups, bases)
+        parts = [
+            {"moments": {name: gpu.to_host(totals[name]).numpy() for name in names}, "sequences": len(sequences)}
+            for names in shards
+        ]
+        return (np.concatenate(drawn) if labels is None else None, *parts)
+
+    def _fit_batches(self, sequences: Sequence[TokenRow]) -> list[Batch]:
+        return fit_batches(sequences, self.spec.plan.batch_tokens, most=self.spec.plan.longest)
+
+    def _summed(self, captured: Captured) -> tuple[dict[str, Rows], dict[str, Rows]]:
+        """a and g as their covariances are summed: widened, but for bf16 on a GPU, which multiplies it exactly."""
+        native = self.device == "cuda" and self.spec.plan.dtype == "bfloat16" and self.spec.statistics == "tokens"
+        return self._operands(captured, torch.bfloat16 if native else self.compute)
+
+
+def _drawn(sequences: Sequence[TokenRow], labels: np.ndarray) -> Labeller:
+    ends = np.cumsum([len(row.tokens) for row in sequences])
+    return drawn_before([row.key for row in sequences], np.split(labels, ends[:-1]))
+
+
+def _place(drawn: list[np.ndarray], batch: Batch, captured: Captured) -> None:
+    """Put the labels of a batch where its sequences stand in the unit."""
+    labels = captured.labels.cpu().numpy()
+    lengths = batch.mask.sum(1).tolist()
+    for place, row in enumerate(batch.rows):
+        drawn[row] = labels[place, : lengths[place]].astype(np.int32)
