@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from raylux.batches import IGNORED, Batch
+from raylux.checkpointing import blocks_of, checkpointed
 from raylux.errors import NumericsError, UserError
 from raylux.experts import DOWN, SplitExperts
 from raylux.gpu import is_unrepeatable, repeatable
@@ -104,13 +105,21 @@ class Capture:
         model: called as ``model(input_ids=…, attention_mask=…)``, returns an object with ``logits`` [B, T, V].
         layers: the layers to record.
         groups: layer -> input group, as ``input_groups`` finds them; default: each layer by itself.
+        checkpointing: keep of each block its input alone, and compute it again in the backward pass.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[TrackedLayer], groups: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[TrackedLayer],
+        groups: dict[str, str] | None = None,
+        checkpointing: bool = False,
+    ) -> None:
         self.model = model
         self.layers = tuple(layers)
         self.groups = groups or {layer.name: layer.name for layer in layers}
         self._modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
+        self._checkpointed = blocks_of(model, self._names()) if checkpointing else []
         self._blocks = [module for module in model.modules() if isinstance(module, SplitExperts)]
         self._widths = {layer.name: layer.inputs - int(layer.bias) for layer in layers}
         self._experts = {layer.name: _expert_of(model, layer.name) for layer in layers if layer.routed}
@@ -119,6 +128,9 @@ class Capture:
         self._takes_places = "logits_to_keep" in takes
         # Until an operation of the model turns out to have no kernel whose bits repeat.
         self._repeatable = True
+
+    def _names(self) -> list[str]:
+        return [layer.name for layer in self.layers]
 
     @contextmanager
     def forward(self, batch: Batch) -> Iterator[Forward]:
@@ -163,8 +175,8 @@ class Capture:
             NumericsError: the loss is not finite, or a layer took no part in it. Gradients are checked where they
                 are summed, by layer and unit.
         """
-        names = {layer.name for layer in self.layers}
-        layers = [layer for layer in self.layers if layer.name in (names if wanted is None else wanted)]
+        names = self._names() if wanted is None else wanted
+        layers = [layer for layer in self.layers if layer.name in names]
         try:
             return self._run(batch, labeller, both, layers)
         except RuntimeError as error:
@@ -178,8 +190,9 @@ class Capture:
         targets[:, :-1] = batch.labels[:, 1:]  # a token's logits are for the next one
         places = self._places(targets)
         with self._recording(batch, layers) as record:
-            with of("forward"):
+            with of("forward"), checkpointed(self._checkpointed):
                 logits = self._logits(batch, places)
+            record.open = False
             with of("backward"):
                 losses = self._losses(logits, batch, targets.reshape(-1)[places], places, labeller, both)
             taken = []

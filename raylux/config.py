@@ -70,6 +70,9 @@ class ModelSection(Section):
     adapter: Name | None = Field(None, description="a LoRA adapter, as PEFT keeps it: its own matrices are tracked")
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    checkpointing: bool = Field(
+        False, description="keep a block's input alone and compute its activations again in the backward pass"
+    )
     layers: Names | None = Field(
         None, min_length=1, description="glob patterns of module names to track; default: every MLP linear"
     )

@@ -64,6 +64,7 @@ _FREE = frozenset(
         "model.adapter",  # likewise
         "corpus.path",  # the documents are
         "model.device",  # resolved, then compared
+        "model.checkpointing",  # the same operations, some of them twice
         "model.strict",
         "model.trust_remote_code",
         "queries.path",

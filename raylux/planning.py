@@ -57,7 +57,7 @@ def find_shape(config: Config) -> tuple[ModelShape, models.ModelFiles, int | Non
     structure = models.load_structure(files, setting.trust_remote_code, weights)
     covered = models.coverage(structure, setting.layers, setting.strict)
     groups = KINDS[config.curvature.kind].groups(input_groups(structure, covered.tracked))
-    shape = ModelShape.of(structure, covered, groups)
+    shape = replace(ModelShape.of(structure, covered, groups), checkpointing=setting.checkpointing)
     return shape, files, models.context_length(structure.config)
 
 

@@ -46,9 +46,14 @@ class Outputs:
 
 
 class Record:
-    """Inputs by layer in call order, and where in the graph each call's output comes from."""
+    """Inputs by layer in call order, and where in the graph each call's output comes from.
+
+    Attributes:
+        open: whether the forward pass is under way; what runs again in the backward pass is not recorded twice.
+    """
 
     def __init__(self) -> None:
+        self.open = True
         self.inputs: dict[str, list[Tensor]] = {}
         self.edges: dict[str, list[GradientEdge]] = {}
 
@@ -59,9 +64,9 @@ class Record:
             begins = not output.requires_grad
             if begins:
                 output.requires_grad_(True)
-            if keep_input:
+            if keep_input and self.open:
                 self.inputs.setdefault(name, []).append(inputs[0].detach())
-            if keep_edge:
+            if keep_edge and self.open:
                 # An edge, as the output may be changed in place further on, and need not be kept for its own sake.
                 self.edges.setdefault(name, []).append(get_gradient_edge(output))
             # Where the graph begins, what goes on is no leaf: torch's own trackers of modules cannot do with one.

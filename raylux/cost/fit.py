@@ -103,7 +103,7 @@ def model_work(work: Workload, device: Device, tokens: float, batch: float, bloc
     model, precision, size = work.model, work.dtype, min(batch, work.model.hidden)
     touched = tokens * model.pass_bytes(work.itemsize)
     starting = device.starting(tokens / batch * model.blocks * _BLOCK_OPERATIONS * len(blocks))
-    forward = tokens * model.forward_flops(work.tokens) * len(blocks)
+    forward = tokens * (model.forward_flops(work.tokens) + model.again_flops(work.tokens)) * len(blocks)
     backward = tokens * sum(model.backward_flops(work.tokens, block[0].name) for block in blocks)
     elementwise = touched * len(blocks)
     return [

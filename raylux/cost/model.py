@@ -40,6 +40,7 @@ class ModelShape:
         attention: heads × head size.
         vocabulary: V.
         wide_passes: times that a number of the MLP's wide outputs is read or written beside the products.
+        checkpointing: blocks keep their inputs alone, and run again in the backward pass.
     """
 
     tracked: tuple[TrackedLayer, ...]
@@ -51,6 +52,7 @@ class ModelShape:
     attention: int
     vocabulary: int
     wide_passes: int = _WIDE_PASSES
+    checkpointing: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, covered: Coverage, groups: Mapping[str, str]) -> ModelShape:
@@ -85,6 +87,10 @@ class ModelShape:
         """Of a token in a sequence of ``tokens``: 2 per weight, and 4·T per head coordinate and block."""
         return 2.0 * sum(size for _, size in self.linears) + 4.0 * tokens * self.attention * self.blocks
 
+    def again_flops(self, tokens: float) -> float:
+        """Of a token in blocks that run again, one time."""
+        return self.forward_flops(tokens) - 2.0 * self.hidden * self.vocabulary if self.checkpointing else 0.0
+
     def backward_flops(self, tokens: float, lowest: str | None = None) -> float:
         """Of a token, down to the layer ``lowest`` (default: the lowest tracked one), without weight gradients."""
         lowest = lowest or self.tracked[0].name
@@ -104,7 +110,8 @@ class ModelShape:
 
     def activation_bytes(self, itemsize: int, wanted: Sequence[TrackedLayer]) -> float:
         """Bytes of a token at the peak of a pass: what backward needs, the logits, and the captured a and g."""
-        saved = self.blocks * (8 * self.hidden + 3 * self._wide()) * itemsize
+        block = 8 * self.hidden + 3 * self._wide()
+        saved = (self.blocks * self.hidden + block if self.checkpointing else self.blocks * block) * itemsize
         logits = self.vocabulary * (itemsize + 8)
         captured = itemsize * sum(
             layer.share * (layer.outputs + (layer.inputs if layer.name in self.leaders else 0)) for layer in wanted

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raylux.cost.costs import Choice, Work
 from raylux.cost.fit import batch_tokens, model_work, move, store
@@ -44,6 +44,8 @@ def solving(work: Workload, cluster: Cluster) -> Solving:
     """
     if not work.solver_products:
         return Solving()
+    # Their graph has a second derivative, and is kept whole.
+    work = replace(work, model=replace(work.model, checkpointing=False))
     device, model, count = cluster.worker, work.model, work.queries
     layers, size = model.tracked, layer_bytes(model.tracked, work.stored)
     block = min(count, solve_block(layers, work.stored))

@@ -166,6 +166,7 @@ class Context:
             self.config.model.trust_remote_code,
             keep=keep,
             statistics=self.kind.statistics,
+            checkpointing=self.config.model.checkpointing,
         )
         demand = self._demand(self.holds or len(self.queries))
         if engine.backend == "local":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -26,7 +27,8 @@ def room(
 ) -> float:
     """Bytes of the GPU here, taken for that of any worker, that sums and bases may have."""
     structure = models.load_structure(files, setting.trust_remote_code)
-    shape, itemsize = ModelShape.of(structure, coverage, groups), ITEMSIZE[plan.dtype]
+    shape = replace(ModelShape.of(structure, coverage, groups), checkpointing=setting.checkpointing)
+    itemsize = ITEMSIZE[plan.dtype]
     whole = torch.cuda.get_device_properties(0).total_memory * USABLE
     batch = max(plan.batch_tokens, plan.longest)
     taken = GPU_BASE + shape.parameters * itemsize + batch * shape.activation_bytes(itemsize, shape.tracked)

@@ -40,7 +40,7 @@ class WorkerSpec:
     """What a worker is made from: small, and readable by any process of the cluster.
 
     ``keep``: bytes of captured sequences that it may keep on its disk; None: by what is free there. ``statistics``: of
-    the kind of curvature.
+    the kind of curvature. ``checkpointing``: of the model's blocks.
     """
 
     folder: str
@@ -52,6 +52,7 @@ class WorkerSpec:
     trust_remote_code: bool = False
     keep: int | None = 0
     statistics: Statistics = "tokens"
+    checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class GradientWorker(FitSums, GaussNewtonProducts):
         with profiling.of("load"):
             files = models.on_this_node(spec.files)
             model = models.load_model(files, spec.plan.dtype, self.device, spec.trust_remote_code)
-        self._capture = Capture(model, spec.layers, spec.groups)
+        self._capture = Capture(model, spec.layers, spec.groups, spec.checkpointing)
         return {
             "pid": os.getpid(),
             "host": socket.gethostname(),
