@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,11 +17,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from raylux import planning
 from raylux.api import run_stages
 from raylux.batches import collate
 from raylux.capture import Capture, input_groups
+from raylux.cost import fit as cost_fit
 from raylux.cost.costs import Passes
-from raylux.cost.passes import covariance_held, cut, largest, split
+from raylux.cost.machine import USABLE, Cluster, Device
+from raylux.cost.passes import covariance_held, cut, largest, moments_held, split
+from raylux.curvature import KINDS
+from raylux.engine import device
 from raylux.engine.context import Context
 from raylux.engine.demand import demand_of
 from raylux.engine.local import LocalBackend
@@ -316,3 +323,33 @@ def test_memory_that_holds_a_part_of_the_sums_makes_passes_of_them(
     with pytest.raises(UserError, match="not enough memory"):
         fit(inputs, tmp_path / "less")
     assert not (tmp_path / "less" / "factors").exists()
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_gpu_gets_the_passes_that_the_cost_model_plans_for_it(
+    inputs: Inputs, tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's choice and ``raylux plan``'s, on a device of a size that is only said to be there."""
+    config = inputs.config(tmp_path / "run", "engine.batch_tokens=64")
+    work, plan = planning._workload(config, planning.Sizes(), "cpu")
+    model, held = work.model, covariance_held(work.model.groups, work.stored)
+    beside = cost_fit.GPU_BASE + cost_fit.model_bytes(work)
+    beside += max(64, plan.longest) * model.activation_bytes(work.itemsize, model.tracked)
+    basis = moments_held(model.groups, work.operand, work.stored)
+    blocks = split(model.tracked, model.groups, count)
+    total = (beside + max(largest(blocks, held), largest(blocks, basis)) + 1) / USABLE
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=total))
+    _, files, _ = planning.find_shape(config)
+    covered = coverage(build("llama"))
+    room = device.room(files, config.model, covered, model.groups, plan)
+    asked = demand_of(config.engine, "float32", "cuda", model.tracked, model.groups, model.parameters, 1, False, "auto")
+    found = device.settled(asked, model.tracked, model.groups, room, plan, KINDS["ekfac"]).passes
+    assert max(found.covariance, found.moments) == count
+    rates = Device(
+        kind="here", memory_gb=total / 1e9, bandwidth_gb_s=1.0, float32_tflops=1.0, bfloat16_tflops=1.0,
+        float64_tflops=1.0, eigh_tflops=1.0,
+    )  # fmt: skip
+    there = Cluster(devices=1, device=rates, host_memory_gb=64.0, network_gb_s=1.0, disk_gb_s=1.0, disk_tb=1.0)
+    stages = (held, found.covariance), (basis, found.moments)
+    for what, passes in stages:
+        assert len(cost_fit.passes(dataclasses.replace(work, batch_tokens=plan.longest), there, what, 0.0)[0]) == passes
