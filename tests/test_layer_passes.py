@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -27,6 +28,7 @@ from raylux.cost.machine import USABLE, Cluster, Device
 from raylux.cost.passes import covariance_held, cut, largest, moments_held, split
 from raylux.curvature import KINDS
 from raylux.engine import device
+from raylux.engine.capacity import Demand, settled
 from raylux.engine.context import Context
 from raylux.engine.demand import demand_of
 from raylux.engine.local import LocalBackend
@@ -288,6 +290,22 @@ def test_a_unit_given_up_in_a_later_pass_is_left_out_of_all_layers(
 
 
 # ------------------------------------------------------------------------------------------- how many
+
+
+@pytest.mark.parametrize(("room", "passes"), [(8, (1, 1)), (7, (2, 1)), (4, (2, 2)), (3, (3, 2)), (1, (8, 6))])
+def test_each_stage_makes_as_few_passes_as_fit_a_cluster(room: int, passes: tuple[int, int]) -> None:
+    """Eight units of memory for the covariances, six for Λ; where nothing fits, as many as may be."""
+
+    def ask(wanted: Passes) -> Demand:
+        size = max(math.ceil(8 / wanted.covariance), math.ceil(6 / wanted.moments))
+        return Demand(1, 1, 1, False, size, 0, wanted)
+
+    asked = dataclasses.replace(ask(Passes()), most=8, otherwise=ask)
+    supply = {"CPU": 1.0, "memory": float(room)}
+    found = settled(asked, supply)
+    assert found.passes == Passes(*passes) and found.worker_bytes <= room
+    assert settled(found, supply) == found
+    assert settled(asked, {**supply, "memory": 0.0}).passes == Passes(8, 8)
 
 
 def test_memory_that_holds_a_part_of_the_sums_makes_passes_of_them(

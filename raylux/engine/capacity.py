@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from raylux.cost.costs import Passes
 from raylux.errors import UserError
@@ -18,7 +18,7 @@ class Demand:
     Attributes:
         passes: layer passes of the fit, by which the bytes were reckoned.
         most: passes that there may be; 1: no more than these.
-        otherwise: the same run in other passes.
+        otherwise: the same run in other passes; None: these are settled.
     """
 
     workers: int | str
@@ -38,11 +38,11 @@ def settle(demand: Demand, fits: Callable[[Demand], bool]) -> Demand:
         return demand
     ask, counts = demand.otherwise, range(1, demand.most + 1)
     both = next((count for count in counts if fits(ask(Passes(count, count)))), None)
-    if both is None:
-        return ask(Passes(demand.most, demand.most))
-    covariance = next(count for count in counts if fits(ask(Passes(count, both))))
-    moments = next(count for count in counts if fits(ask(Passes(covariance, count))))
-    return ask(Passes(covariance, moments))
+    found = Passes(demand.most, demand.most)
+    if both is not None:
+        covariance = next(count for count in counts if fits(ask(Passes(count, both))))
+        found = Passes(covariance, next(count for count in counts if fits(ask(Passes(covariance, count)))))
+    return replace(ask(found), most=demand.most, otherwise=ask)
 
 
 def settled(demand: Demand, supply: Mapping[str, float]) -> Demand:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from raylux import fingerprints
@@ -147,9 +147,9 @@ class Context:
         )  # fmt: skip
 
     def _on_device(self, demand: Demand) -> Demand:
-        """The demand in as many more passes as the workers' GPUs want; of other devices it is known already."""
+        """The demand, settled, in as many passes as the workers' GPUs want; of other devices that is known already."""
         if demand.otherwise is None or self.plan.device != "cuda" or not self.kind.fitted:
-            return demand
+            return replace(demand, otherwise=None)
         room = device.room(self.files, self.config.model, self.coverage, self.groups, self.plan)
         return device.settled(demand, self.coverage.tracked, self.groups, room, self.plan, self.kind)
 
