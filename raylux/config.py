@@ -111,6 +111,9 @@ class FitSection(Section):
 
 class CurvatureSection(Section):
     kind: Literal["ekfac", "kfac", "tekfac", "tkfac", "eshampoo", "shampoo", "diagonal", "identity", "cosine"] = "ekfac"
+    blocks: Literal[1, 2, 4] = Field(
+        1, description="A and S of a layer are kept within so many blocks of its inputs, and of its outputs"
+    )
     damping: NotNegative | Auto = Field("auto", description="λ; auto: 0.1 × mean(Λ) of each layer")
     solver: Literal["direct", "pcg", "astra", "cg", "lissa"] = Field(
         "direct",

@@ -134,7 +134,7 @@ class Context:
         engine, layers = self.config.engine, self.coverage.tracked
         return demand_of(
             engine, self.plan.dtype, self.plan.device, layers, self.groups, self.coverage.parameters, queries,
-            self.config.curvature.solver != "direct",
+            self.config.curvature.solver != "direct", self.config.curvature.blocks,
         )  # fmt: skip
 
     def _start(self) -> Backend:
@@ -150,6 +150,7 @@ class Context:
             self.config.model.trust_remote_code,
             keep=keep,
             statistics=self.kind.statistics,
+            blocks=self.config.curvature.blocks,
         )
         demand = self._demand(self.holds or len(self.queries))
         if engine.backend == "local":
@@ -200,6 +201,7 @@ class Context:
                 self.plan.dtype,
                 self.plan.threads,
                 self.plan.device,
+                self.config.curvature.blocks,
             )
             for names in self._assignment
         ]

@@ -22,6 +22,7 @@ def demand_of(
     parameters: int,
     queries: int,
     iterative: bool = False,
+    blocks: int = 1,
 ) -> Demand:
     """What a run asks for.
 
@@ -34,6 +35,7 @@ def demand_of(
         parameters: of the whole model.
         queries: how many are held at once.
         iterative: they are solved by products with the Gauss-Newton matrix.
+        blocks: of A and S.
     """
     itemsize = 8 if dtype == "float64" else 4
     return Demand(
@@ -41,8 +43,8 @@ def demand_of(
         engine.shards,
         engine.threads,
         device == "cuda",
-        worker_bytes(layers, groups, parameters, itemsize, queries, iterative),
-        shards_bytes(layers, groups, itemsize, queries, iterative),
+        worker_bytes(layers, groups, parameters, itemsize, queries, iterative, blocks),
+        shards_bytes(layers, groups, itemsize, queries, iterative, blocks),
     )
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raylux.curvature import rotate
+from raylux.blocks import Square
+from raylux.curvature import Basis, rotate
 from raylux.engine.kept import Resting
 from raylux.engine.plan import Plan
 from raylux.engine.records import Contraction, FactorFiles, QueryFiles, read_basis, read_layer_queries
@@ -100,14 +101,14 @@ class Bases:
     ) -> None:
         self._folder, self._layers, self._groups, self._device = folder, layers, groups, device
         self._of: tuple[FactorFiles, torch.dtype] | None = None
-        self._held: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        self._held: dict[str, Basis] = {}
 
-    def get(self, files: FactorFiles, dtype: torch.dtype) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+    def get(self, files: FactorFiles, dtype: torch.dtype) -> dict[str, Basis]:
         """(Q_A, Q_S) of every layer, read unless they are held; Nones where ``files`` is empty."""
         if self._of != (files, dtype):
             self.drop()
             give_back()
-            leaders: dict[str, Tensor | None] = {}
+            leaders: dict[str, Square | None] = {}
             for layer in self._layers:
                 group = self._groups[layer.name]
                 q_a, q_s = read_basis(self._folder, files, layer.name, group, dtype, self._device)

@@ -39,7 +39,7 @@ class WorkerSpec:
     """What a worker is made from: small, and readable by any process of the cluster.
 
     ``keep``: bytes of captured sequences that it may keep on its disk; None: by what is free there. ``statistics``: of
-    the kind of curvature.
+    the kind of curvature. ``blocks``: in which A and S are summed.
     """
 
     folder: str
@@ -51,6 +51,7 @@ class WorkerSpec:
     trust_remote_code: bool = False
     keep: int | None = 0
     statistics: Statistics = "tokens"
+    blocks: int = 1
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class GradientWorker(GaussNewtonProducts):
         """
         plan = self.spec.plan
         keeps = contraction.scored and self.spec.keep != 0
-        sums = Covariances()
+        sums = Covariances(blocks=self.spec.blocks)
         sequences = self.reader.rows(rows)
         labels: list[np.ndarray] = [np.zeros(0, np.int32)] * len(sequences)
         for batch in self._fit_batches(sequences):

@@ -57,5 +57,6 @@ def _demand(config_path: str, overrides: Sequence[str], device: str) -> Demand:
     layers, parameters = model.coverage.tracked, model.coverage.parameters
     iterative = config.curvature.solver != "direct"
     return demand_of(
-        config.engine, config.model.dtype, device, layers, model.groups, parameters, len(case.queries), iterative
-    )
+        config.engine, config.model.dtype, device, layers, model.groups, parameters, len(case.queries), iterative,
+        config.curvature.blocks,
+    )  # fmt: skip

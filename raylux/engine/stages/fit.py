@@ -118,7 +118,7 @@ def _covariances(ctx: Context, units: FitUnits) -> None:
     def args(index: int) -> tuple[Any, ...]:
         return units.rows[units.slices[index]], assignment, sampled, contraction
 
-    size = covariance_bytes(ctx.coverage.tracked, ctx.groups, 8)
+    size = covariance_bytes(ctx.coverage.tracked, ctx.groups, 8, ctx.config.curvature.blocks)
     done = _pass(ctx, units, COVARIANCE, ("covariance", "covariance_unit", "write_covariances"), args, size, ())
     ctx.keepers |= done.workers
     key, objects = ctx.folder.write("factors/labels", {"labels": units.joined(done.heads)})
