@@ -14,7 +14,7 @@ from raylux.cli import main
 from raylux.config import Config
 from raylux.engine import auth
 from raylux.engine import dashboard as dashboards
-from raylux.engine.capacity import Demand, fit
+from raylux.engine.capacity import Demand, fit_nodes
 from raylux.errors import UserError
 from raylux.submission import flow, names, paths
 from tests.dashboards import GIB, NODE, Answers, StubServer, dashboard
@@ -259,11 +259,11 @@ def test_a_run_in_process_asks_for_no_workers(server: StubServer) -> None:
 
 def test_supply_counts_living_nodes_together(answers: Answers, url: str) -> None:
     answers.nodes = [NODE, NODE, {"CPU": 4.0, "GPU": 2.0, "memory": 1.0 * GIB}]
-    supply = dashboards.reach(url).supply()
-    assert (supply["CPU"], supply["GPU"], supply["memory"]) == (8.0, 2.0, 17.0 * GIB)
-    assert fit(Demand("auto", "auto", 1, True, GIB, GIB), supply) == (2, 2)
+    nodes = dashboards.reach(url).nodes()
+    assert [node.resources["CPU"] for node in nodes] == [2.0, 2.0, 4.0]
+    assert fit_nodes(Demand("auto", "auto", 1, True, GIB, GIB), nodes) == (2, 2)
     with pytest.raises(UserError, match=r"3 workers need 3, it has 2; set engine\.workers to 2"):
-        fit(Demand(3, "auto", 1, True, GIB, GIB), supply)
+        fit_nodes(Demand(3, "auto", 1, True, GIB, GIB), nodes)
 
 
 # ------------------------------------------------------------------------------------------- attempts

@@ -177,6 +177,8 @@ class Context:
             lambda: session.capacity(demand),
             self.reporter.event,
             self._welcome,
+            worker_labels=engine.worker_labels,
+            shard_labels=engine.shard_labels,
         )
 
     def _welcome(self, facts: Mapping[str, Any]) -> None:

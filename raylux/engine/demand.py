@@ -45,6 +45,8 @@ def demand_of(
         device == "cuda",
         worker_bytes(layers, groups, parameters, itemsize, queries, iterative, blocks),
         shards_bytes(layers, groups, itemsize, queries, iterative, blocks),
+        engine.worker_labels,
+        engine.shard_labels,
     )
 
 

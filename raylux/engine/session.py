@@ -6,10 +6,11 @@ import atexit
 import logging
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from raylux.engine import auth
-from raylux.engine.capacity import Demand, fit
+from raylux.engine.capacity import Demand, Node, fit, fit_nodes
 from raylux.errors import RayluxError, UserError
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -69,13 +70,13 @@ def size(demand: Demand, patience: float = 0.0) -> tuple[int, int]:
         UserError: as ``fit`` does, of the cluster as it is now, or at the end of the patience.
     """
     if os.environ.get(GROW, "0") in ("", "0") or not isinstance(demand.workers, int):
-        return fit(demand, ray.cluster_resources())
-    _ask_for(_bundles(demand))
+        return _fit(demand)
+    _ask_for(_bundles(demand), demand.worker_labels)
     atexit.register(_ask_for, [])
     until = time.monotonic() + patience
     while True:
         try:
-            return fit(demand, ray.cluster_resources())
+            return _fit(demand)
         except UserError as error:
             if time.monotonic() > until:
                 raise UserError(
@@ -94,16 +95,27 @@ def _bundles(demand: Demand) -> list[dict[str, float]]:
     return [{"CPU": float(demand.threads)} | ({"GPU": 1.0} if demand.gpu else {})] * count
 
 
-def _ask_for(bundles: list[dict[str, float]]) -> None:
+def _ask_for(bundles: list[dict[str, float]], labels: Mapping[str, str] | None = None) -> None:
     """Replaces what was asked for before; nothing lets the autoscaler remove idle nodes again."""
     if ray.is_initialized():
-        request_resources(bundles=bundles)
+        if labels:
+            request_resources(bundles=bundles, bundle_label_selectors=[dict(labels)] * len(bundles))
+        else:
+            request_resources(bundles=bundles)
+
+
+def _fit(demand: Demand) -> tuple[int, int]:
+    """Of the cluster as it is now. Raises UserError."""
+    if not demand.worker_labels and not demand.shard_labels:
+        return fit(demand, ray.cluster_resources())
+    living = [node for node in ray.nodes() if node["Alive"]]
+    return fit_nodes(demand, [Node(node["Resources"], node.get("Labels") or {}) for node in living])
 
 
 def fitting(demand: Demand) -> int:
     """Workers that fit the cluster as it is now; 0: it has too little."""
     try:
-        return fit(demand, ray.cluster_resources())[0]
+        return _fit(demand)[0]
     except UserError:
         return 0
 

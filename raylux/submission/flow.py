@@ -68,7 +68,7 @@ def submit(order: Order, say: Callable[[str], None]) -> tuple[JobServer, str]:
     entrypoint = _entrypoint(order, folder)
     dashboard = reach(order.address)
     if not order.grows:
-        supply.check(config, order.config_path, order.overrides, dashboard.supply(), say)
+        supply.check(config, order.config_path, order.overrides, dashboard.nodes(), say)
     server = _server(dashboard)
     attempt, name = 0, order.name
     if name is None:
