@@ -286,6 +286,25 @@ def test_the_same_command_makes_the_next_attempt_after_one_that_failed(
     assert r"\x1b[31m" in said.out and "\x1b" not in said.out
 
 
+def test_a_batch_goes_on_by_the_same_command_and_ends_with_its_own_code(
+    server: StubServer, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The job reads the fitted run's own config: of this one it takes the run folder alone."""
+    server.endings = [("FAILED", -9), ("FAILED", 4), ("SUCCEEDED", 0)]
+    run, inbox = place / "elsewhere" / "fitted", f"{place}/in box"
+    words = ["submit", "config.yaml", f"run.folder={run}", "engine.workers=1", "--command", "batch"]
+    codes = [main([*words, "--queries", inbox, "--watch", "--idle", "60"]) for _ in range(3)]
+    assert codes == [137, 4, 0]
+    entrypoint = f"python -m raylux.cli batch {run} --queries '{inbox}' --watch --idle 60 engine.workers=1"
+    assert [job["entrypoint"] for job in server.sent] == [entrypoint] * 3
+    assert [job["name"] for job in server.sent] == [names.submission_id(str(run), number) for number in (1, 2, 3)]
+    assert "attempt 2 failed with exit code 4; attempt 3 goes on where it stopped" in capsys.readouterr().err
+    _refused(capsys, *words, parts=("--command batch needs --queries FOLDER",))
+    _refused(capsys, *words, "--queries", "inbox", parts=("--queries inbox: a job needs an absolute path", str(place)))
+    _refused(capsys, "submit", "config.yaml", "--queries", inbox, parts=("are those of --command batch",))
+    assert len(server.sent) == 3
+
+
 def test_an_attempt_that_is_under_way_is_followed_and_another_command_is_refused(
     server: StubServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
