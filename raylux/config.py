@@ -55,6 +55,10 @@ Name = Annotated[str, AfterValidator(_name)]  # of a file, a folder, a field
 Names = Annotated[tuple[Name, ...], BeforeValidator(_listed)]
 Count = Annotated[int, Field(ge=1, le=10**15)]
 Actors = Annotated[int, Field(ge=1, le=100_000)]
+# Ray's labels of a node, as it takes them; a value that it would read as a condition is none.
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._/-]{0,250}[A-Za-z0-9])?$")]
+LabelValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$")]
+Labels = dict[Label, LabelValue]
 Real = Annotated[float, BeforeValidator(_exponent)]
 NotNegative = Annotated[Real, Field(ge=0)]
 Positive = Annotated[Real, Field(gt=0)]
@@ -117,6 +121,9 @@ class FitSection(Section):
 
 class CurvatureSection(Section):
     kind: Literal["ekfac", "kfac", "tekfac", "tkfac", "eshampoo", "shampoo", "diagonal", "identity", "cosine"] = "ekfac"
+    blocks: Literal[1, 2, 4] = Field(
+        1, description="A and S of a layer are kept within so many blocks of its inputs, and of its outputs"
+    )
     damping: NotNegative | Auto = Field("auto", description="λ; auto: 0.1 × mean(Λ) of each layer")
     solver: Literal["direct", "pcg", "astra", "cg", "lissa"] = Field(
         "direct",
@@ -169,6 +176,8 @@ class EngineSection(Section):
     backend: Literal["ray", "local"] = "ray"
     workers: Actors | Auto = Field("auto", description="gradient workers; auto: as many as fit")
     shards: Actors | Auto = Field("auto", description="factor shards; auto: as many as workers")
+    worker_labels: Labels = Field({}, description="gradient workers run on nodes with these labels alone")
+    shard_labels: Labels = Field({}, description="factor shards are spread over nodes with these labels alone")
     threads: int = Field(1, ge=1, le=4096, description="CPU threads of a worker (changes bits)")
     batch_tokens: Count | Auto = Field("auto", description="tokens in a batch, at most (changes bits)")
     contraction_dtype: Literal["auto", "float32", "bfloat16"] = Field(

@@ -79,6 +79,8 @@ _FREE = frozenset(
         "engine.backend",
         "engine.workers",
         "engine.shards",
+        "engine.worker_labels",
+        "engine.shard_labels",
         "engine.timeout",
         "engine.keep_captured",
     }

@@ -18,7 +18,7 @@ from raylux.cost.machine import Cluster
 from raylux.cost.model import ModelShape
 from raylux.cost.planner import plan_run
 from raylux.cost.workload import Workload
-from raylux.curvature import KINDS
+from raylux.curvature import KINDS, check_blocks
 from raylux.curvature.solvers import Rule
 from raylux.engine.kept import kept_bytes
 from raylux.engine.plan import Plan, make_plan, probe_count
@@ -82,6 +82,7 @@ def plan_on(config: Config, sizes: Sizes, cluster: Cluster, can: frozenset[str] 
 
 
 def _workload(config: Config, sizes: Sizes, device: str) -> tuple[Workload, Plan]:
+    check_blocks(config.curvature.kind, config.curvature.blocks)
     shape, files, context = find_shape(config)
     lengths, query_lengths = _lengths(config, sizes, files, shape, context)
     plan = make_plan(
@@ -103,6 +104,7 @@ def _workload(config: Config, sizes: Sizes, device: str) -> tuple[Workload, Plan
         contraction=plan.contraction if device == "cpu" else _contraction(config, device),
         basis=kind.basis,
         moments=kind.moments,
+        blocks=config.curvature.blocks,
         sequence_products=kind.statistics == "sequences",
         fit_sequences=min(config.fit.sequences, corpus),
         corpus=corpus,

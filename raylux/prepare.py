@@ -14,7 +14,7 @@ from raylux import fingerprints, models
 from raylux.capture import input_groups
 from raylux.config import Config
 from raylux.corpus import Sequences, load_corpus
-from raylux.curvature import KINDS, solvers
+from raylux.curvature import KINDS, check_blocks, solvers
 from raylux.engine import choices
 from raylux.engine.context import Context
 from raylux.engine.plan import Plan, make_plan
@@ -106,6 +106,7 @@ def read(config: Config, folder: RunFolder, restart: str | None, asked: Sequence
         UserError: an input cannot be served, or it changed and the folder does not allow it.
     """
     check_stage_name(restart)
+    check_blocks(config.curvature.kind, config.curvature.blocks)
     solvers.check(config.curvature.kind, config.curvature, config.fit.labels, config.model.dtype)
     known = _known(folder)
     if known:

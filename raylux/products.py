@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from raylux.blocks import Blocks, Square
+
 # Since torch 2.8, on CUDA alone.
 _WIDENS = "out_dtype" in (torch.mm.__doc__ or "")
 
@@ -47,8 +49,11 @@ def gradients_into(a: Tensor, g: Tensor, out: Tensor, batched: bool | None = Non
         torch.mm(g[n].T, a[n], out=out[n])
 
 
-def rotated(x: Tensor, basis: Tensor) -> Tensor:
+def rotated(x: Tensor, basis: Square) -> Tensor:
     """x [..., D] Q [D, D]."""
+    if isinstance(basis, Blocks):
+        parts = zip(x.split(basis.sizes, -1), basis.parts, strict=True)
+        return torch.cat([rotated(part, own) for part, own in parts], -1)
     width = x.shape[-1]
     more = aligned_width(width, x.dtype, x.device) - width
     if not more:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.linalg import block_diag
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -132,8 +133,13 @@ def fisher(grads: Sequence[np.ndarray]) -> np.ndarray:
     return rows.T @ rows / len(rows)
 
 
-def curvature(kind: str, grads: Sequence[np.ndarray], pairs: Sequence[tuple[np.ndarray, np.ndarray]] = ()) -> Dense:
-    """The dense curvature of one layer from per-sequence gradients and the sequences' tokens (a, g)."""
+def curvature(
+    kind: str, grads: Sequence[np.ndarray], pairs: Sequence[tuple[np.ndarray, np.ndarray]] = (), blocks: int = 1
+) -> Dense:
+    """The dense curvature of one layer from per-sequence gradients and the sequences' tokens (a, g).
+
+    ``blocks``: of A and S only what stands in so many blocks along the diagonal is kept.
+    """
     exact = fisher(grads)
     if kind == "diagonal":
         return Dense(np.diag(np.diag(exact)), exact)
@@ -141,21 +147,27 @@ def curvature(kind: str, grads: Sequence[np.ndarray], pairs: Sequence[tuple[np.n
     if kind in ("kfac", "ekfac"):
         rows = max(1, len(a))
         input_covariance, output_covariance = a.T @ a / rows, g.T @ g / rows
-        product = len(a) / len(pairs) * np.kron(output_covariance, input_covariance)
+        scale = len(a) / len(pairs)
     elif kind in ("tkfac", "tekfac"):
         norms = (a**2).sum(1), (g**2).sum(1)
         input_covariance = sum(size * np.outer(one, one) for one, size in zip(a, norms[1], strict=True)) / len(pairs)
         output_covariance = sum(size * np.outer(one, one) for one, size in zip(g, norms[0], strict=True)) / len(pairs)
-        product = np.kron(output_covariance, input_covariance) / (norms[0] @ norms[1] / len(pairs))
+        scale = 1 / (norms[0] @ norms[1] / len(pairs))
     else:
         assert kind in ("shampoo", "eshampoo")
         input_covariance = sum(one.T @ one for one in grads) / len(grads)
         output_covariance = sum(one @ one.T for one in grads) / len(grads)
-        product = np.kron(output_covariance, input_covariance) / (sum(np.sum(one**2) for one in grads) / len(grads))
+        scale = 1 / (sum(np.sum(one**2) for one in grads) / len(grads))
+    sides = [_runs(output_covariance, blocks), _runs(input_covariance, blocks)]
     if not kind.startswith("e") and kind != "tekfac":
-        return Dense(product, exact)
-    basis = np.kron(np.linalg.eigh(output_covariance)[1], np.linalg.eigh(input_covariance)[1])
+        return Dense(scale * np.kron(block_diag(*sides[0]), block_diag(*sides[1])), exact)
+    basis = np.kron(*(block_diag(*(np.linalg.eigh(one)[1] for one in side)) for side in sides))
     return Dense(basis @ np.diag(np.diag(basis.T @ exact @ basis)) @ basis.T, exact, basis)
+
+
+def _runs(matrix: np.ndarray, blocks: int) -> list[np.ndarray]:
+    """What stands in each of the blocks, the larger ones first."""
+    return [matrix[np.ix_(run, run)] for run in np.array_split(np.arange(len(matrix)), blocks) if len(run)]
 
 
 def question_gradient(model: nn.Module, layers: Sequence[str], question: Question) -> dict[str, np.ndarray]:
@@ -173,9 +185,11 @@ def influences(
     kind: str,
     damping: float | str,
     pools: Mapping[str, Sequence[str]] | None = None,
+    blocks: int = 1,
 ) -> dict[str, np.ndarray]:
     """Layer -> ∇f(q)ᵀ (G + λI)⁻¹ ∇log p(n), [Q, N]; for "cosine" divided by both norms over all layers.
 
+    ``blocks``: of A and S, as ``curvature``.
     ``pools``: layer -> layers whose mean eigenvalue, over all of them, is the least that its damping goes by.
     """
     asked = [question_gradient(model, layers, question) for question in questions]
@@ -187,7 +201,7 @@ def influences(
         pairs = [token_pairs(model, layers, example) for example in fit] if kind != "diagonal" else []
         solved = [{} for _ in asked]
         dense = {
-            name: curvature(kind, [g[name] for g in fitted], [p[name] for p in pairs]) for name in layers
+            name: curvature(kind, [g[name] for g in fitted], [p[name] for p in pairs], blocks) for name in layers
         }  # fmt: skip
         for name in layers:
             least = float(np.mean([dense[one].mean for one in (pools or {}).get(name, [name])]))

@@ -30,11 +30,21 @@ import json, sys
 import ray
 from raylux.api import STAGES, run_stages
 from raylux.config import Config
+from raylux.errors import UserError
 
-sections, overrides = json.load(sys.stdin)
+sections, runs = json.load(sys.stdin)
 ray.init(address="auto", log_to_driver=False)
-print(json.dumps(sum(node["Alive"] for node in ray.nodes())))
-run_stages(Config.parse(sections, overrides), STAGES[:-1], quiet=True)
+roles = {node["NodeID"]: node["Labels"].get("raylux/role", "") for node in ray.nodes() if node["Alive"]}
+seen = set()
+for overrides in runs:
+    try:
+        run_stages(Config.parse(sections, overrides), STAGES[:-1], quiet=True)
+    except UserError as error:
+        print(json.dumps(str(error)))
+        continue
+    actors = [actor for name, actor in ray._private.state.actors().items() if name not in seen]
+    seen |= set(ray._private.state.actors())
+    print(json.dumps([[actor["ActorClassName"], roles[actor["Address"]["NodeID"]]] for actor in actors]))
 ray.shutdown()
 """
 HEAD = """
@@ -42,8 +52,8 @@ import sys, threading
 from ray.cluster_utils import Cluster
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 200 << 20})
-for _ in range(2):
-    cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
+for role, cpus in (("worker", 2), ("shard", 1)):
+    cluster.add_node(num_cpus=cpus, object_store_memory=200 << 20, labels={"raylux/role": role})
 cluster.wait_for_nodes()
 print(cluster.address, flush=True)
 sys.stdin.read()
@@ -64,7 +74,7 @@ def usual(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 @pytest.fixture
 def cluster() -> Iterator[str]:
-    """A head and two nodes of one CPU each, in a process of their own; yields the address."""
+    """A head, a node labelled for workers and one for shards, in a process of their own; yields the address."""
     with subprocess.Popen(
         [sys.executable, "-c", HEAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -77,26 +87,42 @@ def cluster() -> Iterator[str]:
             process.communicate(timeout=60)  # the end of its input asks it to shut down
 
 
-def test_three_nodes_give_the_bits_of_one_process(
+def test_three_nodes_give_the_bits_of_one_process_with_and_without_labels(
     inputs: Inputs, usual: dict[str, np.ndarray], cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Paths relative to the driver's working directory, which is not that of the nodes."""
+    """Paths relative to the driver's working directory, which is not that of the nodes.
+
+    By labels workers go to one node, shards to another; what no node has is refused with what there is.
+    """
     monkeypatch.setenv("RAY_ADDRESS", cluster)
     monkeypatch.chdir(tmp_path)
     sections = inputs.sections("run", corpus={"path": os.path.relpath(inputs.corpus)})
     sections["model"]["path"], sections["queries"]["path"] = map(os.path.relpath, (inputs.model, inputs.queries))
-    overrides = [*CUT, *WHAT, "engine.backend=ray", "engine.workers=3", "engine.shards=3"]
+    usually = [*CUT, *WHAT, "engine.backend=ray"]
+    labels = ["engine.worker_labels={raylux/role: worker}", "engine.shard_labels={raylux/role: shard}"]
+    runs = [
+        [*usually, "engine.workers=4", "engine.shards=3"],
+        [*usually, *labels, "run.folder=labelled", "engine.workers=2", "engine.shards=2"],
+        [*usually, "run.folder=refused", "engine.worker_labels={raylux/role: spare}"],
+        [*usually, *labels, "run.folder=refused", "engine.workers=3"],
+    ]
     done = subprocess.run(
         [sys.executable, "-c", DRIVER],
         cwd=tmp_path,
-        input=json.dumps([sections, overrides]),
+        input=json.dumps([sections, runs]),
         capture_output=True,
         text=True,
         timeout=200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout.splitlines()[0]) == 3
-    assert differing(contents(tmp_path / "run"), usual) == []
+    anywhere, labelled, *refused = map(json.loads, done.stdout.splitlines())
+    assert len({role for name, role in anywhere if name == "GradientWorker"}) == 3
+    assert {(name, role) for name, role in labelled} == {("GradientWorker", "worker"), ("FactorShard", "shard")}
+    for folder in ("run", "labelled"):
+        assert differing(contents(tmp_path / folder), usual) == []
+    assert "no node has the labels raylux/role=spare that engine.worker_labels asks for" in refused[0]
+    assert "they have raylux/role=shard, raylux/role=worker" in refused[0]
+    assert "not enough CPUs on the nodes with raylux/role=worker: 3 workers need 3, they have 2" in refused[1]
 
 
 def test_ctrl_c_on_ray_goes_on_and_leaves_no_process(

@@ -98,7 +98,8 @@ def expected_of(
     layers = run.settings["model"]["layers"]
     corpus = corpus_of(run)
     fit = fitted_on(run, labels_of) if setting.kind not in ("identity", "cosine") else []
-    found = reference.influences(model, layers, fit, corpus, questions, setting.kind, setting.damping)
+    found = reference.influences(model, layers, fit, corpus, questions, setting.kind, setting.damping,
+                                 blocks=setting.blocks)  # fmt: skip
     scale = 1 / len(corpus) if run.unit == "nats" else 1.0
     return {name: scale * values for name, values in found.items()}
 

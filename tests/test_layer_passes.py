@@ -29,6 +29,7 @@ from raylux.cost.passes import covariance_held, cut, largest, moments_held, spli
 from raylux.curvature import KINDS
 from raylux.engine import device
 from raylux.engine.capacity import Demand, settled
+from raylux.engine.capacity import fit as fit_supply
 from raylux.engine.context import Context
 from raylux.engine.demand import demand_of
 from raylux.engine.local import LocalBackend
@@ -302,10 +303,10 @@ def test_each_stage_makes_as_few_passes_as_fit_a_cluster(room: int, passes: tupl
 
     asked = dataclasses.replace(ask(Passes()), most=8, otherwise=ask)
     supply = {"CPU": 1.0, "memory": float(room)}
-    found = settled(asked, supply)
+    found = settled(asked, lambda one: fit_supply(one, supply))
     assert found.passes == Passes(*passes) and found.worker_bytes <= room
-    assert settled(found, supply) == found
-    assert settled(asked, {**supply, "memory": 0.0}).passes == Passes(8, 8)
+    assert settled(found, lambda one: fit_supply(one, supply)) == found
+    assert settled(asked, lambda one: fit_supply(one, {**supply, "memory": 0.0})).passes == Passes(8, 8)
 
 
 def test_memory_that_holds_a_part_of_the_sums_makes_passes_of_them(

@@ -14,7 +14,7 @@ from raylux.cli import main
 from raylux.config import Config
 from raylux.engine import auth
 from raylux.engine import dashboard as dashboards
-from raylux.engine.capacity import Demand, fit
+from raylux.engine.capacity import Demand, fit_nodes
 from raylux.errors import UserError
 from raylux.submission import flow, names, paths
 from tests.dashboards import GIB, NODE, Answers, StubServer, dashboard
@@ -259,11 +259,11 @@ def test_a_run_in_process_asks_for_no_workers(server: StubServer) -> None:
 
 def test_supply_counts_living_nodes_together(answers: Answers, url: str) -> None:
     answers.nodes = [NODE, NODE, {"CPU": 4.0, "GPU": 2.0, "memory": 1.0 * GIB}]
-    supply = dashboards.reach(url).supply()
-    assert (supply["CPU"], supply["GPU"], supply["memory"]) == (8.0, 2.0, 17.0 * GIB)
-    assert fit(Demand("auto", "auto", 1, True, GIB, GIB), supply) == (2, 2)
+    nodes = dashboards.reach(url).nodes()
+    assert [node.resources["CPU"] for node in nodes] == [2.0, 2.0, 4.0]
+    assert fit_nodes(Demand("auto", "auto", 1, True, GIB, GIB), nodes) == (2, 2)
     with pytest.raises(UserError, match=r"3 workers need 3, it has 2; set engine\.workers to 2"):
-        fit(Demand(3, "auto", 1, True, GIB, GIB), supply)
+        fit_nodes(Demand(3, "auto", 1, True, GIB, GIB), nodes)
 
 
 # ------------------------------------------------------------------------------------------- attempts
@@ -284,6 +284,25 @@ def test_the_same_command_makes_the_next_attempt_after_one_that_failed(
     assert "attempt 3 was stopped; attempt 4 goes on" in said.err
     assert "no node took it" in said.err
     assert r"\x1b[31m" in said.out and "\x1b" not in said.out
+
+
+def test_a_batch_goes_on_by_the_same_command_and_ends_with_its_own_code(
+    server: StubServer, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The job reads the fitted run's own config: of this one it takes the run folder alone."""
+    server.endings = [("FAILED", -9), ("FAILED", 4), ("SUCCEEDED", 0)]
+    run, inbox = place / "elsewhere" / "fitted", f"{place}/in box"
+    words = ["submit", "config.yaml", f"run.folder={run}", "engine.workers=1", "--command", "batch"]
+    codes = [main([*words, "--queries", inbox, "--watch", "--idle", "60"]) for _ in range(3)]
+    assert codes == [137, 4, 0]
+    entrypoint = f"python -m raylux.cli batch {run} --queries '{inbox}' --watch --idle 60 engine.workers=1"
+    assert [job["entrypoint"] for job in server.sent] == [entrypoint] * 3
+    assert [job["name"] for job in server.sent] == [names.submission_id(str(run), number) for number in (1, 2, 3)]
+    assert "attempt 2 failed with exit code 4; attempt 3 goes on where it stopped" in capsys.readouterr().err
+    _refused(capsys, *words, parts=("--command batch needs --queries FOLDER",))
+    _refused(capsys, *words, "--queries", "inbox", parts=("--queries inbox: a job needs an absolute path", str(place)))
+    _refused(capsys, "submit", "config.yaml", "--queries", inbox, parts=("are those of --command batch",))
+    assert len(server.sent) == 3
 
 
 def test_an_attempt_that_is_under_way_is_followed_and_another_command_is_refused(

@@ -18,10 +18,11 @@ from raylux.shown import plain, redacted, visible
 
 if TYPE_CHECKING:
     from raylux.engine.jobs import Job, JobServer
+    from raylux.submission.flow import Batch
 
 
 class Command(StrEnum):
-    """What a job may be: the whole run or a stage."""
+    """What a job may be: the whole run, a stage, or the answering of query files."""
 
     run = "run"
     fit = "fit"
@@ -29,6 +30,7 @@ class Command(StrEnum):
     query = "query"
     score = "score"
     report = "report"
+    batch = "batch"
 
 
 AddressOption = Annotated[
@@ -65,13 +67,14 @@ _STOP = 60.0
     Examples:
       raylux submit configs/quickstart.yaml run.folder=/shared/runs/quickstart --address http://127.0.0.1:8265
       raylux submit my.yaml --command fit --no-wait
+      raylux submit my.yaml --command batch --queries s3://bucket/inbox --watch --idle 3600
     """),
 )
 def submit(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
     address: AddressOption = None,
-    command: Annotated[Command, typer.Option("--command", help="the whole run, or one stage")] = Command.run,
+    command: Annotated[Command, typer.Option("--command", help="the whole run, one stage, or batch")] = Command.run,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="follow the job to its end")] = True,
     working_dir: Annotated[
         str, typer.Option("--working-dir", metavar="FOLDER", help="sent with the job; holds CONFIG and its queries")
@@ -85,13 +88,21 @@ def submit(
             "--grow", help="the cluster autoscales: ask it for engine.workers, and wait for them instead of refusing"
         ),
     ] = False,
+    queries: Annotated[
+        str | None, typer.Option("--queries", metavar="FOLDER", help="of --command batch: where query files arrive")
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch/--once", help="of --command batch: go on and look for more")] = False,
+    idle: Annotated[
+        float | None, typer.Option("--idle", min=0.0, help="of --command batch: seconds after which a watch ends")
+    ] = None,
 ) -> None:
     """Submit a job, follow it, and leave with its exit code."""
     from raylux.submission import flow
 
     order = flow.Order(
-        config, tuple(overrides or ()), command.value, _address(address), working_dir, submission_id, grow
-    )
+        config, tuple(overrides or ()), command.value, _address(address), working_dir, submission_id, grow,
+        _batch(command, queries, watch, idle),
+    )  # fmt: skip
     server, name = flow.submit(order, output.say)
     if wait:
         raise typer.Exit(_follow(server, name))
@@ -162,6 +173,20 @@ def stop(
     output.say(f"{job.id} {flow.ending(job)}")
     if not job.over:
         raise typer.Exit(EXIT_INTERNAL)
+
+
+def _batch(command: Command, queries: str | None, watch: bool, idle: float | None) -> Batch | None:
+    from raylux.errors import UserError
+    from raylux.submission.flow import Batch
+
+    if command is not Command.batch:
+        if queries is not None or watch or idle is not None:
+            raise UserError("--queries, --watch and --idle are those of --command batch; add it, or leave them out")
+        return None
+    if queries is None:
+        raise UserError("--command batch needs --queries FOLDER, where query files arrive")
+    options = ["--watch"] if watch else []
+    return Batch(queries, (*options, *(["--idle", f"{idle:g}"] if idle is not None else [])))
 
 
 def _address(given: str | None) -> str:

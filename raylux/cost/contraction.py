@@ -72,7 +72,7 @@ class Form:
 
 
 def forms(
-    outputs: int, inputs: int, tokens: float, queries: int, rank: int, subspace: int, itemsize: int
+    outputs: int, inputs: int, tokens: float, queries: int, rank: int, subspace: int, itemsize: int, blocks: int = 1
 ) -> list[Form]:
     """The five forms for a layer [P, M] and Q queries.
 
@@ -84,11 +84,12 @@ def forms(
         rank: R of a query's s_test.
         subspace: r, the side of the subspace that all queries share.
         itemsize: bytes of a number of s_test.
+        blocks: O of the eigenbases.
     """
     dense = float(outputs * inputs)
     sides = float(outputs + inputs)
-    rotate = 2.0 * tokens * (outputs**2 + inputs**2)
-    back = 2.0 * dense * sides
+    rotate = 2.0 * tokens * (outputs**2 + inputs**2) / blocks
+    back = 2.0 * dense * sides / blocks
     low = queries * rank * sides * itemsize
     side = min(subspace, outputs, inputs)
     form = 2.0 * tokens * dense

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from raylux.blocks import block_sizes
 from raylux.cost import costs
 from raylux.cost.contraction import rotate_tokens_first
 from raylux.cost.costs import Choice, StageCost, Work
 from raylux.cost.machine import Cluster, Device, eigh_flops
 from raylux.cost.passes import Held, Layers, covariance_held, cut, largest, moments_held, split
-from raylux.cost.sizes import PROCESS_BYTES, covariance_bytes, covariance_entries, covariance_products, layer_bytes
+from raylux.cost.sizes import PROCESS_BYTES, covariance_bytes, covariance_products, covariance_sides, layer_bytes
 from raylux.cost.workload import Workload
 from raylux.errors import UserError
 from raylux.layers import TrackedLayer
@@ -117,16 +118,16 @@ def covariance(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
     """Σ a aᵀ and Σ g gᵀ over the fit's tokens."""
     device, model, groups = cluster.worker, work.model, work.model.groups
     itemsize = work.stored
-    held = covariance_held(groups, itemsize)
-    blocks, batch = passes(work, cluster, held, covariance_bytes(model.tracked, groups, 8))
+    held = covariance_held(groups, itemsize, work.blocks)
+    blocks, batch = passes(work, cluster, held, covariance_bytes(model.tracked, groups, 8, work.blocks))
     share = 0.5 if costs.SYMMETRIC in can else 1.0
     size = min(batch, model.hidden)
-    flops = work.fit_tokens * 2.0 * covariance_products(model.tracked, groups) * share
+    flops = work.fit_tokens * 2.0 * covariance_products(model.tracked, groups, work.blocks) * share
     if work.sequence_products:
         flops = _sequence_flops(work, share)
-    touched = work.fit_tokens / batch * 2 * covariance_bytes(model.tracked, groups, itemsize)
+    touched = work.fit_tokens / batch * 2 * covariance_bytes(model.tracked, groups, itemsize, work.blocks)
     units = max(1, math.ceil(work.fit_tokens / work.unit_tokens))
-    sums = covariance_bytes(model.tracked, groups, itemsize)
+    sums = covariance_bytes(model.tracked, groups, itemsize, work.blocks)
     works = [
         *model_work(work, device, work.fit_tokens, batch, blocks),
         *_keeping(work, cluster, batch, blocks),
@@ -134,10 +135,10 @@ def covariance(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
         move(units * sums, cluster),
     ]
     worker = resident(work, device, batch, blocks, held)
-    disk = covariance_bytes(model.tracked, groups, work.stored)
+    disk = covariance_bytes(model.tracked, groups, work.stored, work.blocks)
     stage = StageCost(
         "covariance", tuple(works), units * len(blocks), cluster.workers, cluster.devices, worker,
-        min(shard_room(cluster), covariance_bytes(model.tracked, groups, 8)), disk, units * sums,
+        min(shard_room(cluster), covariance_bytes(model.tracked, groups, 8, work.blocks)), disk, units * sums,
     )  # fmt: skip
     return stage, [
         Choice(
@@ -147,6 +148,7 @@ def covariance(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
             f"{len(model.tracked)} S",
             share == 1 or not device.gpu,
         ),
+        *([_block_choice(work)] if work.blocks > 1 else []),
         _pass_choice("covariance passes", blocks, sum(map(held, model.tracked)), work, device, batch),
         Choice(
             "fit unit",
@@ -162,19 +164,20 @@ def _sequence_flops(work: Workload, share: float) -> float:
     """G of every sequence, GᵀG and GGᵀ; ``share`` of a product that is computed where it is symmetric."""
     forming = work.fit_tokens * 2.0 * sum(layer.share * layer.parameters for layer in work.model.tracked)
     sides = sum(layer.parameters * (layer.outputs + layer.inputs) for layer in work.model.tracked)
-    return forming + work.fit_sequences * 2.0 * sides * share
+    return forming + work.fit_sequences * 2.0 * sides / work.blocks * share
 
 
 def eigenbases(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageCost, list[Choice]]:
     """One decomposition per A and S, spread over the devices of the shards."""
     device, model = cluster.device, work.model
-    sides = sorted((round(math.sqrt(size)) for size in covariance_entries(model.tracked, model.groups)), reverse=True)
+    whole = covariance_sides(model.tracked, model.groups)
+    sides = sorted((size for side in whole for size in block_sizes(side, work.blocks)), reverse=True)
     seconds = [device.eigh_seconds(n) for n in sides]
     parallel = min(cluster.devices, len(model.leaders))
     loads = [0.0] * parallel
     for one in seconds:  # the longest first, to whoever is free
         loads[loads.index(min(loads))] += one
-    disk = covariance_bytes(model.tracked, model.groups, work.stored)
+    disk = covariance_bytes(model.tracked, model.groups, work.stored, work.blocks)
     worker = base_bytes(device) + 3 * 8 * sides[0] ** 2
     works = (
         Work("eigendecomposition", sum(map(eigh_flops, sides)), 0.0, sum(seconds)),
@@ -196,12 +199,12 @@ def eigenbases(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
 def moments(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageCost, list[Choice]]:
     """Λ: tokens or gradients rotated, gradients formed, squared, summed."""
     device, model = cluster.worker, work.model
-    held = moments_held(model.groups, work.operand if work.basis else 0, work.stored)
+    held = moments_held(model.groups, work.operand if work.basis else 0, work.stored, work.blocks)
     blocks, batch = passes(work, cluster, held, layer_bytes(model.tracked, 8))
     shared, kept = costs.SHARED_ROTATION in can, work.kept_share(cluster.workers)
     tokens, sequences = work.fit_tokens, work.fit_sequences
     rotation = sum(rotation_flops(layer, work.tokens, shared and layer.name not in model.leaders)[0]
-                   for layer in model.tracked) if work.basis else 0.0  # fmt: skip
+                   for layer in model.tracked) / work.blocks if work.basis else 0.0  # fmt: skip
     forming = 2.0 * sum(layer.share * layer.parameters for layer in model.tracked)
     # An expert's gradient is formed of the sequences that have a token there.
     reached = work.stored * sum(min(1.0, layer.share * work.tokens) * layer.parameters for layer in model.tracked)
@@ -284,7 +287,7 @@ def rotation_flops(layer: TrackedLayer, tokens: float, shared: bool = False) -> 
 def _formed_first(work: Workload) -> float:
     """GFLOP per token of forming and rotating every gradient."""
     return sum(
-        2.0 * layer.parameters * ((layer.outputs + layer.inputs) / work.tokens + layer.share)
+        2.0 * layer.parameters * ((layer.outputs + layer.inputs) / (work.tokens * work.blocks) + layer.share)
         for layer in work.model.tracked
     )
 
@@ -306,6 +309,16 @@ def store(size: float, cluster: Cluster) -> Work:
     """Bytes to and from the run folder: what a node's devices share."""
     held = min(cluster.per_node, cluster.devices)
     return Work("run folder", 0.0, size, size / (cluster.disk_gb_s * 1e9) * held)
+
+
+def _block_choice(work: Workload) -> Choice:
+    layers, groups = work.model.tracked, work.model.groups
+    cut, whole = (covariance_bytes(layers, groups, work.stored, blocks) for blocks in (work.blocks, 1))
+    return Choice(
+        "blocks",
+        f"{work.blocks} of inputs and outputs",
+        f"A and S take {cut / 1e9:,.2f} GB, {whole / 1e9:,.2f} GB whole; scores change (curvature.blocks)",
+    )
 
 
 def _pass_choice(

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from raylux.blocks import block_entries
 from raylux.layers import TrackedLayer
 
 Layers = Sequence[TrackedLayer]
@@ -20,19 +21,20 @@ Held = Callable[[TrackedLayer], float]
 MOST_PASSES = 64
 
 
-def covariance_held(groups: Mapping[str, str], itemsize: int) -> Held:
-    """S of a layer, and A where the layer leads its input group."""
+def covariance_held(groups: Mapping[str, str], itemsize: int, blocks: int = 1) -> Held:
+    """S of a layer, and A where the layer leads its input group, in ``blocks`` blocks each."""
     leaders = frozenset(groups.values())
 
     def held(layer: TrackedLayer) -> float:
-        return float(itemsize * (layer.outputs**2 + (layer.inputs**2 if layer.name in leaders else 0)))
+        inputs = block_entries(layer.inputs, blocks) if layer.name in leaders else 0
+        return float(itemsize * (block_entries(layer.outputs, blocks) + inputs))
 
     return held
 
 
-def moments_held(groups: Mapping[str, str], basis_itemsize: int, itemsize: int) -> Held:
-    """Λ of a layer, and its bases (``basis_itemsize`` 0: there are none)."""
-    bases = covariance_held(groups, basis_itemsize)
+def moments_held(groups: Mapping[str, str], basis_itemsize: int, itemsize: int, blocks: int = 1) -> Held:
+    """Λ of a layer, and its bases (``basis_itemsize`` 0: there are none) in ``blocks`` blocks."""
+    bases = covariance_held(groups, basis_itemsize, blocks)
     return lambda layer: bases(layer) + itemsize * layer.parameters
 
 

@@ -12,6 +12,9 @@ from raylux.cost.sizes import covariance_bytes, layer_bytes
 from raylux.cost.workload import Workload
 from raylux.errors import UserError
 
+# That curvature.blocks may be set to.
+_BLOCKS = (1, 2, 4)
+
 
 def plan_run(work: Workload, cluster: Cluster, can: frozenset[str] = costs.ENGINE) -> RunPlan:
     """What a run costs on a cluster.
@@ -63,24 +66,36 @@ def _check_model(work: Workload, cluster: Cluster, can: frozenset[str]) -> None:
 def _shards(work: Workload, cluster: Cluster) -> Choice:
     """As many shards as workers, at most one per input group; they live in host memory."""
     layers, groups = work.model.tracked, work.model.groups
-    sums = max(covariance_bytes(layers, groups, 8) if work.basis else 0, layer_bytes(layers, 8) if work.moments else 0)
     room, nodes = fit.shard_room(cluster), cluster.nodes
-    # In layer passes the shards hold the sums of one pass at a time.
-    least = largest(split(layers, groups, len(groups)), covariance_held(groups, 8))
+
+    def least_in(blocks: int) -> int:
+        """What they must hold at once: in layer passes the sums of one pass."""
+        return int(largest(split(layers, groups, len(groups)), covariance_held(groups, 8, blocks)))
+
+    least = least_in(work.blocks)
     if least > room:
+        cut = [blocks for blocks in _BLOCKS if work.basis and blocks > work.blocks and least_in(blocks) <= room]
+        instead = f"set curvature.blocks={cut[0]}, or " if cut else ""
         more = math.ceil(least / (room / nodes))
         raise UserError(
             f"the factors do not fit: their sums take {least / 1e9:,.1f} GB, the shards of {nodes} "
-            f"node{'s' * (nodes > 1)} have {room / 1e9:,.1f} GB; take {more} nodes, or "
+            f"node{'s' * (nodes > 1)} have {room / 1e9:,.1f} GB; {instead}take {more} nodes, or "
             f"host_memory_gb: {math.ceil(least / fit.SHARD_SHARE / nodes / 1e7) / 100:,}"
         )
     count = min(cluster.workers, len(work.model.leaders))
     return Choice(
         "shards",
         str(count),
-        f"{sums / count / 1e9:,.2f} GB of sums in float64 each; one per worker, at most one per input group "
-        f"({len(work.model.leaders)})",
+        f"{_sums(work, work.blocks) / count / 1e9:,.2f} GB of sums in float64 each; one per worker, at most one per "
+        f"input group ({len(work.model.leaders)})",
     )
+
+
+def _sums(work: Workload, blocks: int) -> int:
+    """Bytes of the larger of the two sets of sums, in float64."""
+    layers = work.model.tracked
+    covariances = covariance_bytes(layers, work.model.groups, 8, blocks) if work.basis else 0
+    return max(covariances, layer_bytes(layers, 8) if work.moments else 0)
 
 
 def _check_disk(plan: RunPlan, cluster: Cluster) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from raylux.blocks import block_entries
 from raylux.cost import contraction, costs, solving
 from raylux.cost.contraction import Form
 from raylux.cost.costs import Choice, StageCost, Work
@@ -30,6 +31,7 @@ def query(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     low = [layer for layer in layers if work.max_error > 0 and rank_limit(work.max_rank, layer) > 0]
     tokenwise = costs.TOKEN_SOLVE in can
     solve = sum(_solve_flops(layer.outputs, layer.inputs, tokens, tokenwise) for layer in layers) if work.basis else 0.0
+    solve /= work.blocks
     solve += 2.0 * tokens * sum(layer.share * layer.parameters for layer in layers)
     touched = count * _SOLVE_PASSES * layer_bytes(layers, work.stored)
     finder = costs.RANGE_FINDER in can
@@ -54,12 +56,16 @@ def query(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     iterated = solving.solving(work, cluster)
     works += iterated.works
     disk = count * work.query_bytes()
-    bases = blocks * (covariance_bytes(layers, model.groups, work.stored) if work.basis else 0)
+    bases = blocks * (covariance_bytes(layers, model.groups, work.stored, work.blocks) if work.basis else 0)
     works.append(store(disk + bases, cluster))
     dense = count * layer_bytes(layers, work.stored)
     held = min(block, count) * layer_bytes(layers, work.stored)
     # Per layer Q_A, Q_S and Λ; the block's s_test, its factors, and what the probes are measured with.
-    largest = max(2 * (layer.inputs**2 + layer.outputs**2) + 3 * layer.parameters for layer in layers) * work.stored
+    largest = work.stored * max(
+        2 * (block_entries(layer.inputs, work.blocks) + block_entries(layer.outputs, work.blocks))
+        + 3 * layer.parameters
+        for layer in layers
+    )
     parallel = min(cluster.workers, len(model.leaders))
     stage = StageCost(
         "query", tuple(works), count * parallel, parallel, cluster.devices,
@@ -199,7 +205,8 @@ def _scoring(work: Workload, device: Device, can: frozenset[str], batch: float) 
     sequences = _sequences(work, batch)
     all_forms = [
         contraction.forms(*layer.shape, work.tokens * layer.share, work.queries,
-                          work.stored_rank(layer) or min(layer.shape), work.subspace, bytes_each)
+                          work.stored_rank(layer) or min(layer.shape), work.subspace, bytes_each,
+                          work.blocks)
         for layer in layers
     ]  # fmt: skip
     model_flops = work.tokens * (model.forward_flops(work.tokens) + model.backward_flops(work.tokens))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from raylux.blocks import block_entries
 from raylux.cost.costs import Passes
 from raylux.cost.passes import covariance_held, largest, moments_held, split
 from raylux.layers import TrackedLayer
@@ -26,21 +27,32 @@ _MOVE_SHARE = 20.0
 _MOST_UNITS = 64
 
 
-def covariance_entries(layers: Sequence[TrackedLayer], groups: Mapping[str, str]) -> list[int]:
-    """Entries of each A (one per input group) and each S."""
+def covariance_sides(layers: Sequence[TrackedLayer], groups: Mapping[str, str]) -> list[int]:
+    """Rows of each A (one per input group) and each S."""
     leaders = set(groups.values())
-    return [layer.inputs**2 for layer in layers if layer.name in leaders] + [layer.outputs**2 for layer in layers]
+    return [layer.inputs for layer in layers if layer.name in leaders] + [layer.outputs for layer in layers]
 
 
-def covariance_products(layers: Sequence[TrackedLayer], groups: Mapping[str, str]) -> float:
+def covariance_entries(layers: Sequence[TrackedLayer], groups: Mapping[str, str], blocks: int = 1) -> list[int]:
+    """Entries of each A and S, in ``blocks`` blocks."""
+    return [block_entries(side, blocks) for side in covariance_sides(layers, groups)]
+
+
+def covariance_products(layers: Sequence[TrackedLayer], groups: Mapping[str, str], blocks: int = 1) -> float:
     """Multiplications of a token for all A and S, an expert's by its share of the tokens."""
     leaders = set(groups.values())
-    return sum(layer.share * (layer.outputs**2 + (layer.inputs**2 if layer.name in leaders else 0)) for layer in layers)
+    return sum(
+        layer.share
+        * (block_entries(layer.outputs, blocks) + (block_entries(layer.inputs, blocks) if layer.name in leaders else 0))
+        for layer in layers
+    )
 
 
-def covariance_bytes(layers: Sequence[TrackedLayer], groups: Mapping[str, str], itemsize: int = 4) -> int:
+def covariance_bytes(
+    layers: Sequence[TrackedLayer], groups: Mapping[str, str], itemsize: int = 4, blocks: int = 1
+) -> int:
     """One set of sums of A and S."""
-    return itemsize * sum(covariance_entries(layers, groups))
+    return itemsize * sum(covariance_entries(layers, groups, blocks))
 
 
 def layer_bytes(layers: Sequence[TrackedLayer], itemsize: int = 4) -> int:
@@ -56,14 +68,15 @@ def worker_bytes(
     queries: int,
     iterative: bool = False,
     passes: Passes = Passes(),  # noqa: B008 (frozen)
+    blocks: int = 1,
 ) -> int:
     """Memory of a gradient worker at its peak: the model with the largest of what it holds beside it.
 
     ``iterative``: queries are solved by products with G, and directions and their products held for a block.
-    ``passes``: in which the fit sums.
+    ``passes``: in which the fit sums. ``blocks``: of A and S.
     """
-    covariance = int(largest(split(layers, groups, passes.covariance), covariance_held(groups, itemsize)))
-    moments = int(largest(split(layers, groups, passes.moments), moments_held(groups, itemsize, itemsize)))
+    covariance = int(largest(split(layers, groups, passes.covariance), covariance_held(groups, itemsize, blocks)))
+    moments = int(largest(split(layers, groups, passes.moments), moments_held(groups, itemsize, itemsize, blocks)))
     scoring = queries * layer_bytes(layers, itemsize)
     products = 2 * min(queries, solve_block(layers, itemsize)) * layer_bytes(layers, itemsize) if iterative else 0
     return PROCESS_BYTES + parameters * itemsize + max(covariance, moments, scoring, products)
@@ -76,16 +89,17 @@ def shards_bytes(
     queries: int,
     iterative: bool = False,
     passes: Passes = Passes(),  # noqa: B008 (frozen)
+    blocks: int = 1,
 ) -> int:
     """Memory of all factor shards together at their peak: a pass's sums in float64, or bases with a block of s_test."""
-    sums = int(largest(split(layers, groups, passes.covariance), covariance_held(groups, 8)))
+    sums = int(largest(split(layers, groups, passes.covariance), covariance_held(groups, 8, blocks)))
     sums = max(sums, int(largest(split(layers, groups, passes.moments), moments_held(groups, 0, 8))))
     held = queries * layer_bytes(layers, itemsize)
     if iterative:
         held = SOLVE_STATE * min(queries, solve_block(layers, itemsize)) * layer_bytes(layers, itemsize)
     else:
         held = min(_BLOCK_BYTES, held)
-    solving = covariance_bytes(layers, groups, itemsize) + held
+    solving = covariance_bytes(layers, groups, itemsize, blocks) + held
     return max(sums, solving)
 
 
@@ -117,11 +131,12 @@ def unit_tokens(
     parameters: int,
     fitted_tokens: float,
     batch_tokens: int,
+    blocks: int = 1,
 ) -> int:
     """Tokens of a fit unit: computing its sums takes ``_MOVE_SHARE`` times as long as moving them."""
     active = parameters - sum((1 - layer.share) * layer.parameters for layer in layers)
-    flops_per_token = 4.0 * active + 2.0 * covariance_products(layers, groups)
-    moving = covariance_bytes(layers, groups) / _BYTES[device]
+    flops_per_token = 4.0 * active + 2.0 * covariance_products(layers, groups, blocks)
+    moving = covariance_bytes(layers, groups, blocks=blocks) / _BYTES[device]
     cheap = _MOVE_SHARE * moving * _FLOPS[device] / flops_per_token
     return math.ceil(max(cheap, fitted_tokens / _MOST_UNITS, 2 * batch_tokens))
 
@@ -137,8 +152,13 @@ def score_unit_size(corpus_sequences: int) -> int:
 
 
 def factor_bytes(
-    layers: Sequence[TrackedLayer], groups: Mapping[str, str], itemsize: int, basis: bool, moments: bool
+    layers: Sequence[TrackedLayer],
+    groups: Mapping[str, str],
+    itemsize: int,
+    basis: bool,
+    moments: bool,
+    blocks: int = 1,
 ) -> int:
     """Factors at rest: covariances and eigenvectors where there is a basis (eigenvalues are left out), and Λ."""
-    found = 2 * covariance_bytes(layers, groups, itemsize) if basis else 0
+    found = 2 * covariance_bytes(layers, groups, itemsize, blocks) if basis else 0
     return found + (layer_bytes(layers, itemsize) if moments else 0)

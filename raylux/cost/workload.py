@@ -23,6 +23,7 @@ class Workload:
         basis: the curvature has eigenbases.
         moments: and Λ.
         sequence_products: A and S are sums over sequences' gradients, not over tokens.
+        blocks: in which A and S are kept.
         fit_sequences: that the curvature is fitted on.
         corpus: sequences of the corpus, which the prefilter reads.
         candidates: sequences that are scored.
@@ -79,6 +80,7 @@ class Workload:
     solver_products: int = 0
     solver_sequences: int = 0
     sequence_products: bool = False
+    blocks: int = 1
 
     @property
     def itemsize(self) -> int:

@@ -4,21 +4,24 @@ Layout: a layer's parameters are a matrix [P, M] (outputs, inputs; the bias is t
 such matrices. All kinds are *per sequence*: G = (1/N) Σ_i (pseudo-)gradient of sequence i, outer product.
 """
 
-from raylux.curvature.covariance import Covariances, eigenbasis
-from raylux.curvature.kinds import KINDS, Kind
-from raylux.curvature.moments import add_second_moment, add_second_moments, rotate
+from raylux.curvature.covariance import Covariances, eigenbasis, square_eigenbasis
+from raylux.curvature.kinds import KINDS, Kind, check_blocks
+from raylux.curvature.moments import Basis, add_second_moment, add_second_moments, rotate
 from raylux.curvature.spectral import Spectral
 from raylux.curvature.statistics import Statistics, weighted
 
 __all__ = [
     "KINDS",
+    "Basis",
     "Covariances",
     "Kind",
     "Spectral",
     "Statistics",
     "add_second_moment",
     "add_second_moments",
+    "check_blocks",
     "eigenbasis",
     "rotate",
+    "square_eigenbasis",
     "weighted",
 ]

@@ -15,6 +15,7 @@ from scipy.linalg import blas
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from torch import Tensor
 
+from raylux.blocks import Blocks, Square, block_sizes
 from raylux.errors import NumericsError
 from raylux.products import aligned, wide_product
 from raylux.routed import Routed, Rows
@@ -32,12 +33,14 @@ class Covariances:
     Attributes:
         rows: layer -> number of token rows summed (real tokens × calls of the module; of an expert, those sent there).
         sequences: number of sequences summed.
+        blocks: A and S are summed within so many blocks of their coordinates.
     """
 
     rows: dict[str, int] = field(default_factory=dict)
     sequences: int = 0
-    _inputs: dict[str, Tensor] = field(default_factory=dict)
-    _grads: dict[str, Tensor] = field(default_factory=dict)
+    blocks: int = 1
+    _inputs: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    _grads: dict[str, dict[int, Tensor]] = field(default_factory=dict)
 
     def add(self, inputs: Mapping[str, Rows], grads: Mapping[str, Rows], mask: Tensor) -> None:
         """Add a batch.
@@ -49,54 +52,63 @@ class Covariances:
         """
         tokens = int(mask.sum())
         for name, a in inputs.items():
-            _add_gram(self._inputs, name, a)
+            self._add(self._inputs.setdefault(name, {}), a)
         for name, g in grads.items():
-            _add_gram(self._grads, name, g)
+            self._add(self._grads.setdefault(name, {}), g)
             seen = g.count if isinstance(g, Routed) else tokens * (g.shape[1] // mask.shape[1])
             self.rows[name] = self.rows.get(name, 0) + seen
         self.sequences += len(mask)
 
+    def _add(self, sums: dict[int, Tensor], x: Rows) -> None:
+        rows = x.rows if isinstance(x, Routed) else x.reshape(-1, x.shape[-1])
+        for place, part in enumerate(rows.split(block_sizes(rows.shape[1], self.blocks), 1)):
+            _add_gram(sums, place, part)
+
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """Input group -> Σ a aᵀ [M, M]."""
-        return {name: _whole(total) for name, total in self._inputs.items()}
+        """Input group -> Σ a aᵀ [M, M]; of several blocks their entries, block after block (``Blocks.of``)."""
+        return {name: _joined(parts) for name, parts in self._inputs.items()}
 
     @property
     def grads(self) -> dict[str, Tensor]:
-        """Layer -> Σ g gᵀ [P, P]."""
-        return {name: _whole(total) for name, total in self._grads.items()}
+        """Layer -> Σ g gᵀ [P, P]; likewise."""
+        return {name: _joined(parts) for name, parts in self._grads.items()}
 
 
-def _add_gram(sums: dict[str, Tensor], name: str, x: Rows) -> None:
-    """Add xᵀx; on a CPU only one triangle of it, by the BLAS routine for products that are symmetric.
+def _add_gram(sums: dict[int, Tensor], place: int, rows: Tensor) -> None:
+    """Add xᵀx of rows x [·, n]; on a CPU only one triangle of it, by the BLAS routine for products that are symmetric.
 
     On a GPU tokens in bf16 are multiplied as they are, with sums in float32: a product of two of them is exact there.
     """
-    rows = x.rows if isinstance(x, Routed) else x.reshape(-1, x.shape[-1])
     if not len(rows):  # an expert that no token of the batch was routed to
         wide = torch.float32 if rows.dtype == torch.bfloat16 else rows.dtype
-        sums.setdefault(name, torch.zeros(rows.shape[1], rows.shape[1], dtype=wide, device=rows.device))
+        sums.setdefault(place, torch.zeros(rows.shape[1], rows.shape[1], dtype=wide, device=rows.device))
         return
     if rows.dtype == torch.bfloat16 and rows.is_cuda:
         width, rows = rows.shape[1], aligned(rows)
         part = wide_product(rows.T, rows)[:width, :width]
-        sums[name] = sums[name].add_(part) if name in sums else part.contiguous()
+        sums[place] = sums[place].add_(part) if place in sums else part.contiguous()
         return
     rows = rows.float() if rows.dtype == torch.bfloat16 else rows
-    if name not in sums:
-        sums[name] = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype, device=rows.device)
+    if place not in sums:
+        sums[place] = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype, device=rows.device)
     if rows.device.type != "cpu":
-        sums[name].addmm_(rows.T, rows)
+        sums[place].addmm_(rows.T, rows)
         return
     update: Any = blas.dsyrk if rows.dtype == torch.float64 else blas.ssyrk
     # Column-major for BLAS: the transposes of both, without a copy.
     with _controller().limit(limits=torch.get_num_threads(), user_api="blas"):
-        update(1.0, rows.contiguous().numpy().T, beta=1.0, c=sums[name].numpy().T, overwrite_c=1)
+        update(1.0, rows.contiguous().numpy().T, beta=1.0, c=sums[place].numpy().T, overwrite_c=1)
 
 
 @cache
 def _controller() -> ThreadpoolController:
     return ThreadpoolController()
+
+
+def _joined(parts: Mapping[int, Tensor]) -> Tensor:
+    whole = tuple(_whole(part) for part in parts.values())
+    return whole[0] if len(whole) == 1 else Blocks(whole).flat()
 
 
 def _whole(total: Tensor) -> Tensor:
@@ -130,6 +142,18 @@ def eigenbasis(covariance: Tensor, name: str, quick: bool = False) -> tuple[Tens
     except torch.linalg.LinAlgError as error:
         raise NumericsError(f"{name}: the eigendecomposition failed ({error})") from None
     return values.clamp_(min=0.0), vectors
+
+
+def square_eigenbasis(covariance: Square, name: str, quick: bool = False) -> tuple[Tensor, Square]:
+    """``eigenbasis`` of a covariance [n, n] that may be in blocks: eigenvalues [n], block after block, and the basis.
+
+    Raises:
+        NumericsError: as ``eigenbasis``.
+    """
+    if not isinstance(covariance, Blocks):
+        return eigenbasis(covariance, name, quick)
+    found = [eigenbasis(part, name, quick) for part in covariance.parts]
+    return torch.cat([values for values, _ in found]), Blocks(tuple(vectors for _, vectors in found))
 
 
 def _holds(matrix: Tensor, values: Tensor, vectors: Tensor) -> bool:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from raylux.blocks import Square
 from raylux.curvature.spectral import Spectral
 from raylux.curvature.statistics import Statistics, own_groups
+from raylux.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class Kind:
 
     def assemble(
         self,
-        q_a: Tensor | None,
-        q_s: Tensor | None,
+        q_a: Square | None,
+        q_s: Square | None,
         a_values: Tensor | None,
         s_values: Tensor | None,
         moments: Tensor | None,
@@ -102,3 +104,13 @@ KINDS = {
         Kind("cosine", normalised=True),
     )
 }
+
+
+def check_blocks(kind: str, blocks: int) -> None:
+    """Raises UserError where a config asks for blocks of what its kind has not."""
+    if blocks > 1 and not KINDS[kind].basis:
+        named = ", ".join(name for name, one in KINDS.items() if one.basis)
+        raise UserError(
+            f"curvature.blocks={blocks}: curvature.kind={kind} has no A and S to be kept in blocks; set "
+            f"curvature.blocks=1, or one of the kinds {named}"
+        )

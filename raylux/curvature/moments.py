@@ -13,6 +13,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from raylux.blocks import Square
 from raylux.cost.contraction import rotate_tokens_first
 from raylux.products import aligned, aligned_width, gradients_into, rotated
 from raylux.profiling import of
@@ -22,7 +23,7 @@ from raylux.routed import Routed, Rows, row_count, sequence_parts, width
 _GPU_ENTRIES = 1 << 28
 
 
-def add_second_moment(total: Tensor, a: Tensor, g: Tensor, q_a: Tensor | None, q_s: Tensor | None) -> None:
+def add_second_moment(total: Tensor, a: Tensor, g: Tensor, q_a: Square | None, q_s: Square | None) -> None:
     """``total`` [P, M] += Σ_n (Q_Sᵀ G_n Q_A)², elementwise.
 
     Args:
@@ -65,7 +66,7 @@ def _add_squares(total: Tensor, gradients: Tensor) -> None:
             total.add_(gradient.square_())
 
 
-Basis = tuple[Tensor | None, Tensor | None]
+Basis = tuple[Square | None, Square | None]
 """(Q_A [M, M], Q_S [P, P]) of a layer; None: the standard basis."""
 
 
@@ -92,12 +93,12 @@ def add_second_moments(
 
 
 @overload
-def rotate(x: Tensor, basis: Tensor | None) -> Tensor: ...
+def rotate(x: Tensor, basis: Square | None) -> Tensor: ...
 @overload
-def rotate(x: Rows, basis: Tensor | None) -> Rows: ...
+def rotate(x: Rows, basis: Square | None) -> Rows: ...
 
 
-def rotate(x: Rows, basis: Tensor | None) -> Rows:
+def rotate(x: Rows, basis: Square | None) -> Rows:
     """Tokens in a basis: x [N, T, D] Q [D, D]; an expert's one sequence after the other, for the bits' sake."""
     if basis is None:
         return x

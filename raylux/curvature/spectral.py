@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from raylux.blocks import Square
 from raylux.errors import NumericsError
 
 DAMPING_SHARE = 0.1
@@ -22,13 +23,13 @@ class Spectral:
 
     Attributes:
         values: Λ [P, M], or None for the identity.
-        q_a: [M, M] eigenvectors of A in columns, or None.
-        q_s: [P, P] eigenvectors of S in columns, or None.
+        q_a: [M, M] eigenvectors of A in columns, or None; in blocks where A is.
+        q_s: [P, P] eigenvectors of S in columns, or None; likewise.
     """
 
     values: Tensor | None = None
-    q_a: Tensor | None = None
-    q_s: Tensor | None = None
+    q_a: Square | None = None
+    q_s: Square | None = None
 
     def damping(self, setting: float | str, least: float = 0.0) -> float:
         """λ: the setting, or 0.1 × mean(Λ) of this layer for "auto".

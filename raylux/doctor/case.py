@@ -97,7 +97,7 @@ class Case:
         layers, parameters = model.coverage.tracked, model.coverage.parameters
         return demand_of(
             config.engine, config.model.dtype, self.device, layers, model.groups, parameters, len(self.queries),
-            config.curvature.solver != "direct", config.fit.passes,
+            config.curvature.solver != "direct", config.fit.passes, config.curvature.blocks,
         )  # fmt: skip
 
     def lose(self, name: str) -> None:

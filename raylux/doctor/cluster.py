@@ -7,7 +7,7 @@ import os
 from raylux.doctor.case import Case
 from raylux.doctor.finding import FAIL, OK, WARN, Finding
 from raylux.engine.auth import ADDRESS, MODE, TOKEN, TOKEN_PATH, Auth, look
-from raylux.engine.capacity import Demand, settled
+from raylux.engine.capacity import Demand, fit, settled
 from raylux.engine.demand import check_memory_here, settled_here
 from raylux.engine.plan import GIB
 from raylux.engine.probe import Answer, ask
@@ -75,7 +75,7 @@ def resources(case: Case) -> Finding:
     answer = ask(demand)
     if answer.problem:  # names the way out itself
         return Finding("resources", FAIL, plain(answer.problem, _LINE))
-    demand = settled(demand, answer.supply)
+    demand = settled(demand, lambda one: fit(one, answer.supply))
     need = answer.workers * demand.worker_bytes + demand.shards_bytes
     detail = (
         f"{answer.workers} workers of {_unit(demand)} and {_gib(demand.worker_bytes)}, {answer.shards} shards of "

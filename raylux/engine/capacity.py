@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from raylux.cost.costs import Passes
@@ -13,7 +14,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Demand:
-    """Workers and shards (a number, or "auto"), what each takes, and memory in bytes.
+    """Workers and shards (a number, or "auto"), what each takes, memory in bytes, and labels of the nodes they need.
 
     Attributes:
         passes: layer passes of the fit, by which the bytes were reckoned.
@@ -27,6 +28,8 @@ class Demand:
     gpu: bool
     worker_bytes: int
     shards_bytes: int
+    worker_labels: Mapping[str, str] = field(default_factory=dict)
+    shard_labels: Mapping[str, str] = field(default_factory=dict)
     passes: Passes = field(default_factory=Passes)
     most: int = 1
     otherwise: Callable[[Passes], Demand] | None = field(default=None, compare=False, repr=False)
@@ -45,12 +48,12 @@ def settle(demand: Demand, fits: Callable[[Demand], bool]) -> Demand:
     return replace(ask(found), most=demand.most, otherwise=ask)
 
 
-def settled(demand: Demand, supply: Mapping[str, float]) -> Demand:
-    """The demand in the layer passes that a cluster of this supply wants."""
+def settled(demand: Demand, size: Callable[[Demand], object]) -> Demand:
+    """The demand in the layer passes that a cluster wants; ``size`` raises UserError of what does not fit it."""
 
     def fits(one: Demand) -> bool:
         try:
-            fit(one, supply)
+            size(one)
         except UserError:
             return False
         return True
@@ -58,12 +61,71 @@ def settled(demand: Demand, supply: Mapping[str, float]) -> Demand:
     return settle(demand, fits)
 
 
-def fit(demand: Demand, supply: Mapping[str, float]) -> tuple[int, int]:
-    """Workers and shards that fit a cluster.
+@dataclass(frozen=True)
+class Node:
+    """A living node: Ray's names for what it has, and its labels."""
+
+    resources: Mapping[str, float]
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+def fit_nodes(demand: Demand, nodes: Sequence[Node]) -> tuple[int, int]:
+    """Workers and shards that fit the nodes of a cluster, each on those that have its labels.
+
+    Raises:
+        UserError: no node has them, or too little is there; with demand and supply in numbers.
+    """
+    workers_on = _with_labels(nodes, demand.worker_labels, "engine.worker_labels")
+    shards_on = _with_labels(nodes, demand.shard_labels, "engine.shard_labels")
+    supply, beside = _total(workers_on), _total(shards_on)
+    if not demand.worker_labels and not demand.shard_labels:
+        return fit(demand, supply)
+    if beside.get("memory", 0.0) < demand.shards_bytes:
+        raise UserError(
+            f"not enough memory for the factor shards: they need {demand.shards_bytes / GIB:.1f} GiB, the nodes with "
+            f"{_text(demand.shard_labels)} have {beside.get('memory', 0.0) / GIB:.1f} GiB; change engine.shard_labels, "
+            "or use a larger cluster"
+        )
+    where = f"the nodes with {_text(demand.worker_labels)}" if demand.worker_labels else "the cluster"
+    workers, shards = fit(replace(demand, shards_bytes=0), supply, where)
+    # Together they have the memory of the nodes that either may use.
+    both = [node for node in nodes if node in workers_on or node in shards_on]
+    together, _ = fit(demand, _total(both), "the nodes for workers and shards")
+    workers = min(workers, together)
+    return workers, shards if isinstance(demand.shards, int) else workers
+
+
+def _with_labels(nodes: Sequence[Node], labels: Mapping[str, str], key: str) -> list[Node]:
+    """Raises UserError where there is none."""
+    found = [node for node in nodes if labels.items() <= node.labels.items()]
+    if labels and not found:
+        seen = sorted({f"{name}={node.labels[name]}" for node in nodes for name in labels if name in node.labels})
+        have = f"they have {', '.join(seen)}" if seen else "none has a label of that name"
+        raise UserError(
+            f"no node has the labels {_text(labels)} that {key} asks for: the cluster has {len(nodes)} "
+            f"node{'s' * (len(nodes) != 1)}, {have}; give nodes the label (ray start --labels), or change {key}"
+        )
+    return found
+
+
+def _text(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in labels.items()) or "any labels"
+
+
+def _total(nodes: Sequence[Node]) -> dict[str, float]:
+    total: Counter[str] = Counter()
+    for node in nodes:
+        total.update({name: float(size) for name, size in node.resources.items()})
+    return dict(total)
+
+
+def fit(demand: Demand, supply: Mapping[str, float], where: str = "the cluster") -> tuple[int, int]:
+    """Workers and shards that fit a cluster, or a part of it, whatever the labels of its nodes.
 
     Args:
         demand: of the run, in the passes that it says.
-        supply: Ray's names for what the whole cluster has: ``CPU``, ``GPU``, ``memory`` in bytes.
+        supply: Ray's names for what it has together: ``CPU``, ``GPU``, ``memory`` in bytes.
+        where: what an error calls it.
 
     Raises:
         UserError: what is asked for, or a single worker, does not fit; with demand and supply in numbers.
@@ -76,18 +138,24 @@ def fit(demand: Demand, supply: Mapping[str, float]) -> tuple[int, int]:
         kind, have = ("GPU", f"{gpus:g}") if demand.gpu else ("CPU", f"{cpus:g}")
         need = workers if demand.gpu else workers * demand.threads
         who = f"{workers} worker{'s' * (workers > 1)} need{'s' * (workers == 1)}"
-        raise UserError(f"not enough {kind}s on the cluster: {who} {need}, it has {have}; {_way_out(demand, by_cpu)}")
+        raise UserError(
+            f"not enough {kind}s on {where}: {who} {need}, {_has(where)} {have}; {_way_out(demand, by_cpu)}"
+        )
     need_bytes = workers * demand.worker_bytes + demand.shards_bytes
     if need_bytes > memory:
         most = max(demand.passes.covariance, demand.passes.moments)
         way = f" in {most} layer passes" if most > 1 else ""
         raise UserError(
-            f"not enough memory on the cluster: {workers} worker{'s' * (workers > 1)} and the factor shards need "
-            f"{need_bytes / GIB:.1f} GiB{way}, it has {memory / GIB:.1f} GiB; use fewer engine.workers, a larger "
-            f"cluster, fewer model.layers or fewer queries"
+            f"not enough memory on {where}: {workers} worker{'s' * (workers > 1)} and the factor shards need "
+            f"{need_bytes / GIB:.1f} GiB{way}, {_has(where)} {memory / GIB:.1f} GiB; use fewer engine.workers, a "
+            f"larger cluster, fewer model.layers or fewer queries"
         )
     shards = demand.shards if isinstance(demand.shards, int) else workers
     return workers, shards
+
+
+def _has(where: str) -> str:
+    return "they have" if where.startswith("the nodes") else "it has"
 
 
 def _way_out(demand: Demand, by_cpu: int) -> str:

@@ -143,7 +143,7 @@ class Context:
         engine, layers = self.config.engine, self.coverage.tracked
         return demand_of(
             engine, self.plan.dtype, self.plan.device, layers, self.groups, self.coverage.parameters, queries,
-            self.config.curvature.solver != "direct", self.config.fit.passes,
+            self.config.curvature.solver != "direct", self.config.fit.passes, self.config.curvature.blocks,
         )  # fmt: skip
 
     def _on_device(self, demand: Demand) -> Demand:
@@ -151,7 +151,9 @@ class Context:
         if demand.otherwise is None or self.plan.device != "cuda" or not self.kind.fitted:
             return replace(demand, otherwise=None)
         room = device.room(self.files, self.config.model, self.coverage, self.groups, self.plan)
-        return device.settled(demand, self.coverage.tracked, self.groups, room, self.plan, self.kind)
+        return device.settled(
+            demand, self.coverage.tracked, self.groups, room, self.plan, self.kind, self.config.curvature.blocks
+        )
 
     def _start(self) -> Backend:
         engine, layers = self.config.engine, self.coverage.tracked
@@ -167,6 +169,7 @@ class Context:
             keep=keep,
             statistics=self.kind.statistics,
             checkpointing=self.config.model.checkpointing,
+            blocks=self.config.curvature.blocks,
         )
         demand = self._demand(self.holds or len(self.queries))
         if engine.backend == "local":
@@ -196,6 +199,8 @@ class Context:
             lambda: session.capacity(demand),
             self.reporter.event,
             self._welcome,
+            worker_labels=engine.worker_labels,
+            shard_labels=engine.shard_labels,
         )
 
     def _welcome(self, facts: Mapping[str, Any]) -> None:
@@ -220,6 +225,7 @@ class Context:
                 self.plan.dtype,
                 self.plan.threads,
                 self.plan.device,
+                self.config.curvature.blocks,
             )
             for names in self._assignment
         ]

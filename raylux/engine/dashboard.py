@@ -6,7 +6,6 @@ are tried before it is made. Does not import ray.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,6 +15,7 @@ from urllib.parse import urlsplit
 import requests
 
 from raylux.engine import auth
+from raylux.engine.capacity import Node
 from raylux.errors import UserError
 
 DEFAULT = "http://127.0.0.1:8265"
@@ -37,18 +37,21 @@ class Dashboard:
     headers: dict[str, str]
     ray: str
 
-    def supply(self) -> dict[str, float]:
-        """CPU, GPU, memory (bytes) and so on of all living nodes together. Raises UserError."""
+    def nodes(self) -> list[Node]:
+        """The living nodes. Raises UserError."""
         answer = _get(self.url, "/api/v0/nodes?detail=1&limit=10000", self.headers)
         try:
-            nodes = answer["data"]["result"]["result"]
-            total: Counter[str] = Counter()
-            for node in nodes:
-                if node["state"] == "ALIVE":
-                    total.update({name: float(size) for name, size in node["resources_total"].items()})
+            found = answer["data"]["result"]["result"]
+            living = [node for node in found if node["state"] == "ALIVE"]
+            return [
+                Node(
+                    {name: float(size) for name, size in node["resources_total"].items()},
+                    {str(name): str(value) for name, value in (node.get("labels") or {}).items()},
+                )
+                for node in living
+            ]
         except (KeyError, TypeError, AttributeError, ValueError):
             raise UserError(f"{self.url}: does not say what its nodes have; is its Ray {version('ray')}?") from None
-        return dict(total)
 
 
 def reach(address: str) -> Dashboard:

@@ -27,6 +27,7 @@ def demand_of(
     queries: int,
     iterative: bool = False,
     passes: int | str = 1,
+    blocks: int = 1,
 ) -> Demand:
     """What a run asks for.
 
@@ -40,9 +41,12 @@ def demand_of(
         queries: how many are held at once.
         iterative: they are solved by products with the Gauss-Newton matrix.
         passes: ``fit.passes`` of the config.
+        blocks: of A and S.
     """
     itemsize = 8 if dtype == "float64" else 4
-    sized = partial(_in_passes, engine, itemsize, device, tuple(layers), dict(groups), parameters, queries, iterative)
+    sized = partial(
+        _in_passes, engine, itemsize, device, tuple(layers), dict(groups), parameters, queries, iterative, blocks
+    )
     if isinstance(passes, int):
         return sized(Passes(passes, passes))
     most = min(MOST_PASSES, len(set(groups.values())))
@@ -58,6 +62,7 @@ def _in_passes(
     parameters: int,
     queries: int,
     iterative: bool,
+    blocks: int,
     passes: Passes,
 ) -> Demand:
     return Demand(
@@ -65,8 +70,10 @@ def _in_passes(
         engine.shards,
         engine.threads,
         device == "cuda",
-        worker_bytes(layers, groups, parameters, itemsize, queries, iterative, passes),
-        shards_bytes(layers, groups, itemsize, queries, iterative, passes),
+        worker_bytes(layers, groups, parameters, itemsize, queries, iterative, passes, blocks),
+        shards_bytes(layers, groups, itemsize, queries, iterative, passes, blocks),
+        engine.worker_labels,
+        engine.shard_labels,
         passes,
     )
 

@@ -42,6 +42,7 @@ def settled(
     room: float,
     plan: Plan,
     kind: Kind,
+    blocks: int = 1,
 ) -> Demand:
     """The demand in at least as many passes as fit into ``room`` bytes.
 
@@ -49,8 +50,8 @@ def settled(
         UserError: not even one input group does.
     """
     stored = 8 if plan.dtype == "float64" else 4
-    covariance = covariance_held(groups, stored)
-    moments = moments_held(groups, ITEMSIZE[plan.contraction] if kind.basis else 0, stored)
+    covariance = covariance_held(groups, stored, blocks)
+    moments = moments_held(groups, ITEMSIZE[plan.contraction] if kind.basis else 0, stored, blocks)
 
     def count(held: Held, least: int) -> int:
         blocks = cut(layers, groups, held, room, least)

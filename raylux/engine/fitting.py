@@ -76,7 +76,7 @@ class FitSums(ABC):
         """
         plan, wanted = self.spec.plan, frozenset(name for names in shards for name in names)
         keeps = contraction.scored and self.spec.keep != 0
-        sums = Covariances()
+        sums = Covariances(blocks=self.spec.blocks)
         sequences = self.reader.rows(rows)
         labeller = sampled if labels is None else _drawn(sequences, labels)
         drawn: list[np.ndarray] = [np.zeros(0, np.int32)] * len(sequences)

@@ -103,7 +103,7 @@ def make_plan(
     unit = config.fit.unit_tokens
     if unit == "auto":
         fitted = fitted_tokens(config.fit.sequences, len(lengths), int(lengths.sum()))
-        unit = unit_tokens(device, layers, groups, parameters, fitted, int(batch))
+        unit = unit_tokens(device, layers, groups, parameters, fitted, int(batch), config.curvature.blocks)
     size = config.score.unit_size
     if size == "auto":
         size = score_unit_size(len(lengths))

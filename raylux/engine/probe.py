@@ -76,7 +76,7 @@ def ask(demand: Demand | None = None, timeout: float = TIMEOUT) -> Answer:
     if demand is None or answer.problem:
         return answer
     try:
-        workers, shards = fit(settled(demand, answer.supply), answer.supply)
+        workers, shards = fit(settled(demand, lambda one: fit(one, answer.supply)), answer.supply)
     except UserError as error:
         return replace(answer, problem=str(error))
     return replace(answer, workers=workers, shards=shards)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raylux.blocks import Blocks, Square
 from raylux.gpu import to_host
 from raylux.layers import TrackedLayer
 from raylux.store import RunFolder
@@ -135,13 +136,20 @@ def numpy_array(x: Tensor) -> np.ndarray:
 
 def read_basis(
     folder: RunFolder, files: FactorFiles, layer: str, group: str, dtype: torch.dtype, device: str
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Square | None, Square | None]:
     """(Q_A [M, M], Q_S [P, P]) of a layer, or (None, None)."""
     if not files.eigen:
         return None, None
     keys = files.eigen[input_matrix(group)], files.eigen[output_matrix(layer)]
-    q_a, q_s = (tensor(folder.group(key).read("vectors"), dtype, device) for key in keys)
+    q_a, q_s = (read_square(folder, key, "vectors", dtype, device) for key in keys)
     return q_a, q_s
+
+
+def read_square(folder: RunFolder, key: str, name: str, dtype: torch.dtype, device: str) -> Square:
+    """A covariance or its eigenvectors: whole, or where the group names ``sizes``, in blocks of so many rows."""
+    group = folder.group(key)
+    found = tensor(group.read(name), dtype, device)
+    return Blocks.of(found, group.attrs["sizes"]) if "sizes" in group.attrs else found
 
 
 def read_layer_queries(

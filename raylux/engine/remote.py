@@ -41,12 +41,21 @@ class RayTransport:
         spec: what a worker is made from.
         capacity: how many fit the cluster as it is now; None: their number is fixed.
         kind: of the workers; something with ``GradientWorker``'s ``prepare`` and ``timed``.
+        labels: of the nodes on which they may run; none: any.
     """
 
-    def __init__(self, spec: WorkerSpec, capacity: Callable[[], int | None], kind: type = GradientWorker) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        capacity: Callable[[], int | None],
+        kind: type = GradientWorker,
+        labels: Mapping[str, str] | None = None,
+    ) -> None:
         plan = spec.plan
         self._name = kind.__name__
-        self._make: Any = ray.remote(kind).options(num_cpus=plan.threads, num_gpus=1 if plan.device == "cuda" else 0)
+        self._make: Any = ray.remote(kind).options(
+            num_cpus=plan.threads, num_gpus=1 if plan.device == "cuda" else 0, label_selector=dict(labels or {})
+        )
         self._spec = ray.put(spec)
         self._capacity = capacity
         self._watched: dict[Any, None] = {}
@@ -154,8 +163,11 @@ class RayBackend:
         notify: Notify,
         welcome: Callable[[dict[str, Any]], None],
         kind: type = GradientWorker,
+        worker_labels: Mapping[str, str] | None = None,
+        shard_labels: Mapping[str, str] | None = None,
     ) -> None:
         self._kind = kind
+        self._worker_labels, self._shard_labels = worker_labels, dict(shard_labels or {})
         self._planned, self.shards = workers, len(shards)
         self._timeout, self._started = timeout, started
         self._worker_spec, self._shard_specs = worker, list(shards)
@@ -169,7 +181,7 @@ class RayBackend:
 
     def open(self, method: str, parts: bool = False) -> AbstractContextManager[Work]:
         if self._pool is None:
-            transport = RayTransport(self._worker_spec, self._capacity, self._kind)
+            transport = RayTransport(self._worker_spec, self._capacity, self._kind, self._worker_labels)
             self._pool = Pool(transport, self._planned, self._timeout, self._notify, self._welcome)
         return self._pool.open(method, 1 + self.shards if parts else 1)
 
@@ -198,10 +210,13 @@ class RayBackend:
                 self._notify("shard", shard=number, state="started", pid=None if isinstance(answer, Lost) else answer)
         return self._shards[index]
 
-    @staticmethod
-    def _start_shard(spec: ShardSpec) -> Any:
+    def _start_shard(self, spec: ShardSpec) -> Any:
         # Shards work while workers wait and the other way round: they take no CPU of their own.
-        return ray.remote(FactorShard).options(num_cpus=0, scheduling_strategy="SPREAD").remote(spec)
+        return (
+            ray.remote(FactorShard)
+            .options(num_cpus=0, scheduling_strategy="SPREAD", label_selector=self._shard_labels)
+            .remote(spec)
+        )
 
     def ask(self, method: str, args: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
         refs = {shard: self._call(shard, method, call) for shard, call in args.items()}

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raylux.curvature import rotate
+from raylux.blocks import Square
+from raylux.curvature import Basis, rotate
 from raylux.engine.kept import Resting
 from raylux.engine.plan import Plan
 from raylux.engine.records import Contraction, FactorFiles, QueryFiles, read_basis, read_layer_queries
@@ -100,16 +101,14 @@ class Bases:
     ) -> None:
         self._folder, self._layers, self._groups, self._device = folder, layers, groups, device
         self._of: tuple[FactorFiles, torch.dtype, frozenset[str] | None] | None = None
-        self._held: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        self._held: dict[str, Basis] = {}
 
-    def get(
-        self, files: FactorFiles, dtype: torch.dtype, wanted: frozenset[str] | None = None
-    ) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+    def get(self, files: FactorFiles, dtype: torch.dtype, wanted: frozenset[str] | None = None) -> dict[str, Basis]:
         """(Q_A, Q_S) of every layer, or of those wanted, read unless they are held; Nones where ``files`` is empty."""
         if self._of != (files, dtype, wanted):
             self.drop()
             give_back()
-            leaders: dict[str, Tensor | None] = {}
+            leaders: dict[str, Square | None] = {}
             for layer in self._layers:
                 if wanted is not None and layer.name not in wanted:
                     continue

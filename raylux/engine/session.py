@@ -6,10 +6,11 @@ import atexit
 import logging
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from raylux.engine import auth
-from raylux.engine.capacity import Demand, fit
+from raylux.engine.capacity import Demand, Node, fit, fit_nodes
 from raylux.engine.capacity import settled as settled_by
 from raylux.errors import RayluxError, UserError
 
@@ -71,7 +72,7 @@ def size(demand: Demand, patience: float = 0.0) -> tuple[int, int]:
     """
     if os.environ.get(GROW, "0") in ("", "0") or not isinstance(demand.workers, int):
         return _fit(demand)
-    _ask_for(_bundles(demand))
+    _ask_for(_bundles(demand), demand.worker_labels)
     atexit.register(_ask_for, [])
     until = time.monotonic() + patience
     while True:
@@ -87,12 +88,12 @@ def size(demand: Demand, patience: float = 0.0) -> tuple[int, int]:
 
 def settled(demand: Demand) -> Demand:
     """The demand in as few layer passes as the cluster has memory for, as it is now."""
-    return settled_by(demand, ray.cluster_resources())
+    return settled_by(demand, _fit_as_it_is)
 
 
 def _fit(demand: Demand) -> tuple[int, int]:
-    supply = ray.cluster_resources()
-    return fit(settled_by(demand, supply), supply)
+    """Of the cluster as it is now, in as many layer passes as it takes. Raises UserError."""
+    return _fit_as_it_is(settled(demand))
 
 
 def _bundles(demand: Demand) -> list[dict[str, float]]:
@@ -105,10 +106,21 @@ def _bundles(demand: Demand) -> list[dict[str, float]]:
     return [{"CPU": float(demand.threads)} | ({"GPU": 1.0} if demand.gpu else {})] * count
 
 
-def _ask_for(bundles: list[dict[str, float]]) -> None:
+def _ask_for(bundles: list[dict[str, float]], labels: Mapping[str, str] | None = None) -> None:
     """Replaces what was asked for before; nothing lets the autoscaler remove idle nodes again."""
     if ray.is_initialized():
-        request_resources(bundles=bundles)
+        if labels:
+            request_resources(bundles=bundles, bundle_label_selectors=[dict(labels)] * len(bundles))
+        else:
+            request_resources(bundles=bundles)
+
+
+def _fit_as_it_is(demand: Demand) -> tuple[int, int]:
+    """Of the cluster as it is now, in the passes that the demand says. Raises UserError."""
+    if not demand.worker_labels and not demand.shard_labels:
+        return fit(demand, ray.cluster_resources())
+    living = [node for node in ray.nodes() if node["Alive"]]
+    return fit_nodes(demand, [Node(node["Resources"], node.get("Labels") or {}) for node in living])
 
 
 def fitting(demand: Demand) -> int:

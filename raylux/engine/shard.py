@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from raylux import gpu, profiling
-from raylux.curvature import KINDS, Spectral, eigenbasis
+from raylux.blocks import Blocks, block_sizes
+from raylux.curvature import KINDS, Spectral, square_eigenbasis
 from raylux.engine import numerics
 from raylux.engine.iterating import IterativeSolves
 from raylux.engine.records import (
@@ -26,6 +27,7 @@ from raylux.engine.records import (
     output_matrix,
     query_arrays,
     read_basis,
+    read_square,
     read_state,
     tensor,
 )
@@ -45,7 +47,7 @@ Measured = dict[int, tuple[float, np.ndarray | None]]
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """What a shard is made from."""
+    """What a shard is made from. ``blocks``: in which the workers summed A and S."""
 
     folder: str
     layers: tuple[TrackedLayer, ...]
@@ -55,6 +57,7 @@ class ShardSpec:
     dtype: str
     threads: int
     device: str
+    blocks: int = 1
 
 
 class FactorShard(IterativeSolves):
@@ -154,8 +157,10 @@ class FactorShard(IterativeSolves):
             rows = self._counts[name.partition(":")[2]]
             # To an expert perhaps no token was routed: its sums are zeros.
             mean: np.ndarray = (total / max(1, rows)).astype(self._storage())
-            key, objects = self.folder.write(f"factors/{_tidy(name)}/covariance", {"matrix": mean})
-            eigenvalue = float(np.trace(mean, dtype=np.float64)) / len(mean)
+            sizes = self._sizes(name)
+            facts = {} if mean.ndim == 2 else {"sizes": sizes}
+            key, objects = self.folder.write(f"factors/{_tidy(name)}/covariance", {"matrix": mean}, facts)
+            eigenvalue = _trace(mean, sizes) / sum(sizes)
             written[name] = key, objects, {"rows": rows, "sequences": self._counts[""], "mean": eigenvalue}
         return written
 
@@ -175,17 +180,24 @@ class FactorShard(IterativeSolves):
         inputs, outputs = map(input_matrix, leaders), map(output_matrix, self.layers)
         return [*inputs, *outputs, *self.layers]
 
+    def _sizes(self, name: str) -> list[int]:
+        """Rows of each block of a covariance."""
+        layer = name.partition(":")[2]
+        shape = self.layers[layer]
+        return list(block_sizes(shape.outputs if output_matrix(layer) == name else shape.inputs, self.spec.blocks))
+
     def decompose(self, name: str, key: str, quick: bool) -> tuple[str, Objects, numerics.Numerics]:
         """Eigenvalues and eigenvectors of a written covariance; ``quick``: in float32, where that passes a check.
 
         Any shard may do it.
         """
-        matrix = tensor(self.folder.group(key).read("matrix"), self.compute, self.spec.device)
+        matrix = read_square(self.folder, key, "matrix", self.compute, self.spec.device)
         with profiling.of("eigendecomposition"):
-            values, vectors = eigenbasis(matrix, name, quick and self.compute is torch.float32)
+            values, basis = square_eigenbasis(matrix, name, quick and self.compute is torch.float32)
+        vectors, facts = (basis.flat(), {"sizes": basis.sizes}) if isinstance(basis, Blocks) else (basis, {})
         found = {"values": values, "vectors": vectors.to(self.compute)}
         arrays = {kind: gpu.to_host(x).numpy() for kind, x in found.items()}
-        return *self.folder.write(f"factors/{_tidy(name)}/eigen", arrays), numerics.here(self.spec.device)
+        return *self.folder.write(f"factors/{_tidy(name)}/eigen", arrays, facts), numerics.here(self.spec.device)
 
     # queries
 
@@ -326,6 +338,15 @@ def _matrices(part: Mapping[str, Any]) -> list[tuple[str, np.ndarray]]:
             return list(part[kind].items())
     inputs = [(input_matrix(name), array) for name, array in part["inputs"].items()]
     return inputs + [(output_matrix(name), array) for name, array in part["grads"].items()]
+
+
+def _trace(matrix: np.ndarray, sizes: Sequence[int]) -> float:
+    """Of a covariance [n, n], or of the entries of its blocks, one after the other."""
+    if matrix.ndim == 2:
+        return float(np.trace(matrix, dtype=np.float64))
+    ends = np.cumsum([size * size for size in sizes])[:-1]
+    parts = zip(np.split(matrix, ends), sizes, strict=True)
+    return float(sum(part[:: size + 1].sum(dtype=np.float64) for part, size in parts))
 
 
 def _tidy(name: str) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raylux.blocks import Blocks, Square
 from raylux.cost.contraction import rotate_tokens_first
 from raylux.curvature import Spectral, rotate
 from raylux.influence.dots import sequence_gradients
@@ -109,11 +110,9 @@ def _gradients(curvature: Spectral, tokens: Sequence[Tokens], dtype: torch.dtype
 class _Basis:
     """Q; beside bf16 products as the sum of two bf16 matrices, which holds twice the digits."""
 
-    def __init__(self, basis: Tensor | None, dtype: torch.dtype) -> None:
-        self._basis, self._parts = basis, []
-        if basis is not None and dtype == torch.bfloat16:
-            high = basis.to(dtype)
-            self._parts = [high, (basis - high).to(dtype)]
+    def __init__(self, basis: Square | None, dtype: torch.dtype) -> None:
+        self._basis, self._dtype = basis, dtype
+        self._parts = _halves(basis, dtype) if basis is not None and dtype == torch.bfloat16 else ()
 
     def rotate(self, x: Tensor) -> Tensor:
         """x Q [T, D] in the precision of x."""
@@ -121,6 +120,15 @@ class _Basis:
             return x
         if not self._parts:
             return x @ self._basis
-        tokens = x.to(self._parts[0].dtype)
+        tokens = x.to(self._dtype)
         high, low = (rotate(tokens, part).to(x.dtype) for part in self._parts)
         return high.add_(low)
+
+
+def _halves(basis: Square, dtype: torch.dtype) -> tuple[Square, Square]:
+    """Two matrices of ``dtype`` whose sum is ``basis`` as nearly as may be."""
+    if isinstance(basis, Blocks):
+        pairs = [(part.to(dtype), (part - part.to(dtype)).to(dtype)) for part in basis.parts]
+        return Blocks(tuple(high for high, _ in pairs)), Blocks(tuple(low for _, low in pairs))
+    high = basis.to(dtype)
+    return high, (basis - high).to(dtype)

@@ -40,7 +40,7 @@ class WorkerSpec:
     """What a worker is made from: small, and readable by any process of the cluster.
 
     ``keep``: bytes of captured sequences that it may keep on its disk; None: by what is free there. ``statistics``: of
-    the kind of curvature. ``checkpointing``: of the model's blocks.
+    the kind of curvature. ``checkpointing``: of the model's blocks. ``blocks``: in which A and S are summed.
     """
 
     folder: str
@@ -53,6 +53,7 @@ class WorkerSpec:
     keep: int | None = 0
     statistics: Statistics = "tokens"
     checkpointing: bool = False
+    blocks: int = 1
 
 
 @dataclass(frozen=True)

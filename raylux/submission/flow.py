@@ -26,6 +26,14 @@ _ENV = {"PYTHONUNBUFFERED": "1", "RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PAR
 
 
 @dataclass(frozen=True)
+class Batch:
+    """The inbox of a ``raylux batch``, and its options as they stand on the command line."""
+
+    queries: str
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Order:
     """What is to be submitted.
 
@@ -35,6 +43,7 @@ class Order:
         address: of the dashboard.
         working_dir: is sent with the job.
         name: a submission id of the user's own; None: by run and attempt.
+        batch: of the command batch, where query files arrive, and how they are answered.
         grows: the cluster starts nodes for what is asked of it, so that what it has now is no bound.
     """
 
@@ -45,6 +54,7 @@ class Order:
     working_dir: str = "."
     name: str | None = None
     grows: bool = False
+    batch: Batch | None = None
 
 
 def submit(order: Order, say: Callable[[str], None]) -> tuple[JobServer, str]:
@@ -64,11 +74,15 @@ def submit(order: Order, say: Callable[[str], None]) -> tuple[JobServer, str]:
     folder = Path(order.working_dir).expanduser().resolve()
     if not folder.is_dir():
         raise UserError(f"--working-dir {order.working_dir}: no such folder")
-    paths.check(config, folder)
-    entrypoint = _entrypoint(order, folder)
+    if order.batch is None:
+        paths.check(config, folder)
+    else:  # model, corpus and config are those of the fitted run
+        paths.check_folder(config)
+        paths.check_inbox(order.batch.queries)
+    entrypoint = _entrypoint(order, config, folder)
     dashboard = reach(order.address)
     if not order.grows:
-        supply.check(config, order.config_path, order.overrides, dashboard.supply(), say)
+        supply.check(config, order.config_path, order.overrides, dashboard.nodes(), say)
     server = _server(dashboard)
     attempt, name = 0, order.name
     if name is None:
@@ -141,8 +155,13 @@ def _server(dashboard: Dashboard) -> JobServer:
     return JobServer(dashboard)
 
 
-def _entrypoint(order: Order, folder: Path) -> str:
-    words = ["python", "-m", "raylux.cli", order.command, paths.carried(order.config_path, folder), *order.overrides]
+def _entrypoint(order: Order, config: Config, folder: Path) -> str:
+    words = ["python", "-m", "raylux.cli", order.command]
+    if order.batch is None:
+        words += [paths.carried(order.config_path, folder), *order.overrides]
+    else:
+        others = [text for text in order.overrides if text.partition("=")[0].strip() != "run.folder"]
+        words += [config.run.folder, "--queries", order.batch.queries, *order.batch.options, *others]
     line = shlex.join(words)
     if redacted(line) != line:
         raise UserError(

@@ -47,6 +47,15 @@ def check_places_in_job(places: Mapping[str, str]) -> None:
             )
 
 
+def check_inbox(place: str) -> None:
+    """Raises UserError where a batch's query files would be looked for in the job's own folder."""
+    if _relative(place):
+        raise UserError(
+            f"--queries {place}: a job needs an absolute path that every node reaches, or a URL; on this machine, "
+            f"--queries {Path(place).expanduser().resolve()}"
+        )
+
+
 def check(config: Config, working_dir: Path) -> None:
     """Whether a job finds what a config names.
 

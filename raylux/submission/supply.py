@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from raylux.config import Config
-from raylux.engine.capacity import Demand, fit, settled
+from raylux.engine.capacity import Demand, Node, fit_nodes, settled
 from raylux.errors import UserError
 from raylux.sources import resolve
 
 
 def check(
-    config: Config, config_path: str, overrides: Sequence[str], supply: Mapping[str, float], say: Callable[[str], None]
+    config: Config, config_path: str, overrides: Sequence[str], nodes: Sequence[Node], say: Callable[[str], None]
 ) -> None:
     """Refuse what cannot run there.
 
@@ -21,7 +21,7 @@ def check(
 
     Args:
         config: of the run; config_path, overrides: as it was made.
-        supply: Ray's totals of the cluster: ``CPU``, ``GPU``, ``memory`` in bytes.
+        nodes: the living ones of the cluster.
         say: told what was not checked.
 
     Raises:
@@ -31,11 +31,16 @@ def check(
     if engine.backend == "local":
         return
     gpu = config.model.device == "cuda"
-    fit(Demand(engine.workers, engine.shards, engine.threads, gpu, 1, 0), supply)
+    labels = engine.worker_labels, engine.shard_labels
+    fit_nodes(Demand(engine.workers, engine.shards, engine.threads, gpu, 1, 0, *labels), nodes)
     if not _here(config.model.path):
         say(f"model.path = {config.model.path} is no folder of this machine: CPUs and GPUs are checked, memory is not")
         return
-    fit(settled(_demand(config_path, overrides, "cuda" if gpu else "cpu"), supply), supply)
+
+    def size(demand: Demand) -> tuple[int, int]:
+        return fit_nodes(demand, nodes)
+
+    size(settled(_demand(config_path, overrides, "cuda" if gpu else "cpu"), size))
 
 
 def _here(place: str) -> bool:
@@ -58,5 +63,5 @@ def _demand(config_path: str, overrides: Sequence[str], device: str) -> Demand:
     iterative = config.curvature.solver != "direct"
     return demand_of(
         config.engine, config.model.dtype, device, layers, model.groups, parameters, len(case.queries), iterative,
-        config.fit.passes,
+        config.fit.passes, config.curvature.blocks,
     )  # fmt: skip

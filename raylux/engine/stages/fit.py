@@ -56,7 +56,8 @@ def _layers(ctx: Context) -> set[str]:
 def _covariances(ctx: Context, units: FitUnits) -> None:
     if set(matrices(ctx)) - ctx.folder.committed(COVARIANCE):
         contraction, sampled = precision.resolve(ctx), ctx.config.fit.labels == "sampled"
-        held, names = covariance_held(ctx.groups, 8), ("covariance", "covariance_unit", "write_covariances")
+        held = covariance_held(ctx.groups, 8, ctx.config.curvature.blocks)
+        names = ("covariance", "covariance_unit", "write_covariances")
         sums = LayerSums(COVARIANCE, *names, ctx.passes.covariance, held, _sides, (sampled, contraction))
         sum_layers(ctx, units, sums)
     forget_snapshot(ctx.folder, COVARIANCE)

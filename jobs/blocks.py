@@ -1,0 +1,106 @@
+"""What it costs a score to keep A and S in blocks: correlation with the scores of whole factors, by number of blocks.
+
+A small Llama is trained on Wikipedia leads (the study of ``jobs/datamodel.py``, one model), then scored once for each
+``curvature.blocks``: the same model, labels and λ, in full precision.
+
+    python jobs/blocks.py --write
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+
+from jobs.bench.page import with_notes
+from jobs.lds import methods
+from jobs.lds.retrain import FIRST_SEED
+from jobs.lds.study import Settings, Study
+from raylux.demo.training import train_model
+from raylux.errors import RayluxError
+from raylux.evaluate.datamodel import spearman
+
+PAGE = Path(__file__).parent.parent / "docs" / "results" / "blocks.md"
+BLOCKS = (1, 2, 4)
+KINDS = ("ekfac", "kfac")
+# Best sequences of a query that are compared as a set.
+BEST = 10
+
+
+def agreement(found: np.ndarray, wanted: np.ndarray) -> tuple[float, float, float, float]:
+    """Of scores [Q, N] with others: means over queries of Pearson's r and Spearman's ρ, the least r, shared best."""
+    pearson = [float(np.corrcoef(mine, its)[0, 1]) for mine, its in zip(found, wanted, strict=True)]
+    ranked = float(np.mean(spearman(found.T, wanted.T)))
+    best = [set(np.argsort(-row)[:BEST]) for row in (*found, *wanted)]
+    shared = [len(mine & its) / BEST for mine, its in zip(best[: len(found)], best[len(found) :], strict=True)]
+    return float(np.mean(pearson)), ranked, min(pearson), float(np.mean(shared))
+
+
+def page(settings: Settings, scores: Mapping[tuple[str, int], np.ndarray], command: str) -> str:
+    """docs/results/blocks.md."""
+    rows = []
+    for (kind, blocks), found in scores.items():
+        pearson, ranked, least, shared = agreement(found, scores[kind, 1])
+        size = float(np.linalg.norm(found) / np.linalg.norm(scores[kind, 1]))
+        rows.append(f"| {kind} | {blocks} | {pearson:.4f} | {ranked:.4f} | {least:.4f} | {shared:.2f} | {size:.3f} |")
+    dots = scores["identity", 1]
+    pearson, ranked, least, shared = agreement(dots, scores["ekfac", 1])
+    table = "\n".join(row for row in rows if not row.startswith("| identity"))
+    return f"""# What blocks cost: scores of `curvature.blocks` 2 and 4 against whole factors
+
+    {command}
+
+A Llama of {settings.layers} layers, width {settings.width}, trained on {settings.train:,} Wikipedia leads (their first
+{settings.characters} characters); {settings.queries} held-out ones as queries (f = log p of the last three quarters),
+every lead scored; λ is 0.1 × the mean of Λ. Correlations are between a query's scores with so many blocks and its
+scores with one, then means over the queries; the best are its {BEST} highest scores.
+
+| kind | blocks | Pearson | Spearman | least Pearson of a query | best shared | size of the scores |
+| --- | --: | --: | --: | --: | --: | --: |
+{table}
+
+For comparison, gradient dot products against `ekfac` with whole factors: Pearson {pearson:.4f}, Spearman {ranked:.4f},
+least {least:.4f}, best shared {shared:.2f}.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train, score, compare; print the page, write it where that was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write docs/results/blocks.md")
+    for name in ("train", "queries", "layers", "width", "epochs"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Settings(), name))
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = vars(parser.parse_args(given))
+    write = options.pop("write")
+    torch.set_num_threads(1)
+    try:
+        study = Study.of(Settings(**options))
+        model = train_model(study.texts, study.tokenizer, study.settings.training(FIRST_SEED))
+        with tempfile.TemporaryDirectory() as folder:
+            cases = [("identity", 1), *((kind, blocks) for kind in KINDS for blocks in BLOCKS)]
+            scores = {
+                (kind, blocks): methods.scores(
+                    study, model, Path(folder) / f"{kind}-{blocks}", kind, [f"curvature.blocks={blocks}"]
+                )
+                for kind, blocks in cases
+            }
+    except RayluxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    text = page(study.settings, scores, f"python jobs/blocks.py {' '.join(given)}".strip())
+    print(text)
+    if write:
+        PAGE.write_text(with_notes(text, PAGE), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Matrices that are zero but for blocks along the diagonal: factors too large to be held whole.
+
+The inputs of a layer, and its outputs, are cut into O runs of coordinates; A and S keep what stands within a run
+(Grosse et al. 2023, appendix A). Their eigenbases are block-diagonal then, and orthonormal still, so Λ stays a full
+[P, M]: it has an entry for each pair of a basis vector of any block of S and one of any block of A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, dtype
+
+
+def block_sizes(width: int, count: int) -> tuple[int, ...]:
+    """The rows of each of ``count`` blocks of a matrix [width, width]: as equal as can be, the larger first.
+
+    A matrix with fewer rows has a block for each.
+    """
+    count = min(width, count)
+    least, more = divmod(width, count)
+    return tuple(least + (place < more) for place in range(count))
+
+
+def block_entries(width: int, count: int) -> int:
+    """Entries of all blocks together."""
+    return sum(size * size for size in block_sizes(width, count))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A block-diagonal matrix Q [n, n]; ``Q @ x``, ``x @ Q`` and ``Q.T`` are what they are of a dense one.
+
+    Attributes:
+        parts: the blocks [n_k, n_k], Σ n_k = n.
+    """
+
+    parts: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, entries: Tensor, sizes: Sequence[int]) -> Blocks:
+        """From all entries, block after block, as ``flat`` gives them."""
+        flat = entries.split([size * size for size in sizes])
+        return cls(tuple(part.view(size, size) for part, size in zip(flat, sizes, strict=True)))
+
+    @property
+    def sizes(self) -> list[int]:
+        """n_k."""
+        return [len(part) for part in self.parts]
+
+    def flat(self) -> Tensor:
+        """All entries, block after block, [Σ n_k²]."""
+        return torch.cat([part.reshape(-1) for part in self.parts])
+
+    def to(self, kind: dtype) -> Blocks:
+        """In another precision."""
+        return Blocks(tuple(part.to(kind) for part in self.parts))
+
+    @property
+    def T(self) -> Blocks:
+        """Qᵀ."""
+        return Blocks(tuple(part.T for part in self.parts))
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """Q x for x [..., n, m]."""
+        return torch.cat([q @ part for q, part in zip(self.parts, x.split(self.sizes, -2), strict=True)], -2)
+
+    def __rmatmul__(self, x: Tensor) -> Tensor:
+        """x Q for x [..., m, n]."""
+        return torch.cat([part @ q for q, part in zip(self.parts, x.split(self.sizes, -1), strict=True)], -1)
+
+
+Square = Tensor | Blocks
+"""A square matrix, whole or in blocks."""
