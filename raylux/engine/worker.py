@@ -22,6 +22,7 @@ from raylux.capture import Capture, Captured
 from raylux.curvature import Covariances, Statistics, add_second_moments, weighted
 from raylux.engine import numerics
 from raylux.engine.captures import FIT, GIVEN, CapturedSequences
+from raylux.engine.measuring import ProximalMeasurements
 from raylux.engine.multiplying import GaussNewtonProducts
 from raylux.engine.plan import Plan
 from raylux.engine.records import Contraction, FactorFiles
@@ -65,7 +66,7 @@ Part = dict[str, Any]
 """What goes to one shard: arrays by layer, and counts."""
 
 
-class GradientWorker(GaussNewtonProducts):
+class GradientWorker(GaussNewtonProducts, ProximalMeasurements):
     """Holds a frozen model and answers for units; it keeps nothing that another worker would miss.
 
     What a unit needs beside the model (bases, queries) comes with the call and is read from the run folder
@@ -83,6 +84,7 @@ class GradientWorker(GaussNewtonProducts):
         self._bases = Bases(self.folder, spec.layers, spec.groups, self.device)
         self._held: Scorer | None = None
         self._aimed = None
+        self._objective = None
         self._routed = frozenset(layer.name for layer in spec.layers if layer.routed)
         self._kept = CapturedSequences(spec.keep, self._routed, self.device)
 
