@@ -86,7 +86,8 @@ def top(
             if combined:
                 title += f"; {len(runs)} runs, which agree by {combined.agreement(name):.2f}"
             console.print(tables.top_table(opened.top(name, k=k, by=by.value), title, unit=opened.unit))
-        output.print_calibration(opened)
+        if not combined:
+            output.print_calibration(opened)
         return
     frames = [output.with_meaning(opened.top(name, k=k, by=by.value), name, opened.unit) for name in ids]
     text = output.as_json(frames) if form is Format.json else output.as_csv(frames)

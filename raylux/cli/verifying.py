@@ -23,8 +23,8 @@ ProductsOption = Annotated[
     help=manual("""By how much the scores of RUN are too large, told by better solves of some of its queries.
 
     Each query is solved again by preconditioned conjugate gradients with the exact Gauss-Newton matrix of the fitted
-    sequences; the slope of its scores on sequences drawn at random, on those of RUN, is the number to multiply a
-    score by. Stands in RUN from then on: raylux top, inspect and report show it.
+    sequences; the slope of its scores on those of RUN, over the best sequences of the queries and others drawn at
+    random, is the number to multiply a score by. Stands in RUN from then on: raylux top, inspect and report show it.
 
     Reads the model and RUN (factors and scores); writes RUN alone, a unit per query. Kill it at any moment: the same
     command goes on.
