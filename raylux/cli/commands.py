@@ -75,7 +75,9 @@ def top(
     from raylux import api
 
     combined = api.combine(runs, weight) if len(runs) > 1 or weight else None
-    opened = combined or api.open_run(runs[0])
+    alone = None if combined else api.open_run(runs[0])
+    opened = combined or alone
+    assert opened is not None
     ids = [output.known(query, opened.queries, opened.folder)] if query is not None else list(opened.queries)
     if form is Format.table:
         from raylux.report import tables
@@ -86,8 +88,8 @@ def top(
             if combined:
                 title += f"; {len(runs)} runs, which agree by {combined.agreement(name):.2f}"
             console.print(tables.top_table(opened.top(name, k=k, by=by.value), title, unit=opened.unit))
-        if not combined:
-            output.print_calibration(opened)
+        if alone is not None:
+            output.print_calibration(alone)
         return
     frames = [output.with_meaning(opened.top(name, k=k, by=by.value), name, opened.unit) for name in ids]
     text = output.as_json(frames) if form is Format.json else output.as_csv(frames)
