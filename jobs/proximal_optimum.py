@@ -14,14 +14,14 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 import raylux
 from raylux.batches import TokenRow
@@ -187,25 +187,32 @@ def _tokenizer(length: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=length)
 
 
-def _train(settings: Settings, rows: Sequence[Sequence[int]]) -> GPT2LMHeadModel:
-    """A GPT-2, trained in float32, given back in float64."""
+def gpt2(settings: Settings) -> PreTrainedModel:
+    """Without dropout, not yet trained."""
+    config = GPT2Config(
+        vocab_size=len(LETTERS),
+        n_positions=settings.length,
+        n_embd=settings.width,
+        n_layer=settings.layers,
+        n_head=2,
+        activation_function="gelu",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def _train(
+    settings: Settings, rows: Sequence[Sequence[int]], build: Callable[[Settings], PreTrainedModel] = gpt2
+) -> PreTrainedModel:
+    """A model of characters, trained in float32, given back in float64."""
     tokens = torch.tensor(rows)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        config = GPT2Config(
-            vocab_size=len(LETTERS),
-            n_positions=settings.length,
-            n_embd=settings.width,
-            n_layer=settings.layers,
-            n_head=2,
-            activation_function="gelu",
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-        model = GPT2LMHeadModel(config)
+        model = build(settings)
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
         for _ in range(settings.steps):
             batch = tokens[torch.randperm(len(tokens))[: settings.batch]]
@@ -216,7 +223,7 @@ def _train(settings: Settings, rows: Sequence[Sequence[int]]) -> GPT2LMHeadModel
 
 
 def _attribute(
-    model: GPT2LMHeadModel,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     texts: Sequence[str],
     asked: Sequence[dict[str, str]],

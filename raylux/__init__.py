@@ -18,18 +18,23 @@ from raylux.errors import MissingStageError, NumericsError, RayluxError, UserErr
 
 if TYPE_CHECKING:
     from raylux.api import Run, attribute, combine, open_run, run
+    from raylux.verification import CalibrationOptions, VerifyOptions, calibrate, verify
 
 __all__ = [
+    "CalibrationOptions",
     "Config",
     "MissingStageError",
     "NumericsError",
     "RayluxError",
     "Run",
     "UserError",
+    "VerifyOptions",
     "attribute",
+    "calibrate",
     "combine",
     "open_run",
     "run",
+    "verify",
 ]
 
 
@@ -39,4 +44,8 @@ def __getattr__(name: str) -> Any:
         from raylux import api
 
         return getattr(api, name)
+    if name in ("CalibrationOptions", "VerifyOptions", "calibrate", "verify"):
+        from raylux import verification
+
+        return getattr(verification, name)
     raise AttributeError(f"module 'raylux' has no attribute '{name}'")

@@ -95,12 +95,12 @@ def run_stages(
     return Run(config.run.folder)
 
 
-def _report(ctx: Context) -> None:
+def write_page(run: Run) -> None:
+    """Write the HTML page of a run whose scores are there, into its folder."""
     from raylux.report.html import write_html
 
-    run = Run(ctx.folder.path)
     across = run.across() if len(run.queries) >= ACROSS_FROM else None
-    write_html(run, ctx.folder.files.where("report/index.html"), across=across)
+    write_html(run, run.store.files.where("report/index.html"), across=across)
 
 
 _RUN: dict[str, Callable[[Context], None]] = {
@@ -109,7 +109,7 @@ _RUN: dict[str, Callable[[Context], None]] = {
     "prefilter": prefilter.run,
     "query": query.run,
     "score": score.run,
-    "report": _report,
+    "report": lambda ctx: write_page(Run(ctx.folder.path)),
 }
 
 

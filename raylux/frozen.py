@@ -13,11 +13,14 @@ from raylux.config import Config
 from raylux.engine.records import (
     ANSWER,
     ASIDE,
+    CALIBRATION,
     CANDIDATES,
     CONTRACTION,
     COVARIANCE,
     EIGEN,
+    FREEDOM,
     LABELS,
+    LEVERAGE,
     MOMENTS,
     PROBE,
     PRODUCT,
@@ -28,6 +31,7 @@ from raylux.engine.records import (
     SOLVE,
     TAKEN,
     TOKENS,
+    VERIFIED,
 )
 from raylux.engine.stages import queries
 from raylux.errors import UserError
@@ -43,7 +47,7 @@ _LEDGER = {
     "corpus": ("corpus",),
     "fit": (MOMENTS, EIGEN, COVARIANCE, LABELS, SNAPSHOT, CONTRACTION),
     "prefilter": (CANDIDATES,),
-    "query": (QUERY, SOLVE, PRODUCT, PROBE, queries.STAGE),
+    "query": (VERIFIED, LEVERAGE, CALIBRATION, FREEDOM, QUERY, SOLVE, PRODUCT, PROBE, queries.STAGE),
     "score": (ANSWER, TAKEN, ASIDE, TOKENS, SCORE),
 }
 # Stage -> those that fall with it, the last reader first.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -20,17 +21,17 @@ from raylux.engine.context import Context
 from raylux.engine.plan import Plan, make_plan
 from raylux.engine.progress import Reporter
 from raylux.engine.stages import corpus as corpus_stage
-from raylux.engine.stages import queries
+from raylux.engine.stages import fit, queries
 from raylux.errors import MissingStageError, UserError
 from raylux.frozen import Frozen, check_stage_name, drop, falls, holds
 from raylux.layers import Coverage
 from raylux.queries import Query, load_queries
 from raylux.shown import redacted_values
-from raylux.store import CorpusReader, RunFolder
+from raylux.store import CorpusReader, Lease, RunFolder
 
 
 @dataclass(frozen=True)
-class _Model:
+class Model:
     """A model as it is before its weights are loaded."""
 
     files: models.ModelFiles
@@ -42,7 +43,7 @@ class _Model:
     prints: fingerprints.ModelPrint
 
     @classmethod
-    def find(cls, config: Config) -> _Model:
+    def find(cls, config: Config) -> Model:
         trusted = config.model.trust_remote_code
         files = models.find_model(config.model)
         structure = models.load_structure(files, trusted)
@@ -83,7 +84,7 @@ class Inputs:
     """
 
     config: Config
-    model: _Model
+    model: Model
     queries: list[Query]
     source: dict[str, Any]
     sequences: Sequences | None
@@ -111,7 +112,7 @@ def read(config: Config, folder: RunFolder, restart: str | None, asked: Sequence
     known = _known(folder)
     if known:
         Frozen(folder, known, restart).check_config(config)
-    model = _Model.find(config)
+    model = Model.find(config)
     solvers.check_layers(config.curvature.solver, model.coverage.tracked)
     if asked is None:
         asked = load_queries(config.queries.path, model.tokenizer, model.vocabulary, model.context)
@@ -165,6 +166,40 @@ def reopen(inputs: Inputs, folder: RunFolder, reporter: Reporter) -> Context:
     )
 
 
+@contextmanager
+def fitted(run: str, overrides: Sequence[str], quiet: bool) -> Iterator[tuple[Context, Model]]:
+    """A fitted run to work on, its lease held meanwhile: the context, and the model without its weights.
+
+    Args:
+        run: the run folder.
+        overrides: ``section.key=value`` over the run's own config.
+        quiet: no progress on the terminal.
+
+    Raises:
+        MissingStageError: the run is not fitted.
+        UserError: another command works on the run; an input of the run changed.
+    """
+    folder = RunFolder(run)
+    # The config that the run was made by, on the folder as it is called here.
+    sections = {**folder.settings()["config"], "run": {"folder": folder.path}}
+    config = Config.parse(sections, overrides, where=f"{folder.path}/run.yaml")
+    inputs = read(config, folder, None, asked=()) if folder.committed("corpus") else None
+    if inputs is None:
+        raise MissingStageError(f"{folder.path}: nothing is fitted there; run `raylux fit CONFIG` first")
+    reporter = Reporter(folder, quiet)
+    with Lease.take(folder.files, say=reporter.say) as lease:
+        folder.guard = lease.check
+        ctx = reopen(inputs, folder, reporter)
+        missing = fit.missing(ctx)
+        if missing:
+            raise MissingStageError(
+                f"{folder.path}: the fit lacks {', '.join(missing)}; run `raylux fit CONFIG` on it first"
+            )
+        if lease.inherited:
+            tidy(folder, reporter)
+        yield ctx, inputs.model
+
+
 def planned(ctx: Context, queries: int) -> Plan:
     """The plan that a run of its own would have for so many queries: how they meet sequences goes by their number."""
     lengths = ctx.reader.lengths
@@ -204,7 +239,7 @@ def _check(inputs: Inputs, folder: RunFolder, known: Mapping[str, Any], restart:
         frozen.check_source(folder.manifest("corpus", "corpus").meta["source"], inputs.source)
 
 
-def _plan(inputs: Inputs, folder: RunFolder, known: Mapping[str, Any], restart: str | None) -> tuple[_Model, Plan]:
+def _plan(inputs: Inputs, folder: RunFolder, known: Mapping[str, Any], restart: str | None) -> tuple[Model, Plan]:
     """The plan that the folder's numbers were made by, as far as it holds any, otherwise a new one."""
     model = inputs.model
     device = models.resolve_device(inputs.config.model.device)
@@ -230,7 +265,7 @@ def _plan(inputs: Inputs, folder: RunFolder, known: Mapping[str, Any], restart: 
 
 
 def _settings(
-    config: Config, config_path: str | None, known: Mapping[str, Any], plan: Plan, model: _Model
+    config: Config, config_path: str | None, known: Mapping[str, Any], plan: Plan, model: Model
 ) -> dict[str, Any]:
     return {
         "config": redacted_values(config.dump()),

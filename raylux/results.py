@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from raylux import health, ranking, status
+from raylux import calibrated, health, ranking, status
+from raylux.calibrated import Calibration
 from raylux.config import Config
 from raylux.curvature import KINDS
 from raylux.engine.records import QUERY
@@ -20,6 +21,7 @@ from raylux.engine.stages.prefilter import candidates
 from raylux.engine.stages.queries import records
 from raylux.engine.stages.score import token_rows
 from raylux.errors import MissingStageError, UserError
+from raylux.evaluate import Agreement
 from raylux.health import Quarantined
 from raylux.report.across import Across, across
 from raylux.report.profile import StageTime, parsed, stage_times
@@ -279,6 +281,21 @@ class Run:
         )
         result.attrs.update(self.meaning())
         return result
+
+    # how far it can be trusted
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """By how much scores are to be multiplied, as ``raylux.calibrate`` found; None where it was not asked."""
+        return calibrated.calibration(self.store, self.train_size)
+
+    def verification(self) -> pd.DataFrame:
+        """What ``raylux.verify`` measured beside what was predicted, as ``calibrated.verification``; may be empty."""
+        return calibrated.verification(self)
+
+    def agreements(self) -> dict[str, Agreement]:
+        """How changes that were measured follow each kind of prediction; empty where nothing was."""
+        return calibrated.agreements(self.verification())
 
     # what is there
 

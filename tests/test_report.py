@@ -79,6 +79,8 @@ def stub_run(unit: str = "nats", kind: str = "ekfac", frame: pd.DataFrame | None
         train_size=1234,
         quarantined=[],
         profile=list,
+        calibration=None,
+        verification=list,
         top=lambda query, k=10, by="sequence": shown.head(k),
     )
 

@@ -14,16 +14,12 @@ from dataclasses import dataclass, field, replace
 from raylux import prepare
 from raylux.batch import views
 from raylux.batch.inbox import Inbox
-from raylux.config import Config
 from raylux.engine.context import Context
 from raylux.engine.plan import Plan
-from raylux.engine.progress import Reporter
-from raylux.engine.stages import answers, fit, prefilter, query, score
+from raylux.engine.stages import answers, prefilter, query, score
 from raylux.engine.stages.answers import AskedFile
-from raylux.errors import MissingStageError
 from raylux.queries import Query, read_queries
 from raylux.results import Run
-from raylux.store import Lease, RunFolder
 
 # Seconds between two looks at a file that may still be written.
 _SETTLES = 0.5
@@ -82,28 +78,12 @@ def answer_files(
         MissingStageError: the run is not fitted.
         UserError: no such folder; another command works on the run; an input of the run changed.
     """
-    folder = RunFolder(run)
-    config = _config(folder, overrides)
-    inputs = prepare.read(config, folder, None, asked=()) if folder.committed("corpus") else None
-    if inputs is None:
-        raise MissingStageError(f"{folder.path}: nothing is fitted there; run `raylux fit CONFIG` first")
-    reporter = Reporter(folder, quiet)
-    with Lease.take(folder.files, say=reporter.say) as lease:
-        folder.guard = lease.check
-        base = prepare.reopen(inputs, folder, reporter)
-        missing = fit.missing(base)
-        if missing:
-            raise MissingStageError(
-                f"{folder.path}: the fit lacks {', '.join(missing)}; run `raylux fit CONFIG` on it first"
-            )
-        if lease.inherited:
-            prepare.tidy(folder, reporter)
-        model = inputs.model
+    with prepare.fitted(run, overrides, quiet) as (base, model):
 
         def parse(text: str, name: str) -> list[Query]:
             return read_queries(text, name, model.tokenizer, model.vocabulary, model.context)
 
-        inbox = Inbox(queries, folder, parse, reporter)
+        inbox = Inbox(queries, base.folder, parse, base.reporter)
         batch = Batch(base, inbox, options or Options())
         try:
             batch.run()
@@ -111,12 +91,6 @@ def answer_files(
             batch.close()
         batch.outcome.aside = dict(sorted(batch.aside.items()))
     return Run(run), batch.outcome
-
-
-def _config(folder: RunFolder, overrides: Sequence[str]) -> Config:
-    """The config that the run was made by, on the folder as it is called here."""
-    sections = folder.settings()["config"]
-    return Config.parse({**sections, "run": {"folder": folder.path}}, overrides, where=f"{folder.path}/run.yaml")
 
 
 class Batch:

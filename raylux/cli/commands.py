@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from raylux.cli import batching, output, planning, stages, submitting, watching
+from raylux.cli import batching, output, planning, stages, submitting, verifying, watching
 from raylux.cli.app import ConfigArgument, OverridesArgument, RunArgument, app, manual
 from raylux.cli.codes import EXIT_USER
 
 # The stages stand first in the list of commands.
-__all__ = ["app", "batching", "planning", "stages", "submitting", "watching"]
+__all__ = ["app", "batching", "planning", "stages", "submitting", "verifying", "watching"]
 
 
 class Format(StrEnum):
@@ -75,7 +75,9 @@ def top(
     from raylux import api
 
     combined = api.combine(runs, weight) if len(runs) > 1 or weight else None
-    opened = combined or api.open_run(runs[0])
+    alone = None if combined else api.open_run(runs[0])
+    opened = combined or alone
+    assert opened is not None
     ids = [output.known(query, opened.queries, opened.folder)] if query is not None else list(opened.queries)
     if form is Format.table:
         from raylux.report import tables
@@ -86,6 +88,8 @@ def top(
             if combined:
                 title += f"; {len(runs)} runs, which agree by {combined.agreement(name):.2f}"
             console.print(tables.top_table(opened.top(name, k=k, by=by.value), title, unit=opened.unit))
+        if alone is not None:
+            output.print_calibration(alone)
         return
     frames = [output.with_meaning(opened.top(name, k=k, by=by.value), name, opened.unit) for name in ids]
     text = output.as_json(frames) if form is Format.json else output.as_csv(frames)
@@ -127,6 +131,7 @@ def inspect(
         if problems:  # what is damaged cannot be summed up
             raise typer.Exit(EXIT_USER)
     output.print_status(opened)
+    output.print_calibration(opened)
     output.print_quarantine(opened.quarantined)
     output.print_numerics(opened.mixed_numerics())
     if profile:

@@ -80,6 +80,23 @@ def print_next(run: Run) -> None:
     _line(console(), hint)
 
 
+def print_calibration(run: Run) -> None:
+    """One line: what a run's scores are to be multiplied by, or that nobody knows."""
+    text = sizes_line(run)
+    if text:
+        _line(console(), text)
+
+
+def sizes_line(run: Run) -> str:
+    """Whether the sizes of a run's scores are calibrated; empty where they have none."""
+    if run.unit not in ("nats", "raw"):
+        return ""
+    found = run.calibration
+    if found is None:
+        return f"not calibrated: sizes may be off by a factor of 2 to 10; raylux calibrate {run.folder}"
+    return f"{found}; d_eff/N = {found.share:.2g}"
+
+
 def print_problems(problems: Sequence[str]) -> None:
     """One line per missing or damaged object, and what to do."""
     out = console()

@@ -69,6 +69,11 @@ class Linearised:
         """Σ_it J_itᵀ H_it J_it V over the batch."""
         return self.pulled(self.curved(self.pushed(vector)))
 
+    def energy(self, vector: Vector) -> float:
+        """Σ_it (J_it V)ᵀ H_it J_it V over the batch: the curvature of its loss along V."""
+        change = self.pushed(vector)
+        return float((change.double() * self.curved(change).double()).sum())
+
     def pushed(self, vector: Vector) -> Tensor:
         """J V: [n, V]."""
         tangents, gradients = [], []
@@ -119,6 +124,12 @@ def add_products(
         if not is_unrepeatable(error):
             raise
         _add(capture, batch, vectors, totals)
+
+
+def energy(capture: Capture, batch: Batch, vector: Vector) -> float:
+    """Vᵀ (Σ J'HJ) V of a batch; arguments as of ``add_products``."""
+    with capture.forward(batch) as forward:
+        return Linearised(forward, capture.layers, batch.mask).energy(vector)
 
 
 def _add(capture: Capture, batch: Batch, vectors: Sequence[Vector], totals: Sequence[Mapping[str, Tensor]]) -> None:

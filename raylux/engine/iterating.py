@@ -18,7 +18,7 @@ from raylux import gpu, profiling
 from raylux.curvature import Spectral
 from raylux.curvature.solvers import SOLVERS, LayerSolve
 from raylux.engine import numerics
-from raylux.engine.records import STATE, Fitted, tensor
+from raylux.engine.records import STATE, Fitted, read_state, tensor
 from raylux.errors import NumericsError
 from raylux.layers import TrackedLayer
 from raylux.store import RunFolder
@@ -38,6 +38,8 @@ class IterativeSolves(ABC):
     _sums: dict[str, np.ndarray]
     _counts: dict[str, int]
     _solves: dict[str, LayerSolve]
+    _block: dict[str, list[Tensor]]
+    _factors: dict[str, list[tuple[Tensor, Tensor]]]
 
     @abstractmethod
     def _curvature(self, name: str, fitted: Fitted) -> tuple[Spectral, float]:
@@ -126,6 +128,25 @@ class IterativeSolves(ABC):
             keys[name], more = self.folder.write(f"solves/{name}/{block}", {STATE: array}, {"names": names})
             objects |= more
         return keys, objects, numerics.here(self.spec.device)
+
+    def solutions(self, key: str) -> list[Tensor]:
+        """x [P, M] of each query of a block in one layer, from the state under ``key``."""
+        return list(tensor(read_state(self.folder, key, "x"), self.compute, self.spec.device))
+
+    def hold_solutions(self, keys: Mapping[str, str]) -> None:
+        """Hold x of each layer as the block that is scored on probes, from the states under layer -> key."""
+        self._factors = {}
+        self._block = {name: self.solutions(keys[name]) for name in self.layers}
+
+    def freedom(self, fitted: Fitted) -> dict[str, float]:
+        """Layer -> Σ Λ/(Λ + λ), its effective degrees of freedom."""
+        found = {}
+        for name in self.layers:
+            curvature, damping = self._curvature(name, fitted)
+            assert curvature.values is not None, "a kind without curvature has no degrees of freedom"
+            values = curvature.values.double()
+            found[name] = float((values / (values + damping)).sum())
+        return found
 
     def end_solve(self) -> None:
         """Let go of the state."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from raylux import gpu, profiling
 from raylux.batches import fit_batches
 from raylux.capture import Capture
-from raylux.curvature.gauss_newton import add_products
+from raylux.curvature.gauss_newton import add_products, energy
 from raylux.engine.records import Directions, read_state, tensor
 from raylux.store import CorpusReader, RunFolder
 
@@ -67,6 +67,21 @@ class GaussNewtonProducts(ABC):
             for names in shards
         ]
         return (None, *parts)
+
+    def own_curvatures(self, rows: np.ndarray, directions: Directions) -> list[float]:
+        """xᵀ H x of each direction x and the Gauss-Newton matrix H of one sequence, its own, by itself.
+
+        Args:
+            rows: corpus row of each of ``directions.places``.
+            directions: where x is.
+        """
+        assert self._capture is not None, "prepare() comes first"
+        found = []
+        for vector, sequence in zip(self._directions(directions), self.reader.rows(rows), strict=True):
+            (batch,) = fit_batches([sequence], self.spec.plan.batch_tokens, most=self.spec.plan.longest)
+            profiling.count(tokens=batch.tokens)
+            found.append(energy(self._capture, batch.to(self.device), vector))
+        return found
 
     def _directions(self, wanted: Directions) -> list[dict[str, Tensor]]:
         """Each query's direction by layer, read unless it is held: a pass asks all its units with the same."""

@@ -22,6 +22,8 @@ CONTRACTION = "fit.contraction"
 # A batch's query files: taken, put aside, answered.
 TAKEN, ASIDE, ANSWER = "batch.taken", "batch.aside", "batch.answer"
 SOLVE, PRODUCT = "query.solve", "query.product"
+# By how much a run's scores are too large, and what some of its sequences do in truth.
+CALIBRATION, FREEDOM, VERIFIED, LEVERAGE = "calibration", "calibration.freedom", "verify", "verify.leverage"
 # Of a block that is being solved, [S, Q, P, M] for each layer; its group's ``names`` says what each S is.
 STATE = "state"
 

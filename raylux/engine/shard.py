@@ -28,7 +28,6 @@ from raylux.engine.records import (
     query_arrays,
     read_basis,
     read_square,
-    read_state,
     tensor,
 )
 from raylux.engine.solve import solve_layer
@@ -234,7 +233,7 @@ class FactorShard(IterativeSolves):
             dtype = self.compute if rank_limit[name] else contraction.torch_dtype
             curvature, damping[name] = self._curvature(name, fitted)
             tokens = [self._tokens(part, name) for part in parts]
-            given = None if solutions is None else self._solutions(solutions[name])
+            given = None if solutions is None else self.solutions(solutions[name])
             try:
                 with profiling.of("solve"):
                     found = solve_layer(curvature, tokens, damping[name], dtype, eigen, given)
@@ -318,10 +317,6 @@ class FactorShard(IterativeSolves):
 
     def _read(self, key: str, name: str) -> Tensor:
         return tensor(self.folder.group(key).read(name), self.compute, self.spec.device)
-
-    def _solutions(self, key: str) -> list[Tensor]:
-        """x [P, M] of each query of a block."""
-        return list(tensor(read_state(self.folder, key, "x"), self.compute, self.spec.device))
 
     def _tokens(self, part: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
         """a [T, M] and g [T, P]."""

@@ -23,6 +23,7 @@ from raylux.curvature import Statistics
 from raylux.engine import numerics
 from raylux.engine.captures import GIVEN, CapturedSequences
 from raylux.engine.fitting import FitSums, Part
+from raylux.engine.measuring import ProximalMeasurements
 from raylux.engine.multiplying import GaussNewtonProducts
 from raylux.engine.plan import Plan
 from raylux.engine.records import Contraction
@@ -64,7 +65,7 @@ class QuerySpec:
     weights: tuple[float, ...]
 
 
-class GradientWorker(FitSums, GaussNewtonProducts):
+class GradientWorker(FitSums, GaussNewtonProducts, ProximalMeasurements):
     """Holds a frozen model and answers for units; it keeps nothing that another worker would miss.
 
     What a unit needs beside the model (bases, queries) comes with the call and is read from the run folder
@@ -82,6 +83,7 @@ class GradientWorker(FitSums, GaussNewtonProducts):
         self._bases = Bases(self.folder, spec.layers, spec.groups, self.device)
         self._held: Scorer | None = None
         self._aimed = None
+        self._objective = None
         self._routed = frozenset(layer.name for layer in spec.layers if layer.routed)
         self._kept = CapturedSequences(spec.keep, spec.layers, spec.groups, self.device)
 

@@ -161,7 +161,7 @@ class ProximalObjective:
         search.step(closure)
         value = float(closure()) * weight**2
         with torch.no_grad():
-            weights = self._weights(u, weight)
+            weights = self._weights(self._change(u, weight))
         return Optimum(weights, value, self._gradient_norm(u, weight), start, evaluations, u.detach())
 
     def logprobs(self, rows: Sequence[TokenRow], weights: Weights | None = None) -> Tensor:
@@ -171,6 +171,15 @@ class ProximalObjective:
         batch = collate(rows, range(len(rows)), longest).to(self._device)
         with torch.no_grad():
             return -self._losses(weights, batch)
+
+    def rounded(self, seed: int) -> dict[str, Tensor]:
+        """The tracked weights at θ_s, each with its last bit moved up or down at random."""
+        generator = torch.Generator().manual_seed(seed)
+        found = {}
+        for name, x in self._start.items():
+            up = torch.rand(x.shape, generator=generator).to(x.device) < 0.5
+            found[name] = torch.nextafter(x, torch.where(up, torch.inf, -torch.inf).to(x.dtype))
+        return found
 
     def _sketch(self, capture: Capture, draws: int) -> tuple[Tensor, Tensor]:
         """Eigenvectors [p, k] and eigenvalues [k] of a sampled Fisher matrix by sqrt(λ) θ: G as far as it shows."""
@@ -202,9 +211,10 @@ class ProximalObjective:
         """sqrt(λ) (θ − θ_s): the search runs in u, where all directions have about the same curvature."""
         return weight * self._power(u, -0.5)
 
-    def _weights(self, u: Tensor, weight: float) -> dict[str, Tensor]:
+    def _weights(self, change: Tensor) -> dict[str, Tensor]:
+        """The tracked parameters at sqrt(λ) (θ − θ_s)."""
         weights = {}
-        flat = self._change(u, weight) / self._scale
+        flat = change / self._scale
         sizes = [layer.parameters for layer in self.layers]
         for layer, part in zip(self.layers, flat.split(sizes), strict=True):
             change = part.view(layer.shape)
@@ -221,25 +231,38 @@ class ProximalObjective:
 
     def _backward(self, u: Tensor, added: Batch, weight: float) -> Tensor:
         """The objective over ε², which makes every amount the same task; its gradient is left in ``u.grad``."""
-        u.grad = None
-        total = torch.zeros((), dtype=torch.float64)
-        # One graph per term and batch: memory does not grow with the training set.
-        for term in self._terms(u, added, weight):
+        change = self._change(u.detach(), weight)
+        weights = {name: x.requires_grad_(True) for name, x in self._weights(change).items()}
+        total = change.square().sum().double().cpu() / 2 / weight**2
+        # One graph per term and batch, back to the weights alone: memory does not grow with the training set.
+        for term in self._terms(weights, added, weight):
             scaled = term / weight**2
             scaled.backward()
             total += scaled.detach().cpu()
         if not torch.isfinite(total):
             raise NumericsError("proximal optimum: the objective is not finite")
+        # The way from u to the weights is linear and symmetric but for the scale: once for all of the batches.
+        u.grad = weight * self._power(self._flat_gradient(weights) / self._scale + change / weight**2, -0.5)
         return total
 
-    def _terms(self, u: Tensor, added: Batch, weight: float) -> Iterator[Tensor]:
+    def _flat_gradient(self, weights: Weights) -> Tensor:
+        """Gradients of the tracked weights, layer after layer as [P, M]."""
+        parts = []
+        for layer in self.layers:
+            part = _gradient(weights[f"{layer.name}.weight"])
+            part = part.T if layer.conv1d else part
+            if layer.bias:
+                part = torch.cat([part, _gradient(weights[f"{layer.name}.bias"]).unsqueeze(1)], 1)
+            parts.append(part.reshape(-1))
+        return torch.cat(parts)
+
+    def _terms(self, weights: Weights, added: Batch, weight: float) -> Iterator[Tensor]:
         for batch, log_p in self._batches:
-            gap = log_p - self._logits(self._weights(u, weight), batch).log_softmax(-1)
+            gap = log_p - self._logits(weights, batch).log_softmax(-1)
             # Σ p log(p/q), with Σ (q − p) = 0 added so that every summand is of second order in the gap: the
             # plain sum cancels, and its rounding, over ε², would mislead the line search.
             yield (log_p.exp() * (torch.expm1(-gap) + gap)).sum() / self.size
-        yield weight * self._losses(self._weights(u, weight), added).sum()
-        yield self._change(u, weight).square().sum() / 2
+        yield weight * self._losses(weights, added).sum()
 
     def _logits(self, weights: Weights, batch: Batch) -> Tensor:
         """Logits of the counted positions [n, V]."""

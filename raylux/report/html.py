@@ -79,6 +79,8 @@ def render(
         queries=[_query(run, name, records.get(name, {}), k, negative) for name in names[:MOST_QUERIES]],
         more=len(names[MOST_QUERIES:]),
         across=None if across is None else _across(run, across),
+        calibration=run.calibration if run.unit in ("nats", "raw") else None,
+        verified=_verified(run),
     )
 
 
@@ -105,6 +107,20 @@ def _across(run: Run, found: Across) -> dict[str, Any]:
             for _, part in list(together.groupby("cluster"))[:_MOST_ROWS]
         ],
         "alone": int((found.clusters["size"] == 1).sum()),
+    }
+
+
+def _verified(run: Run) -> dict[str, Any] | None:
+    """Measured changes beside predicted ones, the tops of a query and the random ones; None where nothing is there."""
+    frame = run.verification()
+    if not len(frame):
+        return None
+    named = ("predicted", "calibrated", "solved", "measured", "low", "high", "whole", "whole_leverage")
+    own = frame[frame["chosen"] != "cross"]
+    return {
+        "rows": [{**row, **{name: number(row[name]) for name in named}} for row in own.to_dict("records")],
+        "agreements": run.agreements(),
+        "attrs": frame.attrs,
     }
 
 

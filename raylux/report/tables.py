@@ -20,6 +20,8 @@ from raylux.shown import plain, visible
 if TYPE_CHECKING:
     import pandas as pd
 
+    from raylux.calibrated import Calibration
+    from raylux.evaluate import Agreement
     from raylux.layers import Coverage, TrackedLayer
     from raylux.report.across import Across
     from raylux.report.profile import StageTime
@@ -196,6 +198,55 @@ def cluster_table(found: Across, most: int = 10) -> Table:
         which = ", ".join(plain(name, 40) for name in names[:6]) + (", …" if len(names) > 6 else "")
         cells = (f"{len(names):,}", f"{part['alike'].mean():.2f}", plain(part["shared"].iloc[0], 40), which)
         table.add_row(*map(Text, cells))
+    return table
+
+
+def calibration_table(found: Calibration) -> Table:
+    """The queries that a run is calibrated by: own slope and R², residual and products of the better solve."""
+    table = _table(f"scores of better solves on those of the run; d_eff = {found.freedom:,.1f}, {found.share:.2g} of N")
+    for name in ("query", "slope", "R²", "residual", "products"):
+        table.add_column(name, justify="left" if name == "query" else "right", overflow="fold")
+    for query, row in found.queries.iterrows():
+        cells = f"{row['slope']:.3f}", f"{row['r_squared']:.3f}", f"{row['residual']:.1e}", f"{row['products']:.0f}"
+        table.add_row(Text(plain(str(query), 40)), *cells)
+    return table
+
+
+def verification_table(frame: pd.DataFrame) -> Table:
+    """A row per pair that was asked for (``top`` and ``random``): predictions beside what was measured, in nats."""
+    doses, train_size = frame.attrs["doses"], frame.attrs["train_size"]
+    large = doses["size"] * doses["factor"]
+    table = _table(
+        f"nats per copy among N = {train_size:,}, measured by ±{doses['size']:g} and ±{large:g} copies at the proximal "
+        f"optimum on {frame.attrs['sequences']:,} sequences"
+    )
+    names = ("query", "sequence", "chosen", "predicted", "calibrated", "solved", "measured", "±", "", "whole", "by h")
+    for name in names:
+        left = name in ("query", "sequence", "chosen", "")
+        table.add_column(name, justify="left" if left else "right", overflow="fold")
+    for row in frame[frame["chosen"] != "cross"].to_dict("records"):
+        said = [number(row[name]) for name in ("predicted", "calibrated", "solved")]
+        measured = number(row["measured"]) if row["resolved"] else "below noise"
+        error = number((row["high"] - row["low"]) / 2 if row["resolved"] else row["noise"], signed=False)
+        note = "" if row["linear"] or not row["resolved"] else "not linear"
+        names_of = (Text(plain(row[name], 24)) for name in ("query", "sequence", "chosen"))
+        table.add_row(*names_of, *said, measured, error, note, number(row["whole"]), number(row["whole_leverage"]))
+    cross = int((frame["chosen"] == "cross").sum())
+    if cross:
+        table.caption = f"{cross:,} pairs of a query with the top of another one are counted below"
+    return table
+
+
+def agreement_table(found: Mapping[str, Agreement]) -> Table:
+    """How measured changes follow each kind of prediction."""
+    table = _table("measured per predicted over all pairs")
+    for name in ("prediction", "pairs", "slope", "90 %", "R²"):
+        table.add_column(name, justify="left" if name == "prediction" else "right")
+    for name, one in found.items():
+        slope = one.slope
+        table.add_row(
+            name, f"{one.pairs:,}", f"{slope.value:.3f}", f"{slope.low:.3f} to {slope.high:.3f}", f"{one.r_squared:.3f}"
+        )
     return table
 
 

@@ -27,6 +27,7 @@ class StubRun:
     unit: str = "nats"
     queries: list[str] = field(default_factory=lambda: ["boat", "piano"])
     missing: tuple[str, ...] = ()
+    calibration: Any = None
     quarantined: list[Quarantined] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
     mixed: dict[str, list[str]] = field(default_factory=dict)

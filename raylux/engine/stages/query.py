@@ -82,7 +82,7 @@ class _Gradients:
 
 
 def _gradients(ctx: Context, queries: Sequence[Query]) -> _Gradients:
-    jobs = (Job(query.id, (_spec(query), ctx.assignment), query) for query in queries)
+    jobs = (Job(query.id, (spec_of(query), ctx.assignment), query) for query in queries)
     found = _Gradients([], [], [], [])
     for result in results(ctx.backend, "query_gradient", jobs, parts=True, ordered=True):
         query: Query = result.job.item
@@ -149,7 +149,8 @@ def _iterative(ctx: Context) -> bool:
     return ctx.config.curvature.solver != "direct"
 
 
-def _spec(query: Query) -> QuerySpec:
+def spec_of(query: Query) -> QuerySpec:
+    """A query as a worker gets it."""
     rows = tuple(TokenRow(part.tokens, part.labels) for part in query.parts)
     return QuerySpec(rows, tuple(part.weight for part in query.parts))
 
