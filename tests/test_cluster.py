@@ -112,7 +112,7 @@ def test_three_nodes_give_the_bits_of_one_process_with_and_without_labels(
         input=json.dumps([sections, runs]),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     anywhere, labelled, *refused = map(json.loads, done.stdout.splitlines())
