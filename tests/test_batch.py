@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pandas as pd
 import pytest
 
 import raylux
+from jobs.faults.cluster import cluster
 from raylux.api import run_stages
 from raylux.batch import Options, Outcome, answer_files, driver
 from raylux.cli import main
@@ -231,10 +234,23 @@ def assert_all_answered(run: Run, own: Own, inbox: Path) -> None:
         assert same(facts(run, f"{name}/"), own.of(inbox / name)) == [], name
 
 
-def test_ten_files_arrive_and_the_driver_is_killed_twice(own: Own, folder: Path, inbox: Path) -> None:
+@pytest.fixture(params=["in process", pytest.param("over a cluster", marks=pytest.mark.cluster)])
+def place(request: pytest.FixtureRequest) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """Where a batch computes: overrides, and the environment of its drivers."""
+    if request.param == "in process":
+        yield [], dict(os.environ)
+        return
+    with cluster() as there:
+        yield ["engine.backend=ray", "engine.workers=2", "engine.shards=2"], there.env
+
+
+def test_ten_files_arrive_and_the_driver_is_killed_twice(
+    own: Own, folder: Path, inbox: Path, place: tuple[list[str], dict[str, str]]
+) -> None:
     """The real command, SIGKILL, and files that arrive all the while."""
-    command = [sys.executable, "-m", "tests.arriving", str(folder), str(inbox)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    overrides, env = place
+    command = [sys.executable, "-m", "tests.arriving", str(folder), str(inbox), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("killed: ") == 2
     run = raylux.open_run(folder)
