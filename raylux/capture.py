@@ -240,8 +240,7 @@ class Capture:
             keys = batch.keys.repeat_interleave(batch.labels.shape[1])[places]
 
             def draw(probabilities: Tensor, at: Tensor) -> Tensor:
-                with of("label"):
-                    return labeller(probabilities, keys[at], place[at])
+                return labeller(probabilities, keys[at], place[at])
 
         return logit_loss(flat, targets, draw, both)
 

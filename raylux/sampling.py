@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raylux.profiling import of
+
 # Entries of the vocabulary that are drawn together first.
 _BLOCK = 64
 
@@ -63,14 +65,15 @@ def sample_labels(probabilities: Tensor, keys: Tensor, positions: Tensor, seed: 
 
     Drawn in two steps, a block of entries by its sum and an entry of that block: noise for V/64 + 64 entries.
     """
-    count = probabilities.shape[1]
-    padded = torch.nn.functional.pad(probabilities, (0, -count % _BLOCK))
-    blocks = padded.unflatten(1, (-1, _BLOCK))
-    places = _places(seed, keys, positions)
-    chosen = _race(blocks.sum(2), places)
-    within = blocks[torch.arange(len(blocks), device=chosen.device), chosen]
-    # Never an entry of the padding, however all others are rounded to nothing: the first of equals wins.
-    return chosen * _BLOCK + _race(within, _mix(places))
+    with of("label"):
+        count = probabilities.shape[1]
+        padded = torch.nn.functional.pad(probabilities, (0, -count % _BLOCK))
+        blocks = padded.unflatten(1, (-1, _BLOCK))
+        places = _places(seed, keys, positions)
+        chosen = _race(blocks.sum(2), places)
+        within = blocks[torch.arange(len(blocks), device=chosen.device), chosen]
+        # Never an entry of the padding, however all others are rounded to nothing: the first of equals wins.
+        return chosen * _BLOCK + _race(within, _mix(places))
 
 
 def drawn_before(keys: Sequence[int], labels: Sequence[np.ndarray]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -299,7 +299,7 @@ def test_each_stage_makes_as_few_passes_as_fit_a_cluster(room: int, passes: tupl
 
     def ask(wanted: Passes) -> Demand:
         size = max(math.ceil(8 / wanted.covariance), math.ceil(6 / wanted.moments))
-        return Demand(1, 1, 1, False, size, 0, wanted)
+        return Demand(1, 1, 1, False, size, 0, passes=wanted)
 
     asked = dataclasses.replace(ask(Passes()), most=8, otherwise=ask)
     supply = {"CPU": 1.0, "memory": float(room)}

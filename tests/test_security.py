@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from raylux.calibrated import COLUMNS
 from raylux.cli import main, output
 from raylux.config import Config
 from raylux.doctor import Finding
@@ -33,6 +34,7 @@ from raylux.report.tables import (
     split_table,
     status_table,
     top_table,
+    verification_table,
 )
 from raylux.shown import plain, redacted, redacted_values, visible
 
@@ -109,6 +111,16 @@ def _frame(text: str, kept: str = "") -> pd.DataFrame:
     )
 
 
+def _verified(text: str) -> pd.DataFrame:
+    """A measured pair of a query and a sequence of this name."""
+    text = text.replace("\ud800", "")  # as in ``_frame``
+    row: dict[str, Any] = dict.fromkeys(COLUMNS, 0.5)
+    row |= {"query": text, "sequence": text, "chosen": "top", "linear": True, "resolved": True}
+    frame = pd.DataFrame([row], columns=list(COLUMNS))
+    frame.attrs.update(doses={"size": 0.1, "factor": 3.0, "whole": True}, train_size=7, sequences=7, asked=1)
+    return frame
+
+
 def _tables(text: str) -> list[Any]:
     layer = TrackedLayer(name=text, inputs=3, outputs=2, bias=True, conv1d=False)
     stage = SimpleNamespace(name=text, done=False, detail=text, command=text)
@@ -119,10 +131,11 @@ def _tables(text: str) -> list[Any]:
         split_table([(text, True, 0)]),
         comparison_table([{"method": text, text: text}], text),
         profile_table([StageTime(text, Spent({"dot": [1.0, 1.0]}, 1), Spent(), 1)]),
+        verification_table(_verified(text)),
     ]
 
 
-@pytest.mark.parametrize("place", range(6))
+@pytest.mark.parametrize("place", range(7))
 def test_tables_neither_steer_nor_read_markup(place: int) -> None:
     text = _printed(_tables(HOSTILE)[place])
     assert _steers(text) == []
@@ -226,6 +239,9 @@ def _run(text: str) -> Any:
         unit="nats",
         train_size=7,
         quarantined=[],
+        calibration=None,
+        verification=lambda: _verified(text),
+        agreements=dict,
         top=lambda query, k=10, by="sequence": _frame(text, kept=f"{text} kept"),
     )
 

@@ -235,7 +235,7 @@ def test_too_little_memory_is_refused_with_demand_and_supply(
     answers: Answers, server: StubServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answers.nodes = [{"CPU": 2.0, "memory": 0.05 * GIB}]
-    _refused(capsys, "submit", "config.yaml", parts=("not enough memory", "GiB, it has 0.1 GiB"))
+    _refused(capsys, "submit", "config.yaml", parts=("not enough memory", "GiB in 4 layer passes, it has 0.1 GiB"))
     assert server.sent == []
 
 
