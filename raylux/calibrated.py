@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from raylux.results import Run
 
 LEVEL = 0.9
+# ‖v − (G + λ)x‖/‖v‖ beyond which a solve is no better one: the scores of 0 have a residual of 1.
+RESIDUAL = 0.3
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,28 @@ class Calibration:
         """The number that a score is multiplied by."""
         return self.agreement.slope.value
 
+    @property
+    def residual(self) -> float:
+        """The largest of the queries'."""
+        return float(self.queries["residual"].max())
+
+    @property
+    def solved(self) -> bool:
+        """Whether the solves are good enough for the slope to mean anything."""
+        return self.residual <= RESIDUAL
+
     def __str__(self) -> str:
         slope = self.agreement.slope
+        if not self.solved:
+            return (
+                f"not calibrated: solves came to residuals of up to {self.residual:.1g} in "
+                f"{self.queries['products'].max()} products, {RESIDUAL:g} is wanted; take more, "
+                "raylux calibrate RUN --products"
+            )
         return (
             f"calibrated: multiply by {slope.value:.2f} (90 %: {slope.low:.2f} to {slope.high:.2f}; "
             f"{len(self.queries)} queries × {self.agreement.pairs // max(1, len(self.queries))} sequences, residual "
-            f"at most {self.queries['residual'].max():.0e})"
+            f"at most {self.residual:.0e})"
         )
 
 
@@ -87,8 +105,9 @@ def verification(run: Run) -> pd.DataFrame:
     Columns, all changes of the query's measurement in nats:
         chosen: ``top`` of this query, ``random``, or ``cross``: the top of another query.
         predicted: by one more copy, to first order, as the run's scores say; NaN where it did not score the pair.
-        calibrated: the same by the run's calibration; NaN without one.
-        solved: the same by a better solve of this very sequence; NaN without ``--products``.
+        calibrated: the same by the run's calibration; NaN without one that is ``solved``.
+        solved: the same by a better solve of this very sequence; NaN without ``--products``, or with too few of
+            them (a residual beyond ``RESIDUAL``).
         measured, low, high: per copy, by the smaller doses, and the interval that noise of the search and the part
         of second order leave. NaN where the dose is below the noise (``resolved`` is False).
         noise: of ``measured``, of the search alone. linear: in proportion to the dose up to the larger one.
@@ -121,7 +140,7 @@ def verification(run: Run) -> pd.DataFrame:
                         "sequence": names[row],
                         "chosen": _chosen(asked, query, row),
                         "predicted": predicted,
-                        "calibrated": predicted * found.slope if found else float("nan"),
+                        "calibrated": predicted * found.slope if found and found.solved else float("nan"),
                         **_changes(effects[row], place),
                         **_leverage(solved.get(row), query, asked["train_size"]),
                     }
@@ -192,7 +211,7 @@ def _changes(found: Effect, place: int) -> dict[str, Any]:
 
 
 def _leverage(meta: Mapping[str, Any] | None, query: str, train_size: int) -> dict[str, float]:
-    if meta is None:
+    if meta is None or meta["residual"] > RESIDUAL:
         return dict.fromkeys(("solved", "leverage", "rif"), float("nan"))
     solved, square = meta["solved"][meta["queries"].index(query)], meta["square"]
     # Solved well enough, xᵀ(G + λ)x is ∇log pᵀx.

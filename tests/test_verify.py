@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,6 +72,14 @@ def truth(run: raylux.Run) -> Mapping[str, Any]:
         "rif": (sequences * steps).sum(1).numpy() / count,
         "leverage": np.array(energies) / (sequences * steps).sum(1).numpy() / count,
     }
+
+
+def test_solves_that_came_nowhere_calibrate_nothing(run: raylux.Run) -> None:
+    found = run.calibration
+    assert found is not None and found.solved and str(found).startswith("calibrated: multiply by")
+    far = dataclasses.replace(found, queries=found.queries.assign(residual=4.8))
+    assert not far.solved
+    assert str(far).startswith("not calibrated: solves came to residuals of up to 5 in") and "--products" in str(far)
 
 
 def test_the_slope_is_that_of_the_dense_inverse(run: raylux.Run, truth: Mapping[str, Any]) -> None:
