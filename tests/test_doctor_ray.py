@@ -135,6 +135,9 @@ def test_a_demand_is_held_against_a_cluster_of_its_own(inputs: Inputs, tmp_path:
     assert found.state == OK and found.detail.startswith("1 workers of 1 thread")
     found = cluster.resources(case_of(inputs, tmp_path / "run", "engine.backend=ray", "engine.workers=4000"))
     assert found.state == FAIL and "4000 workers need 4000" in found.detail
+    labels = "engine.worker_labels={tier: none}"
+    found = cluster.resources(case_of(inputs, tmp_path / "run", "engine.backend=ray", "engine.workers=1", labels))
+    assert found.state == FAIL and "no node has the labels tier=none" in found.detail
 
 
 def test_memory_of_a_run_in_process(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

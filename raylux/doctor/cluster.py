@@ -7,7 +7,7 @@ import os
 from raylux.doctor.case import Case
 from raylux.doctor.finding import FAIL, OK, WARN, Finding
 from raylux.engine.auth import ADDRESS, MODE, TOKEN, TOKEN_PATH, Auth, look
-from raylux.engine.capacity import Demand, fit, settled
+from raylux.engine.capacity import Demand, settled
 from raylux.engine.demand import check_memory_here, settled_here
 from raylux.engine.plan import GIB
 from raylux.engine.probe import Answer, ask
@@ -75,11 +75,11 @@ def resources(case: Case) -> Finding:
     answer = ask(demand)
     if answer.problem:  # names the way out itself
         return Finding("resources", FAIL, plain(answer.problem, _LINE))
-    demand = settled(demand, lambda one: fit(one, answer.supply))
+    demand = settled(demand, answer.fit)
     need = answer.workers * demand.worker_bytes + demand.shards_bytes
     detail = (
         f"{answer.workers} workers of {_unit(demand)} and {_gib(demand.worker_bytes)}, {answer.shards} shards of "
-        f"{_gib(demand.shards_bytes)} together: {_gib(need)} of {_gib(answer.memory)} on {_supply(answer)}"
+        f"{_gib(demand.shards_bytes)} together: {_gib(need)} of {_gib(answer.total('memory'))} on {_supply(answer)}"
     )
     return Finding("resources", OK, detail)
 
@@ -89,8 +89,8 @@ def _unit(demand: Demand) -> str:
 
 
 def _supply(answer: Answer) -> str:
-    gpus = f", {answer.gpus:g} GPUs" if answer.gpus else ""
-    return f"{answer.nodes} node{'s' * (answer.nodes != 1)}, {answer.cpus:g} CPUs{gpus}"
+    gpus, nodes = answer.total("GPU"), len(answer.nodes)
+    return f"{nodes} node{'s' * (nodes != 1)}, {answer.total('CPU'):g} CPUs" + (f", {gpus:g} GPUs" if gpus else "")
 
 
 def _gib(count: float) -> str:

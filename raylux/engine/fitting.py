@@ -78,11 +78,10 @@ class FitSums(ABC):
         keeps = contraction.scored and self.spec.keep != 0
         sums = Covariances(blocks=self.spec.blocks)
         sequences = self.reader.rows(rows)
-        labeller = sampled if labels is None else _drawn(sequences, labels)
-        drawn: list[np.ndarray] = [np.zeros(0, np.int32)] * len(sequences)
+        unit = _Labels(sequences, labels, sampled)
         for batch in self._fit_batches(sequences):
             both = keeps and is_scored_so(batch, plan.batch_tokens, plan.longest)
-            captured = self._run(batch, labeller, both, wanted)
+            captured = self._run(batch, unit.labeller, both, wanted)
             inputs, grads = self._summed(captured)
             with profiling.of("covariance"):
                 sums.add(*weighted(self.spec.statistics, inputs, grads, batch.mask.to(self.device)))
@@ -91,7 +90,7 @@ class FitSums(ABC):
                     dtype = contraction.torch_dtype
                     given = {name: g.to(dtype) for name, g in captured.given.items()}
                     self._kept.keep(rows, batch, *self._operands(captured, dtype), given)
-            _place(drawn, batch, captured)
+            unit.note(batch, captured)
         arrays = [{name: gpu.to_host(x).numpy() for name, x in found.items()} for found in (sums.inputs, sums.grads)]
         parts = [
             {
@@ -102,7 +101,7 @@ class FitSums(ABC):
             }
             for names in shards
         ]
-        return (np.concatenate(drawn) if labels is None else None, *parts)
+        return (unit.drawn(), *parts)
 
     def moment_unit(
         self,
@@ -129,8 +128,7 @@ class FitSums(ABC):
         dtype, wanted = contraction.torch_dtype, frozenset(name for names in shards for name in names)
         bases = self._bases.get(files, dtype, wanted)
         sequences = self.reader.rows(rows)
-        labeller = sampled if labels is None else _drawn(sequences, labels)
-        drawn: list[np.ndarray] = [np.zeros(0, np.int32)] * len(sequences)
+        unit = _Labels(sequences, labels, sampled)
         totals = {
             layer.name: torch.zeros(layer.shape, dtype=self.compute, device=self.device)
             for layer in self.spec.layers
@@ -139,15 +137,15 @@ class FitSums(ABC):
         for batch in self._fit_batches(sequences):
             kept = None if labels is None else self._kept.batch(rows, batch, FIT, dtype, wanted)
             if kept is None:
-                captured = self._run(batch, labeller, wanted=wanted)
+                captured = self._run(batch, unit.labeller, wanted=wanted)
                 kept = self._operands(captured, dtype)
-                _place(drawn, batch, captured)
+                unit.note(batch, captured)
             add_second_moments(totals, *kept, self.spec.groups, bases)
         parts = [
             {"moments": {name: gpu.to_host(totals[name]).numpy() for name in names}, "sequences": len(sequences)}
             for names in shards
         ]
-        return (np.concatenate(drawn) if labels is None else None, *parts)
+        return (unit.drawn(), *parts)
 
     def _fit_batches(self, sequences: Sequence[TokenRow]) -> list[Batch]:
         return fit_batches(sequences, self.spec.plan.batch_tokens, most=self.spec.plan.longest)
@@ -158,14 +156,32 @@ class FitSums(ABC):
         return self._operands(captured, torch.bfloat16 if native else self.compute)
 
 
-def _drawn(sequences: Sequence[TokenRow], labels: np.ndarray) -> Labeller:
-    ends = np.cumsum([len(row.tokens) for row in sequences])
-    return drawn_before([row.key for row in sequences], np.split(labels, ends[:-1]))
+class _Labels:
+    """What the gradients of a unit are taken on: labels drawn in an earlier pass, or now, as its batches run.
 
+    Args:
+        sequences: of the unit.
+        given: [tokens] flat, drawn before; None: there are none yet.
+        sampled: draw them, where there are none; otherwise they are the data's own.
+    """
 
-def _place(drawn: list[np.ndarray], batch: Batch, captured: Captured) -> None:
-    """Put the labels of a batch where its sequences stand in the unit."""
-    labels = captured.labels.cpu().numpy()
-    lengths = batch.mask.sum(1).tolist()
-    for place, row in enumerate(batch.rows):
-        drawn[row] = labels[place, : lengths[place]].astype(np.int32)
+    def __init__(self, sequences: Sequence[TokenRow], given: np.ndarray | None, sampled: bool) -> None:
+        self._new = given is None
+        self._found: list[np.ndarray] = [np.zeros(0, np.int32)] * len(sequences)
+        self.labeller: bool | Labeller = sampled
+        if given is not None:
+            ends = np.cumsum([len(row.tokens) for row in sequences])
+            self.labeller = drawn_before([row.key for row in sequences], np.split(given, ends[:-1]))
+
+    def note(self, batch: Batch, captured: Captured) -> None:
+        """Put the labels of a batch where its sequences stand in the unit, if they are new."""
+        if not self._new:
+            return
+        labels = captured.labels.cpu().numpy()
+        lengths = batch.mask.sum(1).tolist()
+        for place, row in enumerate(batch.rows):
+            self._found[row] = labels[place, : lengths[place]].astype(np.int32)
+
+    def drawn(self) -> np.ndarray | None:
+        """Those that are new, flat in the order of the unit; None where they were given."""
+        return np.concatenate(self._found) if self._new else None

@@ -15,7 +15,7 @@ import sys
 from dataclasses import asdict, dataclass, replace
 
 from raylux.engine import auth
-from raylux.engine.capacity import Demand, fit, settled
+from raylux.engine.capacity import Demand, Node, fit_nodes, settled
 from raylux.errors import UserError
 
 # Starting a cluster takes 10 to 20 s on an idle machine, joining one a second.
@@ -28,24 +28,23 @@ class Answer:
 
     Attributes:
         problem: why it did not answer, or what does not fit, one line; empty: all is well.
-        nodes: of the cluster.
-        cpus: of the cluster; gpus, memory (bytes) likewise.
+        nodes: of the cluster, those that live.
         workers: that a run would have; 0 where none was asked about.
         shards: likewise.
     """
 
     problem: str = ""
-    nodes: int = 0
-    cpus: float = 0.0
-    gpus: float = 0.0
-    memory: float = 0.0
+    nodes: tuple[Node, ...] = ()
     workers: int = 0
     shards: int = 0
 
-    @property
-    def supply(self) -> dict[str, float]:
-        """By Ray's names."""
-        return {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory}
+    def total(self, name: str) -> float:
+        """What the nodes have together, by Ray's name: CPU, GPU, memory in bytes."""
+        return sum(float(node.resources.get(name, 0.0)) for node in self.nodes)
+
+    def fit(self, demand: Demand) -> tuple[int, int]:
+        """Workers and shards that fit, in the passes that the demand says. Raises UserError."""
+        return fit_nodes(demand, self.nodes)
 
 
 def ask(demand: Demand | None = None, timeout: float = TIMEOUT) -> Answer:
@@ -76,7 +75,7 @@ def ask(demand: Demand | None = None, timeout: float = TIMEOUT) -> Answer:
     if demand is None or answer.problem:
         return answer
     try:
-        workers, shards = fit(settled(demand, lambda one: fit(one, answer.supply)), answer.supply)
+        workers, shards = answer.fit(settled(demand, answer.fit))
     except UserError as error:
         return replace(answer, problem=str(error))
     return replace(answer, workers=workers, shards=shards)
@@ -84,8 +83,9 @@ def ask(demand: Demand | None = None, timeout: float = TIMEOUT) -> Answer:
 
 def _parse(out: str, err: str) -> Answer:
     for line in reversed(out.splitlines()):  # Ray may print before
-        with contextlib.suppress(ValueError, TypeError):
-            return Answer(**json.loads(line))
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            said = json.loads(line)
+            return Answer(said["problem"], tuple(Node(**node) for node in said["nodes"]))
     last = [line for line in err.splitlines() if line.strip()]
     return Answer(f"the question broke off: {last[-1][:300] if last else 'nothing was said'}")
 
@@ -97,8 +97,6 @@ def main() -> None:
 
 def _answer() -> Answer:
     auth.switch_on()
-    import ray
-
     from raylux.engine import session
 
     try:
@@ -106,11 +104,9 @@ def _answer() -> Answer:
     except UserError as error:
         return Answer(str(error))
     try:
-        supply, nodes = ray.cluster_resources(), [node for node in ray.nodes() if node["Alive"]]
-        cpus, gpus, memory = (float(supply.get(name, 0.0)) for name in ("CPU", "GPU", "memory"))
-        return Answer("", len(nodes), cpus, gpus, memory)
+        return Answer(nodes=session.living())
     finally:
-        ray.shutdown()
+        session.leave()
 
 
 if __name__ == "__main__":

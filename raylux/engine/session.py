@@ -119,8 +119,12 @@ def _fit_as_it_is(demand: Demand) -> tuple[int, int]:
     """Of the cluster as it is now, in the passes that the demand says. Raises UserError."""
     if not demand.worker_labels and not demand.shard_labels:
         return fit(demand, ray.cluster_resources())
-    living = [node for node in ray.nodes() if node["Alive"]]
-    return fit_nodes(demand, [Node(node["Resources"], node.get("Labels") or {}) for node in living])
+    return fit_nodes(demand, living())
+
+
+def living() -> tuple[Node, ...]:
+    """The nodes of the cluster that live now."""
+    return tuple(Node(node["Resources"], node.get("Labels") or {}) for node in ray.nodes() if node["Alive"])
 
 
 def fitting(demand: Demand) -> int:
