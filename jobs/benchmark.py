@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from jobs import pages
 from jobs.bench import page
 from jobs.bench.found import Found, compare
 from jobs.bench.records import KRONFLUENCE, RAYLUX
@@ -28,7 +29,6 @@ from jobs.bench.workloads import WORKLOADS
 from raylux.engine import numerics
 from raylux.errors import RayluxError, UserError
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results"
 USUAL = "A,B,S,C"
 
 
@@ -143,9 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found.save(options.json)
         print(page.page(found))
         if options.write:
-            path = RESULTS / "benchmark.md"
-            path.write_text(page.with_notes(page.page(found), path), encoding="utf-8")
-            page.plot(found, RESULTS / "benchmark.png")
+            pages.write(page.page(found), "benchmark.md")
+            page.plot(found, pages.RESULTS / "benchmark.png")
     except RayluxError as error:
         say(f"error: {error}")
         return error.exit_code

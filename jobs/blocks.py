@@ -12,6 +12,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 
-from jobs.bench.page import with_notes
+from jobs import pages
 from jobs.lds import methods
 from jobs.lds.retrain import FIRST_SEED
 from jobs.lds.study import Settings, Study
@@ -27,7 +28,7 @@ from raylux.demo.training import train_model
 from raylux.errors import RayluxError
 from raylux.evaluate.datamodel import spearman
 
-PAGE = Path(__file__).parent.parent / "docs" / "results" / "blocks.md"
+SIZES = ("train", "queries", "layers", "width", "epochs")
 BLOCKS = (1, 2, 4)
 KINDS = ("ekfac", "kfac")
 # Best sequences of a query that are compared as a set.
@@ -75,8 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train, score, compare; print the page, write it where that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write docs/results/blocks.md")
-    for name in ("train", "queries", "layers", "width", "epochs"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(Settings(), name))
+    pages.add_settings(parser, [field for field in fields(Settings) if field.name in SIZES])
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = vars(parser.parse_args(given))
     write = options.pop("write")
@@ -95,10 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RayluxError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    text = page(study.settings, scores, f"python jobs/blocks.py {' '.join(given)}".strip())
+    text = page(study.settings, scores, pages.command("blocks.py", given))
     print(text)
     if write:
-        PAGE.write_text(with_notes(text, PAGE), encoding="utf-8")
+        pages.write(text, "blocks.md")
     return 0
 
 

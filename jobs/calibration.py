@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -28,14 +28,13 @@ from transformers import (
 )
 
 import raylux
+from jobs import pages
 from jobs import proximal_optimum as small
-from jobs.bench.page import with_notes
 from raylux.calibrated import Calibration, agreements
 from raylux.errors import RayluxError
 from raylux.evaluate import Agreement
 from raylux.verification import CalibrationOptions, VerifyOptions
 
-PAGE = Path(__file__).parent.parent / "docs" / "results" / "calibration.md"
 KINDS = {
     "predicted": "EK-FAC, uncalibrated",
     "calibrated": "EK-FAC × the run's slope",
@@ -224,11 +223,9 @@ queries and sequences together. R² is the square of Pearson's correlation. Want
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    default = Settings()
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
-    for name, value in vars(default).items():
-        found.add_argument(f"--{name}", type=type(value), default=value)
+    pages.add_settings(found, fields(Settings))
     found.add_argument("--folder", type=Path, required=True, help="run folders go here")
     found.add_argument("--write", action="store_true", help="write docs/results/calibration.md")
     return found
@@ -249,11 +246,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RayluxError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    shown = ["RESULTS" if Path(part).absolute() == folder else part for part in given]
-    text = page(settings, outcomes, " ".join(["python jobs/calibration.py", *shown]))
+    text = page(settings, outcomes, pages.command("calibration.py", given, folder))
     print(text)
     if write:
-        PAGE.write_text(with_notes(text, PAGE), encoding="utf-8")
+        pages.write(text, "calibration.md")
     return 0
 
 

@@ -19,20 +19,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from jobs.bench.page import with_notes
+from jobs import pages
 from jobs.lds import methods, page, retrain
 from jobs.lds.study import Settings, Study
 from raylux.errors import RayluxError
 from raylux.evaluate import judge
 
-DOCS = Path(__file__).parent.parent / "docs" / "results"
-
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(Settings):
-        found.add_argument(f"--{field.name}", type=int, default=field.default)
+    pages.add_settings(found, fields(Settings))
     found.add_argument("--folder", type=Path, required=True, help="trained models' answers and run folders go here")
     found.add_argument("--write", action="store_true", help="write docs/results/datamodel.md and .png")
     return found
@@ -57,19 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     scores = {method.name: method.scores for method in found}
     judged = judge(scores, study.members, measured.mean(1), against=methods.EKFAC)
-    text = page.page(study.settings, found, judged, measured, _command(given, folder))
+    text = page.page(study.settings, found, judged, measured, pages.command("datamodel.py", given, folder))
     print(text)
     if write:
-        path = DOCS / "datamodel.md"
-        path.write_text(with_notes(text, path), encoding="utf-8")
-        page.plot(judged, DOCS / "datamodel.png")
+        pages.write(text, "datamodel.md")
+        page.plot(judged, pages.RESULTS / "datamodel.png")
     return 0
-
-
-def _command(given: Sequence[str], folder: Path) -> str:
-    """The command as the page shows it: where results are kept is nobody's business."""
-    shown = ["RESULTS" if Path(part).absolute() == folder else part for part in given]
-    return " ".join(["python jobs/datamodel.py", *shown])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from jobs.bench.records import KRONFLUENCE, RAYLUX, Measured
 from jobs.bench.rounds import FLOAT32
 from jobs.plots import pyplot
 
-NOTES = "## What was missed, and why"
 """The heading from which on a page is written by hand."""
 
 CLOCKS = {"A": CPU, "B": WALL, "C": WALL, "S": CPU}
@@ -244,13 +243,6 @@ Beside the stages: reading config, model structure, corpus and queries, hashing 
 - Fixed cost and one more query: a line through the whole jobs by least squares.
 """)
     return "\n".join(parts)
-
-
-def with_notes(text: str, path: Path) -> str:
-    """A page with what people have written below it (from ``NOTES`` on) in the file that it takes the place of."""
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    _, heading, notes = before.partition(NOTES)
-    return f"{text.rstrip()}\n\n{heading}{notes}" if heading else text
 
 
 def plot(found: Found, path: Path) -> None:
