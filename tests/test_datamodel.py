@@ -113,7 +113,10 @@ def test_models_that_are_there_are_not_trained_again(study: Study, tmp_path: Pat
 def test_methods_score_every_text(study: Study, tmp_path: Path) -> None:
     points = methods.train(study)
     assert len(points) == 1 and points[0].rate > 0
-    found = {"ekfac": methods.scores(study, points[0].model, tmp_path / "run", "ekfac"), "bm25": methods.bm25(study)}
+    found = {
+        "ekfac": methods.scores(study, points[0].model, tmp_path / "run", "ekfac"),
+        "bm25": methods.prefiltered(study, "bm25"),
+    }
     for scores in found.values():
         assert scores.shape == (3, 24) and np.isfinite(scores).all() and scores.std() > 0
     measured = np.random.default_rng(0).normal(size=(4, 2, 3))

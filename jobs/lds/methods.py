@@ -18,6 +18,7 @@ from raylux import prefilter
 from raylux.combined import Combined
 from raylux.curvature import KINDS
 from raylux.demo.training import train_model
+from raylux.errors import UserError
 
 EKFAC = "ekfac"
 # Epochs whose models TracIn and the average are taken over: the last ones.
@@ -74,7 +75,7 @@ def all_methods(study: Study, folder: Path) -> list[Method]:
     level = [Checkpoint(point.model, 1 / len(points)) for point in points]
     methods.append(_timed("ekfac, averaged", f"mean over {len(points)} epochs' models",
                           lambda: _weighted(study, level, folder / "averaged", EKFAC)))  # fmt: skip
-    methods.append(_timed("bm25", "shared tokens, no model", lambda: bm25(study)))
+    methods.append(_timed("bm25", "shared tokens, no model", lambda: prefiltered(study, "bm25")))
     return methods
 
 
@@ -95,10 +96,11 @@ def train(study: Study) -> list[Checkpoint]:
 
 def scores(study: Study, model: PreTrainedModel, folder: Path, kind: str, overrides: Sequence[str] = ()) -> np.ndarray:
     """raylux's scores [Q, N], in the order of the texts."""
-    return _array(study, _run(study, model, folder, kind, overrides))
+    return array(study, run(study, model, folder, kind, overrides))
 
 
-def _run(study: Study, model: PreTrainedModel, folder: Path, kind: str, overrides: Sequence[str] = ()) -> raylux.Run:
+def run(study: Study, model: PreTrainedModel, folder: Path, kind: str, overrides: Sequence[str] = ()) -> raylux.Run:
+    """Every text scored for every query; unless overridden, dense, without tokens, in the raw unit."""
     options = [f"curvature.kind={kind}", "query.max_error=0", "score.token_top=0", "score.unit=raw", *overrides]
     train = [{"text": text, "id": _id(place)} for place, text in enumerate(study.texts)]
     return raylux.attribute(model, study.tokenizer, train, study.asked, folder=folder, overrides=options)
@@ -108,27 +110,33 @@ def _id(place: int) -> str:
     return f"{place:06d}"
 
 
-def _array(study: Study, found: raylux.Run | Combined) -> np.ndarray:
+def array(study: Study, found: raylux.Run | Combined) -> np.ndarray:
+    """Its scores [Q, N], in the order of the study's queries and texts.
+
+    Raises:
+        UserError: a text was too long for the model, and was cut in pieces.
+    """
     queries, ids = [query["id"] for query in study.asked], [_id(place) for place in range(len(study.texts))]
+    if found.scores().sizes["sequence"] != len(ids):
+        raise UserError(f"lds: some texts have more tokens than the model's context; raise --vocabulary "
+                        f"({study.settings.vocabulary})")  # fmt: skip
     return found.scores().sel(query=queries, sequence=ids).to_numpy().astype(np.float64)
 
 
 def _weighted(study: Study, points: Sequence[Checkpoint], folder: Path, kind: str) -> np.ndarray:
-    runs = [_run(study, point.model, folder / str(place), kind) for place, point in enumerate(points)]
-    return _array(study, raylux.combine(runs, [point.rate for point in points]))
+    runs = [run(study, point.model, folder / str(place), kind) for place, point in enumerate(points)]
+    return array(study, raylux.combine(runs, [point.rate for point in points]))
 
 
-def bm25(study: Study) -> np.ndarray:
-    """The prefilter's score of every text for each query."""
+def prefiltered(study: Study, kind: str) -> np.ndarray:
+    """A prefilter's score of every text for each query, [Q, N]."""
     rows = study.tokenizer(study.texts, add_special_tokens=False)["input_ids"]
     tokens, offsets = np.concatenate(rows), np.cumsum([0, *map(len, rows)])
     asked = [query["prompt"] + query["completion"] for query in study.asked]
     queries = [np.asarray(row) for row in study.tokenizer(asked, add_special_tokens=False)["input_ids"]]
     counts = prefilter.count_terms(tokens, offsets, len(study.tokenizer))
     found = np.zeros((len(asked), len(rows)))
-    for place, (best, values) in enumerate(
-        prefilter.score_shard("bm25", tokens, offsets, counts, queries, len(rows), 0)
-    ):
+    for place, (best, values) in enumerate(prefilter.score_shard(kind, tokens, offsets, counts, queries, len(rows), 0)):
         found[place, best] = values
     return found
 
