@@ -16,6 +16,7 @@ from jobs.lds.study import Settings, Study
 from raylux.errors import UserError
 from raylux.evaluate import correlations, judge
 from raylux.evaluate.datamodel import Estimate
+from raylux.store import RunFolder
 
 SMALL = Settings(train=24, queries=3, subsets=4, repeats=2, vocabulary=300, layers=1, width=16, epochs=1)
 
@@ -101,13 +102,16 @@ def test_a_study_is_a_function_of_its_settings(study: Study) -> None:
 
 def test_models_that_are_there_are_not_trained_again(study: Study, tmp_path: Path) -> None:
     """Killed in the middle, the rest is trained; what was there is read as it is."""
+    store = RunFolder(str(tmp_path))
     there = [(subset, repeat) for subset in range(4) for repeat in range(2)]
-    for place, (subset, repeat) in enumerate(there):
-        retrain._keep(retrain._path(tmp_path, subset, repeat), np.full(3, float(place)))
-    assert retrain.measured(study, tmp_path)[:, :, 0].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert not list(tmp_path.glob("*.partial"))
-    values = [retrain._train(SMALL, 1, repeat) for repeat in (0, 0, 1)]
-    assert (values[0] == values[1]).all() and (values[0] != values[2]).any() and (values[0] < 0).all()
+    for place, job in enumerate(there):
+        if place != 5:
+            store.commit(retrain.STAGE, retrain.unit(*job), values=[float(place)] * 3, shape=[3])
+    found = retrain.measured(study, tmp_path, "local", quiet=True)
+    assert found.shape == (4, 2, 3)
+    values = [retrain.train(SMALL, 2, repeat) for repeat in (1, 0)]
+    assert (found[2, 1] == values[0]).all() and (values[0] != values[1]).any() and (values[0] < 0).all()
+    assert np.delete(found[:, :, 0].ravel(), 5).tolist() == [0, 1, 2, 3, 4, 6, 7]
 
 
 def test_methods_score_every_text(study: Study, tmp_path: Path) -> None:

@@ -1,68 +1,41 @@
-"""Models trained on subsets: Ray tasks, each with one core; what is done is kept, and goes on by the same command."""
+"""Models trained on subsets, each a task of its own; what is done is kept, and goes on by the same command."""
 
 from __future__ import annotations
 
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 
 from jobs.lds.study import Settings, Study
 from raylux.demo.training import train_model
+from raylux.engine.progress import Reporter
+from raylux.engine.tasks import run_tasks
+from raylux.store import RunFolder
 
 # The model of all texts and the subsets' begin at the same weights: repeat r of a subset has this seed plus r.
 FIRST_SEED = 0
+# Of the ledger.
+STAGE = "subsets"
 
 
-def measured(study: Study, folder: Path) -> np.ndarray:
-    """f after training on each subset, [S, repeats, Q] in nats; a file for each in ``folder``, read where it is."""
+def measured(study: Study, folder: Path, backend: str = "ray", quiet: bool = False) -> np.ndarray:
+    """f after training on each subset, [S, repeats, Q] in nats; what is in the folder's ledger is read from there."""
     settings = study.settings
-    jobs = [(subset, repeat) for subset in range(settings.subsets) for repeat in range(settings.repeats)]
-    todo = [job for job in jobs if not _path(folder, *job).exists()]
-    if todo:
-        _train_all(settings, todo, folder)
-    values = [np.load(_path(folder, *job)) for job in jobs]
-    return np.stack(values).reshape(settings.subsets, settings.repeats, -1)
+    jobs = {unit(*job): job for job in np.ndindex(settings.subsets, settings.repeats)}
+    store = RunFolder(str(folder))
+    found = run_tasks(
+        store, STAGE, train, settings, jobs, reporter=Reporter(store, quiet), what="models", backend=backend
+    )
+    return np.stack(list(found.values())).reshape(settings.subsets, settings.repeats, -1)
 
 
-def _path(folder: Path, subset: int, repeat: int) -> Path:
-    return folder / f"subset-{subset:03d}-{repeat}.npy"
+def unit(subset: int, repeat: int) -> str:
+    """The ledger's name of a model."""
+    return f"subset-{subset:03d}-{repeat}"
 
 
-def _train_all(settings: Settings, todo: list[tuple[int, int]], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    # As the engine does: a process that knows of Ray before of its token does not use one.
-    from raylux.engine import session
-
-    started = session.connect()
-    import ray
-
-    try:
-        task = ray.remote(num_cpus=1, max_retries=3)(_train)
-        running = {task.remote(settings, *job): job for job in todo}
-        began = time.monotonic()
-        for count in range(1, len(todo) + 1):
-            (ready,), _ = ray.wait(list(running), num_returns=1)
-            job = running.pop(ready)
-            _keep(_path(folder, *job), ray.get(ready))
-            left = (time.monotonic() - began) / count * (len(todo) - count)
-            print(f"model {count} of {len(todo)}, about {left / 60:.1f} min left", file=sys.stderr, flush=True)
-    finally:
-        if started:
-            ray.shutdown()
-
-
-def _train(settings: Settings, subset: int, repeat: int) -> np.ndarray:
+def train(settings: Settings, subset: int, repeat: int) -> np.ndarray:
     """f of each query after training on a subset."""
     study = Study.of(settings)
     texts = [study.texts[place] for place in np.flatnonzero(study.members[subset])]
     return study.logprobs(train_model(texts, study.tokenizer, settings.training(FIRST_SEED + repeat)))
-
-
-def _keep(path: Path, values: np.ndarray) -> None:
-    """Whole or not at all: a file that is there is never looked at again."""
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.save(file, values)
-    partial.replace(path)

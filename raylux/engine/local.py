@@ -24,7 +24,7 @@ class LocalBackend:
 
     def __init__(self, worker: WorkerSpec, shards: Sequence[ShardSpec], notify: Notify = lambda *_, **__: None) -> None:
         self._notify = notify
-        self._threads = _Threads(worker.plan.threads)
+        self._threads = Threads(worker.plan.threads)
         self._threads.__enter__()
         self._worker_spec = worker
         self._worker: GradientWorker | None = None
@@ -107,7 +107,7 @@ class _Inline:
         return self._backend.run(self._queue.popleft(), self._method, self._parts)
 
 
-class _Threads(AbstractContextManager[None]):
+class Threads(AbstractContextManager[None]):
     """torch's thread count for a while: it is global to the process, and it changes bits."""
 
     def __init__(self, threads: int) -> None:
