@@ -8,14 +8,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raylux import models, prepare
+from torch import nn
+from transformers import PreTrainedModel
+
+from raylux import examples, models, modules, prepare
 from raylux.adapters import has_adapter
 from raylux.combined import Combined
 from raylux.config import Config
 from raylux.engine.context import Context
 from raylux.engine.progress import Reporter
 from raylux.engine.stages import fit, prefilter, query, score
-from raylux.errors import MissingStageError, UserError
+from raylux.errors import MissingStageError, UserError, shown
+from raylux.modulecheck import features_read
 from raylux.results import Run, StageStatus
 from raylux.store import Lease, RunFolder
 
@@ -136,8 +140,8 @@ def _check_before(ctx: Context, stage: str, config_path: str | None) -> None:
 def attribute(
     model: Any,
     tokenizer: Any,
-    train: Iterable[str | Mapping[str, Any]],
-    queries: Iterable[Mapping[str, Any] | tuple[str, str]],
+    train: Iterable[Any],
+    queries: Iterable[Any],
     *,
     folder: str | Path | None = None,
     overrides: Sequence[str] = (),
@@ -146,10 +150,14 @@ def attribute(
     """Attribute with a model object and lists in memory: writes them down and runs the same stages.
 
     Args:
-        model: a transformers causal LM.
-        tokenizer: its tokenizer.
-        train: texts, or records with ``text`` or ``input_ids`` (and ``labels``, ``id``).
-        queries: records as in a query file, or pairs (prompt, completion).
+        model: a transformers causal LM, or a classifier of sequences; or, without a tokenizer, a torch module that maps
+            features [B, *shape] to logits [B, classes], or to [B] or [B, 1], the logit of the second of two classes.
+        tokenizer: its tokenizer; None for a module.
+        train: texts, or records with ``text`` or ``input_ids`` (and ``labels``, ``id``); for a classifier pairs
+            (text, class), or records with ``text`` or ``input_ids`` and ``label``; for a module a data set of pairs
+            (features, class), or records with ``features`` and ``label`` (and ``id``, ``text``).
+        queries: records as in a query file, or pairs (prompt, completion); for a classifier pairs (text, class), for a
+            module pairs (features, class) or records with ``features`` and ``label`` (``contrast``, ``measurement``).
         folder: where to keep the run; default: a temporary folder that lives as long as the result.
         overrides: ``section.key=value``, as on the command line. Defaults here: no prefilter, in process.
         quiet: no progress on the terminal.
@@ -157,42 +165,101 @@ def attribute(
     Raises:
         UserError: as ``run``.
     """
+    keep = tempfile.TemporaryDirectory(prefix="raylux-") if folder is None else None
+    base = Path(keep.name if keep else str(folder))
+    inputs = base.with_name(base.name + "-inputs") if keep is None else base / "inputs"
+    inputs.mkdir(parents=True, exist_ok=True)
+    written = _write_examples if tokenizer is None else _write_texts
+    sections = written(inputs, model, tokenizer, train, queries)
+    sections["run"] = {"folder": str(base / "run" if keep else base)}
+    sections["queries"] = {"path": str(inputs / "queries.jsonl")}
+    sections["prefilter"] = {"kind": "none"}
+    sections["engine"] = {"backend": "local", **sections.get("engine", {})}
+    config = Config.parse(sections, overrides, where="attribute")
+    # The run needs the module for as long as it is asked.
+    return Run(run_stages(config, quiet=quiet).folder, keep=(keep, model))
+
+
+Sections = dict[str, dict[str, Any]]
+
+
+def _write_texts(inputs: Path, model: Any, tokenizer: Any, train: Iterable[Any], queries: Iterable[Any]) -> Sections:
+    """Model, tokenizer, texts and queries as files, and what a config says of them."""
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"attribute: {type(model).__name__} is no model of transformers; a module that reads features goes without "
+            "a tokenizer: raylux.attribute(module, None, examples, queries)"
+        )
     if has_adapter(model):
         raise UserError(
             "attribute: the model carries an adapter; save both, and run a config that names them in model.path and "
             "model.adapter"
         )
-    keep = tempfile.TemporaryDirectory(prefix="raylux-") if folder is None else None
-    base = Path(keep.name if keep else str(folder))
-    inputs = base.with_name(base.name + "-inputs") if keep is None else base / "inputs"
-    inputs.mkdir(parents=True, exist_ok=True)
     with models.quiet():
         model.save_pretrained(inputs / "model")
         # Not beside the model: transformers would pick a tokenizer class by the model's type.
         tokenizer.save_pretrained(inputs / "tokenizer")
-    rows = [{"text": row} if isinstance(row, str) else dict(row) for row in train]
-    asked = [row if isinstance(row, Mapping) else {"prompt": row[0], "completion": row[1]} for row in queries]
+    names = ("prompt", "completion") if models.classes_of(model) is None else ("text", "label")
+    rows = [_record(row, ("text",) if isinstance(row, str) else names) for row in train]
     _write_lines(inputs / "train.jsonl", rows)
-    _write_lines(inputs / "queries.jsonl", [{"id": str(place), **row} for place, row in enumerate(asked)])
-    sections: dict[str, dict[str, Any]] = {
-        "run": {"folder": str(base / "run" if keep else base)},
+    _write_queries(inputs, [_record(row, names) for row in queries])
+    sections: Sections = {
         "model": {
             "path": str(inputs / "model"),
             "tokenizer": str(inputs / "tokenizer"),
             "dtype": str(model.dtype).removeprefix("torch."),
         },
         "corpus": {"path": str(inputs / "train.jsonl")},
-        "queries": {"path": str(inputs / "queries.jsonl")},
-        "prefilter": {"kind": "none"},
-        "engine": {"backend": "local"},
     }
     context = models.context_length(model.config)
     if context is not None:
         sections["corpus"]["max_length"] = min(512, context)
     if rows and "id" in rows[0]:
         sections["corpus"]["id"] = "id"
-    config = Config.parse(sections, overrides, where="attribute")
-    return Run(run_stages(config, quiet=quiet).folder, keep=keep)
+    if names[1] == "label":
+        sections["corpus"]["keep"] = ["label"]
+    return sections
+
+
+def _write_examples(inputs: Path, model: Any, _: None, train: Iterable[Any], queries: Iterable[Any]) -> Sections:
+    """A module, examples and queries as files, and what a config says of them."""
+    if isinstance(model, PreTrainedModel) or not isinstance(model, nn.Module):
+        raise UserError(
+            f"attribute: a {type(model).__name__} needs its tokenizer; only a torch module goes without one"
+        )
+    some = next(model.parameters(), None)
+    dtype = "float32" if some is None else str(some.dtype).removeprefix("torch.")
+    found = examples.collect(train, "float64" if dtype == "float64" else "float32")
+    features = features_read(model, found.features)
+    asked = [
+        {"id": str(place), **examples.as_record(row, f"queries row {place}", examples.QUERY_KEYS)}
+        for place, row in enumerate(queries)
+    ]
+    # Checked here before anything is written; read again like any other run's inputs.
+    parsed = examples.parse_questions(asked, features, dtype)
+    examples.class_numbers(found.labels, features)
+    modules.hold(model, features, inputs / "model")
+    examples.write(inputs / "train.safetensors", found)
+    _write_queries(inputs, [query.record for query in parsed])
+    return {
+        "model": {"path": str(inputs / "model"), "dtype": dtype, "device": "cpu"},
+        "corpus": {"path": str(inputs / "train.safetensors")},
+        "score": {"token_top": 0},
+    }
+
+
+def _write_queries(inputs: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    _write_lines(inputs / "queries.jsonl", [{"id": str(place), **row} for place, row in enumerate(rows)])
+
+
+def _record(row: Any, names: Sequence[str]) -> dict[str, Any]:
+    """A row as a record: as it is, or text and what belongs to it by these names."""
+    if isinstance(row, Mapping):
+        return dict(row)
+    values = (row,) if isinstance(row, str) else tuple(row)
+    if len(values) != len(names):
+        raise UserError(f"attribute: {shown(row)} is no record with {' and '.join(names)}, nor a tuple of them")
+    return dict(zip(names, values, strict=True))
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

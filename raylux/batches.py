@@ -23,6 +23,7 @@ from raylux.routed import ROW_BLOCK
 
 IGNORED = -100
 MOST_ROWS = 16
+_MOST_EXAMPLES = 128
 # Padding, as a share of the real tokens, that a fit batch accepts to be of use to the scores too.
 _PADDING = 0.05
 
@@ -34,7 +35,7 @@ class Batch:
     Attributes:
         rows: positions of the sequences in the caller's list, one per counted row; rows of the tensors
             beyond ``len(rows)`` are filler.
-        input_ids: [B, T] int64.
+        input_ids: [B, T] int64; [B, 1, *shape] of features.
         mask: [B, T] bool, True on real tokens.
         labels: [B, T] int64, -100 where no loss is taken.
         keys: [B] int64, the sequences' keys for the noise of sampled labels.
@@ -59,7 +60,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One sequence as a worker gets it: tokens and labels [T] int, and its key."""
+    """One sequence as a worker gets it: tokens and labels [T] int, and its key; an example's features are one token."""
 
     tokens: np.ndarray
     labels: np.ndarray
@@ -71,6 +72,20 @@ class TokenRow:
         first = max(0, int(labelled[0]) - 1) if len(labelled) else 0
         kept = slice(first, first + tokens)
         return TokenRow(self.tokens[kept], self.labels[kept], self.key)
+
+
+def mask_of_rows(mask: Tensor, rows: int) -> Tensor | None:
+    """Which rows of a layer count, [N, rows] bool, of which it has ``rows`` for each sequence.
+
+    Args:
+        mask: [N, T] bool, True on real tokens.
+        rows: T for each call of the layer.
+
+    Returns:
+        None where all do, since they are no tokens: above a classifier's pooling there is one for each sequence.
+    """
+    tokens = mask.shape[1]
+    return mask.repeat(1, rows // tokens) if rows % tokens == 0 else None
 
 
 def bucket(length: int, most: int | None = None) -> int:
@@ -97,6 +112,8 @@ def rows_per_batch(padded: int, batch_tokens: int) -> int:
     Matrix products flatten rows and tokens, and the bits of a token depend on where in a block of rows it stands.
     A length that is no whole number of blocks (a model's odd context) therefore runs alone.
     """
+    if padded == 1:  # examples with features, all of which are always scored: company does not change
+        return max(1, min(_MOST_EXAMPLES, batch_tokens))
     if padded % ROW_BLOCK:
         return 1
     return max(1, min(MOST_ROWS, batch_tokens // padded))
@@ -107,7 +124,9 @@ def collate(
 ) -> Batch:
     """Pad ``rows`` to ``padded`` tokens; with ``size``, fill up to that many rows by repeating the first."""
     count = max(len(rows), size or 0)
-    ids = np.zeros((count, padded), np.int64)
+    tokens = rows[0].tokens
+    kind = tokens.dtype if tokens.dtype.kind == "f" else np.dtype(np.int64)
+    ids = np.zeros((count, padded, *tokens.shape[1:]), kind)
     mask = np.zeros((count, padded), bool)
     labels = np.full((count, padded), IGNORED, np.int64)
     keys = np.zeros(count, np.int64)

@@ -6,6 +6,7 @@ Layout, fixed for everything that builds on it:
   being the constant 1 of the bias where the layer has one; zero on padding.
 - ``g_NTP``: the gradient of the summed loss of sequence n with respect to the layer's output; zero on padding.
 - of an expert of a mixture, which sees some tokens of some sequences: a and g as ``Routed``.
+- of a layer above a classifier's pooling, which sees one row for each sequence: a [N, 1, M] and g [N, 1, P].
 
 The gradient of sequence n is then ``G_PM = Σ_t g_tP a_tM``, whatever the layer's own storage (``nn.Linear``
 keeps [P, M], GPT-2's ``Conv1D`` [M, P]). Parameters are frozen: no weight gradient is ever formed. The graph begins
@@ -15,7 +16,6 @@ the lowest layer that is wanted.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,16 +26,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from raylux.batches import IGNORED, Batch
+from raylux.batches import IGNORED, Batch, mask_of_rows
 from raylux.checkpointing import blocks_of, checkpointed
 from raylux.errors import NumericsError, UserError
 from raylux.experts import DOWN, SplitExperts
 from raylux.gpu import is_unrepeatable, repeatable
 from raylux.layers import TrackedLayer
 from raylux.loss import LogitLoss, logit_loss
+from raylux.modules import features_of
+from raylux.patches import Patches, output_rows
 from raylux.profiling import of
 from raylux.recording import Forward, Outputs, Record
 from raylux.routed import Routed, Rows
+from raylux.tasks import task_of
 
 # The share of a sequence's tokens up to which logits are computed for those with a loss alone.
 _FEW = 0.9
@@ -93,16 +96,17 @@ class Captured:
         a = torch.empty(rows, tokens, width + self.biased[name], dtype=dtype, device=x.device)
         a[..., :width] = x
         a[..., width:] = 1
-        if self.mask is not None:
-            a.masked_fill_(~self.mask.repeat(1, tokens // self.mask.shape[1]).unsqueeze(-1), 0)
+        mask = None if self.mask is None else mask_of_rows(self.mask, tokens)
+        if mask is not None:
+            a.masked_fill_(~mask.unsqueeze(-1), 0)
         return a
 
 
 class Capture:
-    """Runs batches through a frozen causal LM and records a and g of its tracked layers.
+    """Runs batches through a frozen model and records a and g of its tracked layers.
 
     Args:
-        model: called as ``model(input_ids=…, attention_mask=…)``, returns an object with ``logits`` [B, T, V].
+        model: a causal LM or a classifier, called as its ``Task`` does.
         layers: the layers to record.
         groups: layer -> input group, as ``input_groups`` finds them; default: each layer by itself.
         checkpointing: keep of each block its input alone, and compute it again in the backward pass.
@@ -122,10 +126,9 @@ class Capture:
         self._checkpointed = blocks_of(model, self._names()) if checkpointing else []
         self._blocks = [module for module in model.modules() if isinstance(module, SplitExperts)]
         self._widths = {layer.name: layer.inputs - int(layer.bias) for layer in layers}
+        self._patches = {layer.name: layer.patches for layer in layers}
         self._experts = {layer.name: _expert_of(model, layer.name) for layer in layers if layer.routed}
-        takes = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in takes
-        self._takes_places = "logits_to_keep" in takes
+        self.task = task_of(model)
         # Until an operation of the model turns out to have no kernel whose bits repeat.
         self._repeatable = True
 
@@ -141,8 +144,7 @@ class Capture:
         Args:
             batch: on the model's device.
         """
-        targets = torch.full_like(batch.labels, IGNORED)
-        targets[:, :-1] = batch.labels[:, 1:]
+        targets = self.task.targets(batch)
         places = self._places(targets)
         record = Outputs()
         handles = [module.register_forward_hook(record.hook(name)) for name, module in self._modules.items()]
@@ -154,7 +156,15 @@ class Capture:
                 handle.remove()
         flat = logits.reshape(-1, logits.shape[-1])
         with sdpa_kernel(SDPBackend.MATH):
-            yield Forward(flat, targets.reshape(-1)[places] != IGNORED, record.inputs, record.outputs)
+            yield Forward(flat, targets.reshape(-1)[places] != IGNORED, self._rows(record), record.outputs)
+
+    def _rows(self, record: Outputs) -> dict[str, list[Tensor]]:
+        """Inputs of each call, a row for each that a convolution lies on."""
+        patches = {name: each for name, each in self._patches.items() if each is not None}
+        return {
+            name: [patches[name].rows(x) for x in calls] if name in patches else calls
+            for name, calls in record.inputs.items()
+        }
 
     def run(
         self,
@@ -186,8 +196,7 @@ class Capture:
         return self._run(batch, labeller, both, layers)
 
     def _run(self, batch: Batch, labeller: Labeller | None, both: bool, layers: Sequence[TrackedLayer]) -> Captured:
-        targets = torch.full_like(batch.labels, IGNORED)
-        targets[:, :-1] = batch.labels[:, 1:]  # a token's logits are for the next one
+        targets = self.task.targets(batch)
         places = self._places(targets)
         with self._recording(batch, layers) as record:
             with of("forward"), checkpointed(self._checkpointed):
@@ -201,10 +210,8 @@ class Capture:
                     grads = record.gradients(logits, one.gradient, retain=index + 1 < len(losses))
                 taken.append(self._gradients(grads, batch, layers))
             raw = self._inputs(record, batch, layers)
-        labels, loss = batch.labels.clone(), losses[0].token_loss
         targets.view(-1)[places] = losses[0].labels
-        labels[:, 1:] = targets[:, :-1]
-        loss = loss.view(len(labels), -1).sum(1)
+        labels, loss = self.task.labels(batch, targets), losses[0].token_loss.view(len(targets), -1).sum(1)
         if not torch.isfinite(loss).all():
             raise NumericsError("the loss of a sequence is not finite")
         biased = {layer.name: layer.bias for layer in self.layers if layer.name in raw}
@@ -216,7 +223,7 @@ class Capture:
 
         In a batch of several they would depend on the company, and with them the bits.
         """
-        if len(targets) > 1 or not self._takes_places:
+        if len(targets) > 1 or not self.task.takes_places:
             return slice(None)
         places = (targets[0] != IGNORED).nonzero().squeeze(1)
         return places if 0 < len(places) <= _FEW * targets.shape[1] else slice(None)
@@ -233,11 +240,9 @@ class Capture:
         flat = logits.detach().reshape(-1, logits.shape[-1])
         draw = None
         if labeller is not None:
-            # A label's place is in its sequence, not in the padded row: draws must not depend on the padding.
-            place = torch.zeros_like(batch.labels)
-            place[:, :-1] = _positions(batch)[:, 1:]
-            place = place.reshape(-1)[places]
-            keys = batch.keys.repeat_interleave(batch.labels.shape[1])[places]
+            where = self.task.where(batch)
+            keys = batch.keys.repeat_interleave(where.shape[1])[places]
+            place = where.reshape(-1)[places]
 
             def draw(probabilities: Tensor, at: Tensor) -> Tensor:
                 return labeller(probabilities, keys[at], place[at])
@@ -245,10 +250,7 @@ class Capture:
         return logit_loss(flat, targets, draw, both)
 
     def _logits(self, batch: Batch, places: Tensor | slice) -> Tensor:
-        extra = {} if isinstance(places, slice) else {"logits_to_keep": places}
-        if self._takes_positions:
-            extra["position_ids"] = _positions(batch)
-        return self.model(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False, **extra).logits
+        return self.task.logits(self.model, batch, places)
 
     @contextmanager
     def _recording(self, batch: Batch, layers: Sequence[TrackedLayer]) -> Iterator[Record]:
@@ -276,7 +278,7 @@ class Capture:
             if name in self._experts:
                 found[name] = self._routed(name, calls, self._widths[name])
             elif calls:
-                parts = [_by_sequence(x, len(batch.mask)) for x in calls]
+                parts = [_by_sequence(x, len(batch.mask), self._patches[name]) for x in calls]
                 found[name] = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         return found
 
@@ -294,8 +296,7 @@ class Capture:
     def _gradients(
         self, found: dict[str, list[Tensor | None]], batch: Batch, layers: Sequence[TrackedLayer]
     ) -> dict[str, Rows]:
-        count, mask = len(batch.mask), batch.mask
-        padded = not bool(mask.all())
+        count, padded = len(batch.mask), not bool(batch.mask.all())
         grads: dict[str, Rows] = {}
         for layer in layers:
             calls = found.get(layer.name, [])
@@ -307,11 +308,15 @@ class Capture:
                 raise NumericsError(f"layer '{layer.name}' took no part in the loss")
             # A call whose output the loss does not depend on has no gradient, but its inputs are there.
             none = torch.zeros_like(there[0])
-            parts = [_by_sequence(none if grad is None else grad, count) for grad in calls]
+            parts = [
+                _by_place(none if grad is None else grad, count, self._patches[layer.name] is not None)
+                for grad in calls
+            ]
             joined = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
             # Where padding stands on the left, its own rows attend to themselves and may leak nothing into
             # the loss; a zero there is exact.
-            grads[layer.name] = joined * mask.repeat(1, len(parts)).unsqueeze(-1) if padded else joined
+            mask = mask_of_rows(batch.mask, joined.shape[1]) if padded else None
+            grads[layer.name] = joined if mask is None else joined * mask.unsqueeze(-1)
         return grads
 
 
@@ -323,14 +328,14 @@ def _expert_of(model: nn.Module, name: str) -> tuple[SplitExperts, int]:
     return block, int(expert)
 
 
-def _positions(batch: Batch) -> Tensor:
-    """[N, T] each token's place in its own sequence, wherever the padding stands; 0 on padding before it."""
-    return (batch.mask.long().cumsum(1) - 1).clamp_(min=0)
+def _by_sequence(x: Tensor, sequences: int, patches: Patches | None) -> Tensor:
+    """[B, T, D] from whatever the module saw ([B, T, D] or, as in OPT, [B·T, D]); a convolution's patches."""
+    return x.reshape(sequences, -1, x.shape[-1]) if patches is None else patches.rows(x)
 
 
-def _by_sequence(x: Tensor, sequences: int) -> Tensor:
-    """[B, T, D] from whatever the module saw ([B, T, D] or, as in OPT, [B·T, D])."""
-    return x.reshape(sequences, -1, x.shape[-1])
+def _by_place(y: Tensor, sequences: int, convolution: bool) -> Tensor:
+    """The same of what the module gave."""
+    return output_rows(y) if convolution else _by_sequence(y, sequences, None)
 
 
 def input_groups(model: nn.Module, layers: Sequence[TrackedLayer]) -> dict[str, str]:
@@ -356,7 +361,11 @@ def input_groups(model: nn.Module, layers: Sequence[TrackedLayer]) -> dict[str, 
     try:
         # Plain meta tensors would not do: transformers looks at the numbers of a mask, unless it meets fake ones.
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device))
+            some, features = next(model.parameters()), features_of(model)
+            if features is None:
+                model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=some.device))
+            else:
+                model(some.new_zeros(2, *features.shape, dtype=torch.int64 if features.whole else None))
     except (RuntimeError, NotImplementedError, ValueError):  # what torch raises of an operation without a fake kernel
         return {layer.name: layer.name for layer in layers}
     finally:
@@ -367,5 +376,5 @@ def input_groups(model: nn.Module, layers: Sequence[TrackedLayer]) -> dict[str, 
     for layer in layers:
         expert, _, leaf = layer.name.rpartition(".")
         read = [expert, leaf == DOWN] if layer.routed else seen[layer.name]
-        found[layer.name] = leaders.setdefault((layer.bias, *read), layer.name)
+        found[layer.name] = leaders.setdefault((layer.bias, layer.patches, *read), layer.name)
     return found

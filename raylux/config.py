@@ -72,6 +72,9 @@ class ModelSection(Section):
     path: Name = Field(description="local folder, GGUF file, hub name, fsspec URL or package://MODULE/FILE")
     tokenizer: Name | None = Field(None, description="where the tokenizer is, if not with the model")
     adapter: Name | None = Field(None, description="a LoRA adapter, as PEFT keeps it: its own matrices are tracked")
+    task: Literal["auto", "causal-lm", "classification"] = Field(
+        "auto", description="what the model is for; auto: by the architecture that its config.json names"
+    )
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpointing: bool = Field(
@@ -90,6 +93,7 @@ class CorpusSection(Section):
     split: Name = Field("train", description="split of a hub data set")
     text: Name = Field("text", description="field that holds the text")
     id: Name | None = Field(None, description="field that holds the document's id; default: its number")
+    label: Name | None = Field(None, description="field that holds a text's class, for a classifier; default: label")
     keep: Names = Field((), description="fields to keep beside each sequence")
     max_length: int = Field(512, ge=2, le=10**9, description="tokens per sequence, at most")
     pack: bool = Field(False, description="join documents into sequences of max_length tokens; the last may be shorter")

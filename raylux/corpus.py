@@ -2,7 +2,8 @@
 
 A long document is cut into pieces of ``max_length`` tokens (``docid:0``, ``docid:1``, …), or documents are
 packed one after the other with the tokenizer's end token between them (``pack:0``, …). What is too short to
-hold a label is dropped and counted.
+hold a label is dropped and counted. For a classifier each document is one sequence with its class; a longer one is
+cut short, as it was when the model was trained.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from raylux.classes import class_labels, class_number
 from raylux.config import CorpusSection
 from raylux.errors import UserError
 from raylux.readers import Document, read_documents
@@ -38,6 +40,7 @@ class Sequences:
         labels: int32 like ``tokens``, -100 where no loss counts; None: every token but a sequence's first.
         table: one row per sequence: ``sequence``, ``document``, ``text``, then the kept fields.
         dropped: what was left out, by reason; ``tokens`` is their number of tokens.
+        classes: int32, the class of each sequence, for a classifier; there are no ``labels`` then.
     """
 
     tokens: np.ndarray
@@ -45,6 +48,7 @@ class Sequences:
     labels: np.ndarray | None
     table: pd.DataFrame
     dropped: dict[str, int] = field(default_factory=dict)
+    classes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -53,10 +57,13 @@ class Sequences:
         """Tokens and labels (int32, aligned) of a sequence.
 
         ``labels[t]`` is the token itself where its loss counts and -100 elsewhere. The first position never
-        counts: nothing comes before it to predict it from. The shift happens in the loss.
+        counts: nothing comes before it to predict it from. The shift happens in the loss. For a classifier the class
+        stands at the first position, and nothing else counts.
         """
         part = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         tokens = self.tokens[part]
+        if self.classes is not None:
+            return tokens, class_labels(len(tokens), int(self.classes[index]))
         labels = (tokens if self.labels is None else self.labels[part]).copy()
         labels[:1] = IGNORE
         return tokens, labels
@@ -67,7 +74,11 @@ class Sequences:
 
 
 def load_corpus(
-    config: CorpusSection, tokenizer: PreTrainedTokenizerBase, vocab_size: int, context: int | None
+    config: CorpusSection,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    context: int | None,
+    classes: tuple[str, ...] | None = None,
 ) -> Sequences:
     """Read and tokenize the corpus that ``config`` names.
 
@@ -76,11 +87,30 @@ def load_corpus(
         tokenizer: the model's tokenizer, called as it is (with the special tokens that it adds by itself).
         vocab_size: the model's number of token embeddings; a token beyond it is an error.
         context: the longest sequence that the model takes, or None if it has no limit.
+        classes: of a classifier; None: a language model.
 
     Raises:
         UserError: the corpus is missing or empty, or a row does not fit; the line names file and row.
     """
-    return build_sequences(read_documents(config), config, tokenizer, vocab_size, context)
+    config = labelled(config, classes)
+    return build_sequences(read_documents(config), config, tokenizer, vocab_size, context, classes)
+
+
+def labelled(config: CorpusSection, classes: tuple[str, ...] | None) -> CorpusSection:
+    """The section as documents are read by it: with the field of the class where the model is a classifier.
+
+    Raises:
+        UserError: it asks for what does not go with the model.
+    """
+    if classes is None:
+        if config.label is not None:
+            raise UserError(
+                f"corpus.label = '{config.label}' is for classifiers, and the model is a causal language model; drop it"
+            )
+        return config
+    if config.pack:
+        raise UserError("corpus.pack: a classifier reads one document at a time; set corpus.pack=false")
+    return config if config.label is not None else config.model_copy(update={"label": "label"})
 
 
 def build_sequences(
@@ -89,8 +119,9 @@ def build_sequences(
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
     context: int | None,
+    classes: tuple[str, ...] | None = None,
 ) -> Sequences:
-    """Tokenize documents and cut or pack them; see ``load_corpus``."""
+    """Tokenize documents and cut or pack them; see ``load_corpus``. ``config`` as ``labelled`` gives it."""
     if context is not None and config.max_length > context:
         raise UserError(
             f"corpus.max_length = {config.max_length} is longer than the model's context of {context} tokens; "
@@ -98,7 +129,10 @@ def build_sequences(
         )
     encoded = _tokenize(_unique(documents), tokenizer, vocab_size)
     build = _Builder()
-    count = _pack(encoded, config, tokenizer, build) if config.pack else _cut(encoded, config, tokenizer, build)
+    if classes is not None:
+        count = _classified(encoded, config, tokenizer, build, classes)
+    else:
+        count = _pack(encoded, config, tokenizer, build) if config.pack else _cut(encoded, config, tokenizer, build)
     if count == 0:
         raise UserError(f"{config.path}: the corpus is empty, it holds no document")
     if not build.ids:
@@ -127,6 +161,7 @@ class _Builder:
         self._labels = array("i")
         self._labelled = False
         self._offsets = array("q", [0])
+        self._classes = array("i")
         self._texts: list[str] = []
         self._kept: list[dict[str, Any]] = []
 
@@ -136,17 +171,29 @@ class _Builder:
             return self._drop("sequences_short", tokens)
         if labels is not None and not (labels[1:] != IGNORE).any():
             return self._drop("sequences_unlabelled", tokens)
+        self._labelled = self._labelled or labels is not None
+        self._take(name, document, tokens, tokens if labels is None else labels)
+        return True
+
+    def add_classified(self, name: str, tokens: np.ndarray, number: int, lost: int) -> None:
+        """Take a document with its class, of which ``lost`` tokens were cut off."""
+        if lost:
+            self.dropped["texts_cut"] += 1
+            self.dropped["tokens"] += lost
+        self._take(name, name, tokens, None)
+        self._classes.append(number)
+
+    def _take(self, name: str, document: str, tokens: np.ndarray, labels: np.ndarray | None) -> None:
         if name in self.ids:
             raise UserError(
                 f"sequence id '{name}' comes twice, from the documents '{self.ids[name]}' and '{document}'; "
                 "rename one of them"
             )
         self.ids[name] = document
-        self._labelled = self._labelled or labels is not None
         self._tokens.frombytes(tokens.astype(np.int32).tobytes())
-        self._labels.frombytes((tokens if labels is None else labels).astype(np.int32).tobytes())
+        if labels is not None:
+            self._labels.frombytes(labels.astype(np.int32).tobytes())
         self._offsets.append(len(self._tokens))
-        return True
 
     def describe(self, text: str, kept: dict[str, Any]) -> None:
         """The text and kept fields of the sequence that ``add`` just took."""
@@ -167,6 +214,7 @@ class _Builder:
             labels=np.array(self._labels, dtype=np.int32) if self._labelled else None,
             table=pd.DataFrame(columns),
             dropped=dict(self.dropped),
+            classes=np.array(self._classes, dtype=np.int32) if self._classes else None,
         )
 
 
@@ -255,6 +303,39 @@ def _cut(
             if build.add(f"{document.id}:{number}", document.id, item.tokens[part], labels):
                 build.describe(texts[number], dict(document.keep))
     return count
+
+
+def _classified(
+    encoded: Iterator[_Encoded],
+    config: CorpusSection,
+    tokenizer: PreTrainedTokenizerBase,
+    build: _Builder,
+    classes: tuple[str, ...],
+) -> int:
+    """One sequence for each document, cut short as the tokenizer does it: with the special tokens at both ends."""
+    count = 0
+    for item in encoded:
+        count += 1
+        document, tokens = item.document, item.tokens
+        number = class_number(document.label, classes, f"{document.place}: the class in '{config.label}'")
+        if item.labels is not None:
+            raise UserError(f"{document.place}: 'labels' are for language models; a classifier's text has one class")
+        if not len(tokens):
+            raise UserError(f"{document.place}: the text has no token; remove the row")
+        if len(tokens) > config.max_length:
+            if document.text is None:
+                raise UserError(
+                    f"{document.place}: {len(tokens)} input_ids, more than corpus.max_length = {config.max_length}"
+                )
+            tokens = cut_short(document.text, tokenizer, config.max_length)
+        build.add_classified(document.id, tokens, number, len(item.tokens) - len(tokens))
+        build.describe(document.text or decode(tokenizer, tokens), dict(document.keep))
+    return count
+
+
+def cut_short(text: str, tokenizer: PreTrainedTokenizerBase, size: int) -> np.ndarray:
+    """Token ids [size] of the beginning of a text, special tokens among them."""
+    return np.asarray(tokenizer(text, truncation=True, max_length=size)["input_ids"], dtype=np.int64)
 
 
 def _piece_texts(item: _Encoded, starts: list[int], tokenizer: PreTrainedTokenizerBase, size: int) -> list[str]:

@@ -89,7 +89,7 @@ _FREE = frozenset(
         "engine.keep_captured",
     }
 )
-_OWN = {"model.tokenizer": "corpus"} | {
+_OWN = {"model.tokenizer": "corpus", "model.task": "corpus"} | {
     f"curvature.{key}": "query" for key in ("damping", "solver", "iterations", "tolerance", "scale", "step", "batch")
 }
 _SECTIONS = {"corpus": "corpus", "query": "query", "score": "score"}

@@ -1,10 +1,11 @@
 """Which layers the influence covers, and why the others are left out.
 
 A tracked layer is a linear map, y = W a with W of shape [P, M]: ``nn.Linear``, or the ``Conv1D`` of GPT-2,
-which keeps its weight as [in, out]. With a bias, the bias is the last column of W and the input gets a
-last coordinate of one, so M counts it. By default every linear of an MLP is tracked, and every matrix of every expert
-where the MLPs are mixtures (``raylux.experts`` takes fused ones apart). Of a model with a LoRA adapter the adapter's
-own matrices are tracked, and nothing else.
+which keeps its weight as [in, out], or a convolution of a module in memory (``raylux.patches``). With a bias, the bias
+is the last column of W and the input gets a last coordinate of one, so M counts it. By default every linear of an MLP
+is tracked, and every matrix of every expert where the MLPs are mixtures (``raylux.experts`` takes fused ones apart); of
+a classifier the linears of its head too, and of a module in memory every linear and convolution. Of a model with a LoRA
+adapter the adapter's own matrices are tracked, and nothing else.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from raylux.adapters import has_adapter, is_adapter
+from raylux.classes import is_classifier
 from raylux.errors import UserError
 from raylux.experts import ExpertLinear, SplitExperts
+from raylux.modules import features_of
+from raylux.patches import CONVOLUTIONS, Patches
 
 # Names of the module that holds an MLP, as transformers' architectures have them.
 MLP_PARTS = frozenset(
@@ -43,6 +47,7 @@ class TrackedLayer:
     Attributes:
         share: of all tokens that it sees, on average; less than 1 for an expert of a mixture.
         pool: of an expert: what its block calls this matrix of all its experts, which share a least damping.
+        patches: of a convolution.
     """
 
     name: str
@@ -52,6 +57,7 @@ class TrackedLayer:
     conv1d: bool
     share: float = 1.0
     pool: str | None = None
+    patches: Patches | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -111,8 +117,9 @@ def coverage(model: nn.Module, patterns: Sequence[str] | None = None, strict: bo
     """Choose the tracked layers of a model.
 
     Args:
-        model: a causal LM; its weights are not read, so a model on the meta device will do.
-        patterns: globs of module paths (``*`` also crosses dots); None: every linear of an MLP, or of the adapter.
+        model: a causal LM or a classifier; its weights are not read, so a model on the meta device will do.
+        patterns: globs of module paths (``*`` also crosses dots); None: every linear of an MLP and of a classifier's
+            head, or of the adapter.
         strict: part of an MLP, or what a pattern names, that cannot be tracked is an error.
 
     Raises:
@@ -172,14 +179,15 @@ def _are_fused_experts(name: str, module: nn.Module) -> bool:
 
 
 def tracked_layer(name: str, module: nn.Module, model: nn.Module | None = None) -> TrackedLayer:
-    """Describe one ``nn.Linear`` or ``Conv1D``; an expert's with the ``model`` that it is of."""
+    """Describe one ``nn.Linear``, ``Conv1D`` or convolution; an expert's with the ``model`` that it is of."""
     conv1d = isinstance(module, Conv1D)
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
-    rows, columns = weight.shape
+    rows, columns = len(weight), weight[0].numel()
     outputs, inputs = (columns, rows) if conv1d else (rows, columns)
     bias = module.bias is not None
-    layer = TrackedLayer(name, inputs + int(bias), outputs, bias, conv1d)
+    patches = Patches.of(module) if isinstance(module, CONVOLUTIONS) else None
+    layer = TrackedLayer(name, inputs + int(bias), outputs, bias, conv1d, patches=patches)
     if model is None or not isinstance(module, ExpertLinear):
         return layer
     block, _, leaf = name.rsplit(".", 2)
@@ -196,20 +204,28 @@ def token_share(model: nn.Module, name: str, module: nn.Module) -> float:
 
 
 def _linears(model: nn.Module) -> Iterator[str]:
-    return (name for name, module in model.named_modules() if _is_linear(module))
+    return (name for name, module in model.named_modules() if _is_linear(module, model))
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)
+def _is_linear(module: nn.Module, model: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D) or (
+        features_of(model) is not None and isinstance(module, CONVOLUTIONS)
+    )
 
 
 def _mlp_names(model: nn.Module, barriers: dict[str, str]) -> set[str]:
-    adapted = has_adapter(model)
+    every = has_adapter(model) or features_of(model) is not None
     return {
         name
         for name in _linears(model)
-        if name not in barriers and (adapted or _in_mlp(name) or isinstance(model.get_submodule(name), ExpertLinear))
+        if name not in barriers
+        and (every or _in_mlp(name) or _in_head(name, model) or isinstance(model.get_submodule(name), ExpertLinear))
     }
+
+
+def _in_head(name: str, model: nn.Module) -> bool:
+    """Whether a linear is part of what a classifier has beyond the encoder that it is built on."""
+    return is_classifier(model) and not name.startswith(f"{getattr(model, 'base_model_prefix', '')}.")
 
 
 def _in_mlp(name: str) -> bool:
@@ -258,12 +274,15 @@ def _barriers(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             owner = owners.setdefault(id(parameter), name)
-            if owner != name and _is_linear(module):
+            if owner != name and _is_linear(module, model):
                 head = "language-model head" if module is _head(model) else "linear"
                 barriers[name] = f"{head} that shares its weight with '{owner}'"
-        if adapted and _is_linear(module) and not is_adapter(name):
+        if adapted and _is_linear(module, model) and not is_adapter(name):
             barriers[name] = _FROZEN
-        elif _is_linear(module):
+        elif isinstance(module, CONVOLUTIONS) and _is_linear(module, model):
+            if module.groups > 1:
+                barriers[name] = "convolution in groups"
+        elif _is_linear(module, model):
             weight = module.weight
             if not (isinstance(weight, nn.Parameter) and weight.dtype.is_floating_point and weight.dim() == 2):
                 barriers[name] = "linear with quantised or packed weights"
@@ -285,7 +304,7 @@ def _reason(name: str, module: nn.Module, model: nn.Module) -> str:
     leaf = parts[-1]
     if is_adapter(name):
         named = "adapter's matrix not named in model.layers"
-        return named if _is_linear(module) else "adapter of something that is no linear layer"
+        return named if _is_linear(module, model) else "adapter of something that is no linear layer"
     if module is _head(model):
         return "language-model head"
     if isinstance(module, nn.Embedding) or "embedding" in kind.lower():
@@ -300,7 +319,11 @@ def _reason(name: str, module: nn.Module, model: nn.Module) -> str:
         return f"fused experts (type {kind}) of a kind that cannot be taken apart"
     if _has_attention(parts):
         return "attention: not an MLP layer"
-    if _is_linear(module):
+    if _is_linear(module, model):
+        if features_of(model) is not None:
+            return "layer not named in model.layers"
         inside = _in_mlp(name) or isinstance(module, ExpertLinear)
+        if _in_head(name, model):
+            return "classifier's head not named in model.layers"
         return "MLP layer not named in model.layers" if inside else "linear outside the MLPs"
     return f"type {kind}: not a linear layer"

@@ -13,13 +13,11 @@ from typing import Any
 
 from safetensors import safe_open
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 
+from raylux.classes import Asked, TaskName, task_named
 from raylux.errors import UserError, shown
 from raylux.markup import parse_json
+from raylux.modules import check_held, is_module
 from raylux.sources import read_text
 from raylux.weights import check_indexes, read_header, weight_files
 
@@ -31,27 +29,32 @@ _MOST_COUNTED = 10_000
 _LARGEST = 1 << 40
 
 
-def check_folder(folder: Path, label: str, trust_remote_code: bool) -> None:
-    """Refuse, in one line, a folder that could not be served.
+def check_folder(folder: Path, label: str, trust_remote_code: bool, task: Asked = "auto") -> TaskName:
+    """Refuse, in one line, a folder that could not be served; say what its model is for.
 
     Args:
         folder: of the model.
         label: how the user called it.
         trust_remote_code: whether code that ships with the model may run.
+        task: ``model.task``.
 
     Raises:
         UserError: no config.json or one of another kind of model, no weights that can be read without running
             something, code of its own that is not allowed.
     """
-    config = _read_config(folder, label)
+    config = read_config(folder, label)
+    if is_module(config):
+        check_held(str(folder))
+        return "module"
     kind = config["model_type"]
     own_code = bool(config.get("auto_map")) and kind not in CONFIG_MAPPING_NAMES
     if own_code and not trust_remote_code:
         raise UserError(
             f"{label}: this model ships its own code; set model.trust_remote_code=true to run it, if you trust it"
         )
-    if not own_code:
-        _check_causal(config, label)
+    if own_code and task == "classification":
+        raise UserError(f"{label}: a classifier that ships its own code is not served")
+    named: TaskName = "causal-lm" if own_code else task_of_config(config, label, task)
     _check_numbers(config, f"{folder / 'config.json'}")
     quantised = config.get("quantization_config")
     if quantised is not None:
@@ -60,6 +63,7 @@ def check_folder(folder: Path, label: str, trust_remote_code: bool) -> None:
             f"{label}: the weights are quantised ({method or 'unknown method'}); gradients need the unquantised model"
         )
     _check_weight_files(folder, label, config)
+    return named
 
 
 def check_shapes(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -97,7 +101,8 @@ def _check_weight_files(folder: Path, label: str, config: dict[str, Any]) -> Non
             raise UserError(f"{path}: a safetensors file is broken ({error}); bring the model's files again") from None
 
 
-def _read_config(folder: Path, label: str) -> dict[str, Any]:
+def read_config(folder: Path, label: str) -> dict[str, Any]:
+    """config.json of a model's folder; raises UserError where there is none."""
     path = folder / "config.json"
     if not path.is_file():
         gguf = sorted(file.name for file in folder.glob("*.gguf"))
@@ -109,16 +114,12 @@ def _read_config(folder: Path, label: str) -> dict[str, Any]:
     return config
 
 
-def _check_causal(config: dict[str, Any], label: str) -> None:
+def task_of_config(config: dict[str, Any], label: str, task: Asked = "auto") -> TaskName:
+    """What a known type of model is for; arguments as of ``task_named``."""
     kind = config["model_type"]
     if kind not in CONFIG_MAPPING_NAMES:
         raise UserError(f"{label}: this version of transformers does not know model type '{kind}'")
-    # BERT's kin can be built as causal LMs, but such a checkpoint is one only if it was trained as a decoder.
-    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder", False)
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or encoder or config.get("is_encoder_decoder", False):
-        named = config.get("architectures")
-        built = named[0] if isinstance(named, list) and named else kind
-        raise UserError(f"{label}: '{built}' is not a causal language model, and raylux needs one")
+    return task_named(config, label, task)
 
 
 def _check_numbers(config: dict[str, Any], where: str) -> None:

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from raylux import adapters
 from raylux.cache import build_once, entry_name
+from raylux.classes import TaskName
 from raylux.config import ModelSection
 from raylux.errors import UserError
 from raylux.modelcheck import check_folder
@@ -30,7 +31,8 @@ MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safe
 class ModelFiles:
     """A model that is at hand: ``folder`` has config.json and safetensors, the others are local folders too.
 
-    ``source`` and ``adapter_source``: the URLs that ``folder`` and ``adapter`` are copies of, if they are.
+    ``source`` and ``adapter_source``: the URLs that ``folder`` and ``adapter`` are copies of, if they are. ``task``:
+    what the model is for.
     """
 
     folder: str
@@ -38,6 +40,7 @@ class ModelFiles:
     adapter: str | None = None
     source: str = ""
     adapter_source: str = ""
+    task: TaskName = "causal-lm"
 
 
 def find_model(config: ModelSection) -> ModelFiles:
@@ -47,11 +50,13 @@ def find_model(config: ModelSection) -> ModelFiles:
     is downloaded by huggingface_hub into its own cache.
 
     Raises:
-        UserError: not found, not reachable, no safetensors weights, no causal language model, its own code
-            needed but not allowed.
+        UserError: not found, not reachable, no safetensors weights, neither causal language model nor classifier, its
+            own code needed but not allowed.
     """
     folder = _bring(config.path, MODEL_FILES + TOKENIZER_FILES, "model.path")
-    check_folder(folder, config.path, config.trust_remote_code)
+    task = check_folder(folder, config.path, config.trust_remote_code, config.task)
+    if task == "classification" and config.adapter is not None:
+        raise UserError(f"model.adapter '{config.adapter}': adapters are served on causal language models alone")
     tokenizer = folder
     if config.tokenizer is not None:
         tokenizer = _bring(config.tokenizer, (*TOKENIZER_FILES, "config.json"), "model.tokenizer")
@@ -62,6 +67,7 @@ def find_model(config: ModelSection) -> ModelFiles:
         find_adapter(config),
         config.path if is_url(config.path) else "",
         adapter if is_url(adapter) else "",
+        task,
     )
 
 

@@ -9,19 +9,21 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from raylux import adapters
+from raylux import adapters, modules
+from raylux.classes import check_classifier, class_names, classes_of
 from raylux.errors import UserError
 from raylux.experts import split_experts
 from raylux.layers import Coverage, SkippedLayer, TrackedLayer, coverage
@@ -33,6 +35,8 @@ __all__ = [
     "ModelFiles",
     "SkippedLayer",
     "TrackedLayer",
+    "classes_at",
+    "classes_of",
     "context_length",
     "coverage",
     "find_adapter",
@@ -41,11 +45,22 @@ __all__ = [
     "load_model",
     "load_structure",
     "load_tokenizer",
+    "logit_width",
     "on_this_node",
+    "reads",
     "resolve_device",
     "vocabulary_size",
 ]
 
+_LOADERS: dict[str, Any] = {
+    "causal-lm": AutoModelForCausalLM,
+    "classification": AutoModelForSequenceClassification,
+}
+# Types whose positions are counted from the number after their padding token on.
+_LATE = frozenset(
+    "camembert data2vec-text esm ibert longformer luke mpnet roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl "
+    "xmod".split()
+)
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -93,9 +108,16 @@ def load_config(files: ModelFiles, trust_remote_code: bool = False) -> Pretraine
                 files.folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
         vocabulary_size(config)
-        return config
     except Exception as error:  # each architecture's config checks itself in its own way, or not at all
         raise UserError(f"{files.folder}/config.json: transformers cannot read it ({first_line(error)})") from None
+    if files.task == "classification":
+        check_classifier(config, f"{files.folder}/config.json")
+    return config
+
+
+def classes_at(files: ModelFiles, trust_remote_code: bool = False) -> tuple[str, ...] | None:
+    """``classes_of`` a model by its config alone."""
+    return class_names(load_config(files, trust_remote_code)) if files.task == "classification" else None
 
 
 def load_structure(files: ModelFiles, trust_remote_code: bool = False, weights: bool = True) -> PreTrainedModel:
@@ -109,10 +131,12 @@ def load_structure(files: ModelFiles, trust_remote_code: bool = False, weights: 
     Raises:
         UserError: config.json describes no model that can be built, or not the one whose weights are there.
     """
+    if files.task == "module":
+        return cast(PreTrainedModel, modules.held(files.folder))
     config = load_config(files, trust_remote_code)
     try:
         with torch.device("meta"), quiet():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = _LOADERS[files.task].from_config(config, trust_remote_code=trust_remote_code)
         model.tie_weights()
     except Exception as error:  # as in load_config: a bad size fails wherever it is first used
         raise UserError(
@@ -135,10 +159,12 @@ def load_model(files: ModelFiles, dtype: str, device: str, trust_remote_code: bo
     Raises:
         UserError: weights missing, broken, or not finite.
     """
+    if files.task == "module":
+        return cast(PreTrainedModel, modules.held(files.folder, DTYPES[dtype], device))
     config = load_config(files, trust_remote_code)
     try:
         with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = _LOADERS[files.task].from_pretrained(
                 files.folder,
                 config=config,
                 dtype=DTYPES[dtype],
@@ -185,8 +211,21 @@ def context_length(config: PretrainedConfig) -> int | None:
     for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
         value = getattr(text, name, None)
         if isinstance(value, int) and value > 0:
-            return value
+            late = text.model_type in _LATE and isinstance(text.pad_token_id, int)
+            return max(1, value - text.pad_token_id - 1) if late else value
     return None
+
+
+def reads(model: Any) -> tuple[int, int | None]:
+    """``vocabulary_size`` and ``context_length``; a module in memory knows no tokens, and reads one thing."""
+    if modules.features_of(model) is not None:
+        return 0, 1
+    return vocabulary_size(model.config), context_length(model.config)
+
+
+def logit_width(model: Any) -> int:
+    """Entries of a row of logits: classes, or the vocabulary."""
+    return len(classes_of(model) or ()) or vocabulary_size(model.config)
 
 
 def vocabulary_size(config: PretrainedConfig) -> int:

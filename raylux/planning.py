@@ -22,6 +22,7 @@ from raylux.curvature import KINDS, check_blocks
 from raylux.curvature.solvers import Rule
 from raylux.engine.kept import kept_bytes
 from raylux.engine.plan import Plan, make_plan, probe_count
+from raylux.modelcheck import read_config, task_of_config
 from raylux.queries import load_queries
 from raylux.store import CorpusReader, RunFolder
 
@@ -51,7 +52,9 @@ def find_shape(config: Config) -> tuple[ModelShape, models.ModelFiles, int | Non
     local = Path(setting.path).expanduser()
     weights = bool(list(local.glob("*.safetensors"))) or not (local / "config.json").is_file()
     if not weights:
-        files = models.ModelFiles(str(local), setting.tokenizer or str(local), models.find_adapter(setting))
+        task = task_of_config(read_config(local, setting.path), setting.path, setting.task)
+        adapter = models.find_adapter(setting)
+        files = models.ModelFiles(str(local), setting.tokenizer or str(local), adapter, task=task)
     else:
         files = models.find_model(setting)
     structure = models.load_structure(files, setting.trust_remote_code, weights)
@@ -84,7 +87,7 @@ def plan_on(config: Config, sizes: Sizes, cluster: Cluster, can: frozenset[str] 
 def _workload(config: Config, sizes: Sizes, device: str) -> tuple[Workload, Plan]:
     check_blocks(config.curvature.kind, config.curvature.blocks)
     shape, files, context = find_shape(config)
-    lengths, query_lengths = _lengths(config, sizes, files, shape, context)
+    lengths, query_lengths = _lengths(config, sizes, files, context)
     plan = make_plan(
         config, device, shape.tracked, dict(shape.groups), shape.parameters, lengths, context, len(query_lengths)
     )
@@ -161,13 +164,14 @@ def _workers(config: Config, device: str, threads: int) -> int:
 
 
 def _lengths(
-    config: Config, sizes: Sizes, files: models.ModelFiles, shape: ModelShape, context: int | None
+    config: Config, sizes: Sizes, files: models.ModelFiles, context: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of each sequence and of each query: given, stored in the run folder, or read."""
     trusted = config.model.trust_remote_code
+    classes, vocabulary = models.classes_at(files, trusted), models.vocabulary_size(models.load_config(files, trusted))
     if sizes.queries is None:
         tokenizer = models.load_tokenizer(files, trusted)
-        asked = load_queries(config.queries.path, tokenizer, shape.vocabulary, context)
+        asked = load_queries(config.queries.path, tokenizer, vocabulary, context, classes)
         query_lengths = np.array([sum(len(part.tokens) for part in query.parts) for query in asked])
     else:
         query_lengths = np.full(sizes.queries, QUERY_TOKENS)
@@ -177,7 +181,8 @@ def _lengths(
     if folder.exists and folder.committed("corpus"):
         lengths = CorpusReader(folder).lengths
     else:
-        lengths = load_corpus(config.corpus, models.load_tokenizer(files, trusted), shape.vocabulary, context).lengths()
+        tokenizer = models.load_tokenizer(files, trusted)
+        lengths = load_corpus(config.corpus, tokenizer, vocabulary, context, classes).lengths()
     if sizes.tokens is not None:
         lengths = np.full(len(lengths), sizes.tokens)
     return np.asarray(lengths), query_lengths

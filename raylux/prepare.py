@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from raylux import fingerprints, models
+from raylux import examples, fingerprints, models
 from raylux.capture import input_groups
-from raylux.config import Config
+from raylux.config import Config, CorpusSection
 from raylux.corpus import Sequences, load_corpus
 from raylux.curvature import KINDS, check_blocks, solvers
 from raylux.engine import choices
@@ -25,7 +25,9 @@ from raylux.engine.stages import fit, queries
 from raylux.errors import MissingStageError, UserError
 from raylux.frozen import Frozen, check_stage_name, drop, falls, holds
 from raylux.layers import Coverage
-from raylux.queries import Query, load_queries
+from raylux.modulecheck import check_module
+from raylux.modules import Features, features_of
+from raylux.queries import Query, load_queries, parse_queries
 from raylux.shown import redacted_values
 from raylux.store import CorpusReader, Lease, RunFolder
 
@@ -41,6 +43,9 @@ class Model:
     context: int | None
     tokenizer: Any
     prints: fingerprints.ModelPrint
+    classes: tuple[str, ...] | None = None
+    features: Features | None = None
+    dtype: str = "float32"
 
     @classmethod
     def find(cls, config: Config) -> Model:
@@ -48,15 +53,42 @@ class Model:
         files = models.find_model(config.model)
         structure = models.load_structure(files, trusted)
         coverage = models.coverage(structure, config.model.layers, config.model.strict)
+        vocabulary, context = models.reads(structure)
+        features = features_of(structure)
+        if features is not None:
+            examples.check_config(config)
         return cls(
             files,
             coverage,
             KINDS[config.curvature.kind].groups(input_groups(structure, coverage.tracked)),
-            models.vocabulary_size(structure.config),
-            models.context_length(structure.config),
-            models.load_tokenizer(files, trusted),
+            vocabulary,
+            context,
+            None if features is not None else models.load_tokenizer(files, trusted),
             fingerprints.of_model(files),
+            models.classes_of(structure),
+            features,
+            config.model.dtype,
         )
+
+    def questions(self, path: str) -> list[Query]:
+        """Queries of a file, for a model of this kind."""
+        if self.features is not None:
+            return examples.load_questions(path, self.features, self.dtype)
+        return load_queries(path, self.tokenizer, self.vocabulary, self.context, self.classes)
+
+    def parsed(self, records: Sequence[Mapping[str, Any]], where: str = "queries") -> list[Query]:
+        """The same from records; ``where`` is what messages call them."""
+        if self.features is not None:
+            return examples.parse_questions(records, self.features, self.dtype, where)
+        return parse_queries(records, self.tokenizer, self.vocabulary, self.context, where, self.classes)
+
+    def corpus(self, section: CorpusSection) -> Sequences:
+        """The corpus that a config names."""
+        if self.features is not None:
+            found = examples.load(section.path, self.features)
+            check_module(models.load_structure(self.files), self.coverage.tracked, found.tokens)
+            return found
+        return load_corpus(section, self.tokenizer, self.vocabulary, self.context, self.classes)
 
     def record(self) -> dict[str, Any]:
         """What run.yaml keeps of it."""
@@ -115,11 +147,11 @@ def read(config: Config, folder: RunFolder, restart: str | None, asked: Sequence
     model = Model.find(config)
     solvers.check_layers(config.curvature.solver, model.coverage.tracked)
     if asked is None:
-        asked = load_queries(config.queries.path, model.tokenizer, model.vocabulary, model.context)
+        asked = model.questions(config.queries.path)
     source = redacted_values(fingerprints.of_source(config.corpus.path))
     sequences = None
     if not _stored(folder, restart):
-        sequences = load_corpus(config.corpus, model.tokenizer, model.vocabulary, model.context)
+        sequences = model.corpus(config.corpus)
     inputs = Inputs(config, model, list(asked), source, sequences)
     _check(inputs, folder, known, restart)
     return inputs

@@ -2,6 +2,7 @@
 
 Every measurement is f = Σ weight · log p(labelled tokens) over a query's parts: ``logprob`` has one part of
 weight +1, ``loss`` one of weight −1, ``contrast`` one of +1 (``completion``) and one of −1 (``contrast``).
+For a classifier it is f = Σ weight · log p(class | text), with ``label`` and ``contrast`` two classes of one text.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raylux.corpus import IGNORE, check_tokens
+from raylux.classes import class_labels, class_number
+from raylux.corpus import IGNORE, check_tokens, cut_short
 from raylux.errors import UserError, shown
 from raylux.markup import parse_json, parse_yaml
 from raylux.readers import check_name, check_surrogates, integers
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 KEYS = ("id", "prompt", "completion", "contrast", "input_ids", "labels", "measurement", "chat")
+CLASS_KEYS = ("id", "text", "label", "contrast", "input_ids", "measurement")
 MEASUREMENTS = ("logprob", "contrast", "loss")
 
 
@@ -32,7 +35,8 @@ class QueryPart:
 
     Attributes:
         tokens: int32 [tokens].
-        labels: int32 like ``tokens``: the token itself in the completion, -100 elsewhere and at position 0.
+        labels: int32 like ``tokens``: the token itself in the completion, -100 elsewhere and at position 0; for a
+            classifier the class at position 0 alone.
         weight: of its summed log-probability in f.
     """
 
@@ -60,8 +64,14 @@ class Query:
     search_tokens: np.ndarray
 
 
-def load_queries(path: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int, context: int | None) -> list[Query]:
-    """Read a YAML, JSON or jsonl file of queries.
+def load_queries(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    context: int | None,
+    classes: tuple[str, ...] | None = None,
+) -> list[Query]:
+    """Read a YAML, JSON or jsonl file of queries; ``classes`` of a classifier, None for a language model.
 
     YAML and JSON hold a list of queries, or a mapping with the one key ``queries``.
 
@@ -69,13 +79,16 @@ def load_queries(path: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int,
         UserError: the file is missing or empty, or a query does not fit; the line names file and query.
     """
     found = resolve(path)
-    return read_queries(read_text(found), found, tokenizer, vocab_size, context)
+    records = records_in(read_text(found), found)
+    return parse_queries(records, tokenizer, vocab_size, context, where=found, classes=classes)
 
 
-def read_queries(
-    text: str, found: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int, context: int | None
-) -> list[Query]:
-    """As ``load_queries``, of a file that was read; ``found`` names it and tells its format by the suffix."""
+def records_in(text: str, found: str) -> Any:
+    """Records of a file that was read, not looked at yet; ``found`` names it and tells its format by the suffix.
+
+    Raises:
+        UserError: they cannot be read, or the file holds something else.
+    """
     suffix = data_suffix(found)
     records: Any
     if suffix in (".jsonl", ".ndjson"):
@@ -91,7 +104,7 @@ def read_queries(
         if set(records) != {"queries"}:
             raise UserError(f"{found}: must be a list of queries, or a mapping with the one key 'queries'")
         records = records["queries"]
-    return parse_queries(records, tokenizer, vocab_size, context, where=found)
+    return records
 
 
 def parse_queries(
@@ -100,6 +113,7 @@ def parse_queries(
     vocab_size: int,
     context: int | None,
     where: str = "queries",
+    classes: tuple[str, ...] | None = None,
 ) -> list[Query]:
     """Queries from records in memory; see ``load_queries``. Without an ``id`` a query gets its number, from 0.
 
@@ -110,7 +124,7 @@ def parse_queries(
         raise UserError(f"{where}: holds no query")
     if not isinstance(records, (list, tuple)):
         raise UserError(f"{where}: must be a list of queries")
-    encoder = _Encoder(tokenizer, vocab_size, context)
+    encoder = _Encoder(tokenizer, vocab_size, context, classes)
     queries: list[Query] = []
     seen: dict[str, int] = {}
     for number, record in enumerate(records):
@@ -132,12 +146,16 @@ def token_split(query: Query, tokenizer: PreTrainedTokenizerBase, part: int = 0)
 
 
 def _query(record: Any, number: int, encoder: _Encoder, where: str) -> Query:
+    known, others = (KEYS, CLASS_KEYS) if encoder.classes is None else (CLASS_KEYS, KEYS)
     if not isinstance(record, Mapping):
-        raise UserError(f"{where}: a query is a mapping with the keys {', '.join(KEYS)}")
+        raise UserError(f"{where}: a query is a mapping with the keys {', '.join(known)}")
     for key in record:
-        if key not in KEYS:
-            near = difflib.get_close_matches(str(key), KEYS, n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(KEYS)}"
+        if key not in known and key in others:
+            kind = "a causal language model" if encoder.classes is None else "a classifier"
+            raise UserError(f"{where}: '{key}' does not go with {kind}; a query has the keys {', '.join(known)}")
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
             raise UserError(f"{where}: unknown key {shown(key)}; {hint}")
     name = check_name(record.get("id", number), f"{where}: the id")
     where = f"{where} ('{name}')" if "id" in record else where
@@ -145,9 +163,13 @@ def _query(record: Any, number: int, encoder: _Encoder, where: str) -> Query:
     if measurement not in MEASUREMENTS:
         raise UserError(f"{where}: unknown measurement {shown(measurement)}; known: {', '.join(MEASUREMENTS)}")
     if (measurement == "contrast") != ("contrast" in record):
-        raise UserError(f"{where}: 'contrast' (the other completion) and 'measurement: contrast' go together")
-    build = encoder.from_tokens if "input_ids" in record else encoder.from_text
-    parts, search = build(record, measurement, where)
+        other = "completion" if encoder.classes is None else "class"
+        raise UserError(f"{where}: 'contrast' (the other {other}) and 'measurement: contrast' go together")
+    if encoder.classes is not None:
+        parts, search = encoder.classified(record, measurement, where, encoder.classes)
+    else:
+        build = encoder.from_tokens if "input_ids" in record else encoder.from_text
+        parts, search = build(record, measurement, where)
     for part in parts:
         encoder.check(part, where)
     return Query(name, measurement, parts, {**record, "id": name}, search)
@@ -156,8 +178,15 @@ def _query(record: Any, number: int, encoder: _Encoder, where: str) -> Query:
 class _Encoder:
     """Turns records to tokens, with what the tokenizer puts around a text found out once."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, context: int | None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+        context: int | None,
+        classes: tuple[str, ...] | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
+        self.classes = classes
         self.vocab_size = vocab_size
         self.context = context
         self.special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int64)
@@ -205,6 +234,36 @@ class _Encoder:
         if not (part.labels != IGNORE).any():
             raise UserError(f"{where}: no completion: every label after the first position is -100")
         return (part,), self._search(tokens)
+
+    def classified(
+        self, record: Mapping[str, Any], measurement: str, where: str, classes: tuple[str, ...]
+    ) -> tuple[tuple[QueryPart, ...], np.ndarray]:
+        """Parts and search tokens of a query with ``text`` (or ``input_ids``) and ``label``."""
+        if ("text" in record) == ("input_ids" in record):
+            raise UserError(f"{where}: a query of a classifier has 'text' and 'label' (or 'input_ids' and 'label')")
+        if "input_ids" in record:
+            tokens = integers(record["input_ids"], f"{where}: input_ids")
+        else:
+            text = _text(record, "text", where)
+            tokens = self._ids(text, specials=True)
+            if self.context is not None and len(tokens) > self.context:
+                tokens = cut_short(text, self.tokenizer, self.context).tolist()
+        if not tokens:
+            raise UserError(f"{where}: there is no token in it")
+        names = ("label", "contrast") if measurement == "contrast" else ("label",)
+        for name in names:
+            if record.get(name) is None:
+                raise UserError(f"{where}: no '{name}'; the class whose log probability is measured")
+        numbers = [class_number(record[name], classes, f"{where}: '{name}'") for name in names]
+        if len(set(numbers)) < len(numbers):
+            raise UserError(f"{where}: 'label' and 'contrast' are the same class, f would be 0")
+        weights = (-1.0,) if measurement == "loss" else (1.0, -1.0)
+        ids = np.array(tokens, dtype=np.int32)
+        parts = tuple(
+            QueryPart(ids, class_labels(len(ids), number), weight)
+            for number, weight in zip(numbers, weights, strict=False)
+        )
+        return parts, self._search(tokens)
 
     def check(self, part: QueryPart, where: str) -> None:
         """Raise a UserError for a part that the model cannot take."""

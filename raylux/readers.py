@@ -38,13 +38,15 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 class Document:
     """One document: either ``text``, or ``tokens`` with optional ``labels`` of the same length (-100: no loss).
 
-    ``keep`` holds the kept fields, ``where`` the place to name in an error (``file line 3``).
+    ``label`` is what the field for the class holds, ``keep`` holds the kept fields, ``where`` the place to name in an
+    error (``file line 3``).
     """
 
     id: str
     text: str | None = None
     tokens: Sequence[int] | None = None
     labels: Sequence[int] | None = None
+    label: Any = None
     keep: Mapping[str, Any] = field(default_factory=dict)
     where: str = ""
 
@@ -100,10 +102,17 @@ def _document(row: _Row, number: int, config: CorpusSection) -> Document:
         raise UserError(f"{row.where}: a row must be an object with fields, not {_kind(data)}")
     name = _identity(row, number, config)
     keep = {column: _plain(data.get(column), f"{row.where}: the field '{column}'") for column in config.keep}
+    label = None if config.label is None else _label(data, row.where, config.label)
     if data.get("input_ids") is not None:
         tokens, labels = _tokens(data, row.where)
-        return Document(name, tokens=tokens, labels=labels, keep=keep, where=row.where)
-    return Document(name, text=_text(data, row.where, config.text), keep=keep, where=row.where)
+        return Document(name, tokens=tokens, labels=labels, label=label, keep=keep, where=row.where)
+    return Document(name, text=_text(data, row.where, config.text), label=label, keep=keep, where=row.where)
+
+
+def _label(data: Mapping[str, Any], where: str, name: str) -> Any:
+    if data.get(name) is None:
+        raise UserError(f"{where}: no class in the field '{name}'; fields present: {_fields(data)} (set corpus.label)")
+    return data[name]
 
 
 def _identity(row: _Row, number: int, config: CorpusSection) -> str:
@@ -261,7 +270,7 @@ def _parquet(file: SourceFile, config: CorpusSection) -> Iterator[_Row]:
 
 def _columns(names: list[str], where: str, config: CorpusSection) -> list[str]:
     """The columns to read of those that a table has."""
-    wanted = {config.text, config.id, "input_ids", "labels", "attention_mask", *config.keep}
+    wanted = {config.text, config.id, config.label, "input_ids", "labels", "attention_mask", *config.keep}
     columns = [name for name in names if name in wanted]
     if config.text not in names and "input_ids" not in names:
         raise UserError(f"{where}: no column '{config.text}'; columns: {_fields(names)} (set corpus.text)")

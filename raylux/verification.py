@@ -15,7 +15,7 @@ from raylux.engine.stages import calibrating, query, verifying
 from raylux.engine.stages import queries as known
 from raylux.errors import MissingStageError, UserError
 from raylux.evaluate import Doses
-from raylux.queries import Query, parse_queries
+from raylux.queries import Query
 from raylux.results import Run
 from raylux.shown import plain
 
@@ -236,7 +236,7 @@ def _asked(ctx: Context, model: prepare.Model, count: int) -> list[Query]:
         if not there:
             raise MissingStageError(f"{ctx.folder.path}: the {stage} stage left nothing there; run `raylux run CONFIG`")
     records = [{**entry["record"], "id": entry["id"]} for entry in entries if entry["id"] in scored][:count]
-    return parse_queries(records, model.tokenizer, model.vocabulary, model.context)
+    return model.parsed(records)
 
 
 def _place(run: str | Run) -> tuple[str, object]:

@@ -22,7 +22,10 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence: tokens and labels, -100 where no loss is taken; the label at position 0 never counts."""
+    """One sequence: tokens and labels, -100 where no loss is taken; the label at position 0 never counts.
+
+    For a classifier it is the class of the sequence, and the only label.
+    """
 
     tokens: Sequence[int]
     labels: Sequence[int]
@@ -39,6 +42,8 @@ def loss(model: nn.Module, example: Example) -> Tensor:
     """−Σ log p(label) of one sequence, unpadded."""
     logits = model(input_ids=torch.tensor(np.asarray(example.tokens, np.int64))[None]).logits[0]
     total = logits.new_zeros(())
+    if logits.dim() == 1:
+        return torch.logsumexp(logits, 0) - logits[int(example.labels[0])]
     for position, label in enumerate(example.labels):
         if position and label != IGNORED:
             row = logits[position - 1]

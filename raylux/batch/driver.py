@@ -18,7 +18,7 @@ from raylux.engine.context import Context
 from raylux.engine.plan import Plan
 from raylux.engine.stages import answers, prefilter, query, score
 from raylux.engine.stages.answers import AskedFile
-from raylux.queries import Query, read_queries
+from raylux.queries import Query, records_in
 from raylux.results import Run
 
 # Seconds between two looks at a file that may still be written.
@@ -81,7 +81,7 @@ def answer_files(
     with prepare.fitted(run, overrides, quiet) as (base, model):
 
         def parse(text: str, name: str) -> list[Query]:
-            return read_queries(text, name, model.tokenizer, model.vocabulary, model.context)
+            return model.parsed(records_in(text, name), name)
 
         inbox = Inbox(queries, base.folder, parse, base.reporter)
         batch = Batch(base, inbox, options or Options())

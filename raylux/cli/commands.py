@@ -163,26 +163,28 @@ def models(
     from raylux.config import Config
 
     loaded = Config.load(config, overrides or [])
-    from raylux.models import context_length, coverage, find_model, load_structure, load_tokenizer, vocabulary_size
+    from raylux import models as known
     from raylux.queries import load_queries, token_split
     from raylux.report import tables
 
     trusted = loaded.model.trust_remote_code
-    files = find_model(loaded.model)
-    model = load_structure(files, trusted)  # no weights: an 8B model answers as quickly as a small one
-    covered = coverage(model, loaded.model.layers)
+    files = known.find_model(loaded.model)
+    model = known.load_structure(files, trusted)  # no weights: an 8B model answers as quickly as a small one
+    covered = known.coverage(model, loaded.model.layers)
     console = output.console()
     console.print(tables.coverage_table(covered))
     output.print_skipped(console, covered)
     covered.check(loaded.model.strict)
 
-    tokenizer = load_tokenizer(files, trusted)
-    queries = load_queries(loaded.queries.path, tokenizer, vocabulary_size(model.config), context_length(model.config))
+    tokenizer, classes = known.load_tokenizer(files, trusted), known.classes_of(model)
+    vocabulary, context = known.vocabulary_size(model.config), known.context_length(model.config)
+    queries = load_queries(loaded.queries.path, tokenizer, vocabulary, context, classes)
     ids = [item.id for item in queries]
     chosen = queries[ids.index(output.known(query, ids, loaded.queries.path)) if query is not None else 0]
     for part in range(len(chosen.parts)):
         console.print(f"query {tables.plain(chosen.id)}, weight {chosen.parts[part].weight:+g}:", markup=False)
-        console.print(tables.split_table(token_split(chosen, tokenizer, part)))
+        label = None if classes is None else classes[int(chosen.parts[part].labels[0])]
+        console.print(tables.split_table(token_split(chosen, tokenizer, part), label))
 
 
 @app.command(

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from raylux.layers import Coverage, TrackedLayer, token_share
+from raylux.models import logit_width
 
 # How often the numbers of a token are written or read beside the products, by forward and backward together: those
 # of the residual stream (norms, residuals, positions), and those of the MLP's wide outputs (activation, gate).
@@ -38,7 +39,7 @@ class ModelShape:
         blocks: transformer blocks.
         hidden: width of the residual stream.
         attention: heads × head size.
-        vocabulary: V.
+        vocabulary: V, entries of a row of logits: a classifier's are its classes.
         wide_passes: times that a number of the MLP's wide outputs is read or written beside the products.
         checkpointing: blocks keep their inputs alone, and run again in the backward pass.
     """
@@ -75,7 +76,7 @@ class ModelShape:
             int(config.num_hidden_layers),
             hidden,
             heads * int(size),
-            int(config.vocab_size),
+            logit_width(model),
             _SPELLED_OUT.get(str(activation), _WIDE_PASSES),
         )
 

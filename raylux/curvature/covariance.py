@@ -15,6 +15,7 @@ from scipy.linalg import blas
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from torch import Tensor
 
+from raylux.batches import mask_of_rows
 from raylux.blocks import Blocks, Square, block_sizes
 from raylux.errors import NumericsError
 from raylux.products import aligned, wide_product
@@ -48,15 +49,13 @@ class Covariances:
         Args:
             inputs: input group -> a [N, c·T, M], zero on padding, c the calls of the module; an expert's ``Routed``.
             grads: layer -> g [N, c·T, P], zero on padding.
-            mask: [N, T] bool, True on real tokens.
+            mask: [N, T] bool, True on real tokens; a layer above a classifier's pooling has one row of each sequence.
         """
-        tokens = int(mask.sum())
         for name, a in inputs.items():
             self._add(self._inputs.setdefault(name, {}), a)
         for name, g in grads.items():
             self._add(self._grads.setdefault(name, {}), g)
-            seen = g.count if isinstance(g, Routed) else tokens * (g.shape[1] // mask.shape[1])
-            self.rows[name] = self.rows.get(name, 0) + seen
+            self.rows[name] = self.rows.get(name, 0) + (g.count if isinstance(g, Routed) else _counted(g, mask))
         self.sequences += len(mask)
 
     def _add(self, sums: dict[int, Tensor], x: Rows) -> None:
@@ -73,6 +72,12 @@ class Covariances:
     def grads(self) -> dict[str, Tensor]:
         """Layer -> Σ g gᵀ [P, P]; likewise."""
         return {name: _joined(parts) for name, parts in self._grads.items()}
+
+
+def _counted(g: Tensor, mask: Tensor) -> int:
+    """Rows of g [N, ·, P] that are no padding."""
+    counts = mask_of_rows(mask, g.shape[1])
+    return len(g) * g.shape[1] if counts is None else int(counts.sum())
 
 
 def _add_gram(sums: dict[int, Tensor], place: int, rows: Tensor) -> None:

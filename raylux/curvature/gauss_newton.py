@@ -18,11 +18,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from raylux.batches import Batch
+from raylux.batches import Batch, mask_of_rows
 from raylux.capture import Capture, Forward
 from raylux.errors import NumericsError
 from raylux.gpu import is_unrepeatable, repeatable
 from raylux.layers import TrackedLayer
+from raylux.patches import output_like, output_rows
 from raylux.profiling import of
 
 Vector = Mapping[str, Tensor]
@@ -63,7 +64,8 @@ class Linearised:
         flat = x.reshape(-1, x.shape[-1])
         if layer.bias:
             flat = torch.cat([flat, torch.ones_like(flat[:, :1])], 1)
-        return flat * mask.reshape(-1, 1)
+        counts = mask_of_rows(mask, len(flat) // len(mask))
+        return flat if counts is None else flat * counts.reshape(-1, 1)
 
     def product(self, vector: Vector) -> dict[str, Tensor]:
         """Σ_it J_itᵀ H_it J_it V over the batch."""
@@ -80,10 +82,11 @@ class Linearised:
         for (layer, _), a, g in zip(self._calls, self._inputs, self._gradients, strict=True):
             if g is not None:
                 gradients.append(g)
-                tangents.append((a @ vector[layer.name].to(a.dtype).T).view_as(g))
+                change = a @ vector[layer.name].to(a.dtype).T
+                tangents.append(change.view_as(g) if layer.patches is None else output_like(change, g))
         with of("backward"):
-            (change,) = torch.autograd.grad(gradients, self._cotangent, tangents, retain_graph=True)
-        return change
+            (moved,) = torch.autograd.grad(gradients, self._cotangent, tangents, retain_graph=True)
+        return moved
 
     def curved(self, change: Tensor) -> Tensor:
         """H times a change of the logits [n, V]; zero where no loss is taken."""
@@ -100,6 +103,8 @@ class Linearised:
         result: dict[str, Tensor] = {}
         with of("form"):
             for (layer, _), a, g in zip(self._calls, self._inputs, found, strict=True):
+                if g is not None and layer.patches is not None:
+                    g = output_rows(g)
                 part = a.new_zeros(layer.shape) if g is None else g.reshape(-1, layer.outputs).T @ a
                 result[layer.name] = result[layer.name] + part if layer.name in result else part
         return result

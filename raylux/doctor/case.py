@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from raylux import models
 from raylux.capture import input_groups
 from raylux.config import Config
-from raylux.corpus import Sequences, build_sequences
+from raylux.corpus import Sequences, build_sequences, labelled
 from raylux.curvature import KINDS
 from raylux.doctor.finding import OK, Finding, NotChecked
 from raylux.engine.capacity import Demand
@@ -36,6 +36,7 @@ class Model:
     tokenizer: Any
     vocabulary: int
     context: int | None
+    classes: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -136,17 +137,19 @@ class Case:
             models.load_tokenizer(files, setting.trust_remote_code),
             models.vocabulary_size(structure.config),
             models.context_length(structure.config),
+            models.classes_of(structure),
         )
 
     @cached_property
     def _queries(self) -> list[Query]:
         model = self.model
-        return load_queries(self.config.queries.path, model.tokenizer, model.vocabulary, model.context)
+        return load_queries(self.config.queries.path, model.tokenizer, model.vocabulary, model.context, model.classes)
 
     @cached_property
     def _sample(self) -> Sample:
-        model, setting = self.model, self.config.corpus
+        model = self.model
+        setting = labelled(self.config.corpus, model.classes)
         documents = list(islice(read_documents(setting), SAMPLE + 1))
         first = documents[:SAMPLE]
-        sequences = build_sequences(first, setting, model.tokenizer, model.vocabulary, model.context)
+        sequences = build_sequences(first, setting, model.tokenizer, model.vocabulary, model.context, model.classes)
         return Sample(sequences, len(first), whole=len(documents) <= SAMPLE)

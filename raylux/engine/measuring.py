@@ -93,7 +93,7 @@ class ProximalMeasurements(ABC):
             model = models.load_model(models.on_this_node(spec.files), "float64", self.device, spec.trust_remote_code)
             exact_norms(model)
             count = draws(spec.layers)
-            self._check_memory(models.vocabulary_size(model.config), rows, count)
+            self._check_memory(models.logit_width(model), rows, count)
             made = ProximalObjective(
                 model, spec.layers, rows, asked.damping, batch_tokens=spec.plan.batch_tokens, draws=count
             )
@@ -101,7 +101,7 @@ class ProximalMeasurements(ABC):
         return self._objective[1]
 
     def _check_memory(self, vocabulary: int, rows: Sequence[TokenRow], count: int) -> None:
-        labelled = sum(int((np.asarray(row.labels)[1:] >= 0).sum()) for row in rows)
+        labelled = sum(int((np.asarray(row.labels) >= 0).sum()) for row in rows)
         size = sum(layer.parameters for layer in self.spec.layers)
         # Log-probabilities of the training set, the drawn gradients with their basis, and the search's history.
         need = 8 * (labelled * vocabulary + 2 * count * size + 200 * size)

@@ -173,8 +173,11 @@ class Scorer:
                 continue
             assert isinstance(a, Tensor)
             shares = self._queries[layer.name].token_scores(place, a, g)
-            # A module called c times has c·T rows; a token's share is the sum over its calls.
-            whole += shares.reshape(len(part), -1, part.tokens).sum(1)
+            if shares.shape[1] % part.tokens:  # above a classifier's pooling: the share stands where its label does
+                whole[:, 0] += shares.sum(1)
+            else:
+                # A module called c times has c·T rows; a token's share is the sum over its calls.
+                whole += shares.reshape(len(part), -1, part.tokens).sum(1)
         return whole
 
     def _add_routed(self, whole: Tensor, name: str, place: int, a: Rows, g: Routed) -> None:

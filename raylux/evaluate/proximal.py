@@ -13,9 +13,9 @@ sequence) and no gradient, hence θ* − θ_s ≈ ε (G + λ)⁻¹ ∇log p(z), 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from raylux.capture import Capture
 from raylux.errors import NumericsError, UserError
 from raylux.influence.dots import sequence_gradients
 from raylux.layers import TrackedLayer
+from raylux.tasks import task_of
 
 Weights = Mapping[str, Tensor]
 """Tracked parameters by their names in the model, in the model's own layout."""
@@ -57,9 +58,9 @@ class ProximalObjective:
     """The proximal Bregman objective of one model on the sequences it was trained on.
 
     Args:
-        model: a causal LM in eval mode; it is left as it is. Use float64: the effect of one sequence is a
-            difference of two nearly equal numbers. (The RMS norms of transformers compute in float32 all the
-            same; with those, keep ε above 1e-3 or so.)
+        model: a causal LM, a classifier or a marked module in eval mode; it is left as it is. Use float64: the effect
+            of one sequence is a difference of two nearly equal numbers. (The RMS norms of transformers compute in
+            float32 all the same; with those, keep ε above 1e-3 or so.)
         layers: the tracked layers.
         rows: the N training sequences.
         damping: λ of each layer, per sequence, as the run used it (all > 0).
@@ -90,7 +91,7 @@ class ProximalObjective:
         self.model = model
         self.layers = tuple(layers)
         self.size = len(rows)
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._task = task_of(model)
         own = dict(model.named_parameters())
         self._start = {name: own[name].detach() for layer in layers for name in _names(layer)}
         self._batches: list[tuple[Batch, Tensor]] = []
@@ -222,7 +223,8 @@ class ProximalObjective:
                 change, bias = change[:, :-1], change[:, -1]
                 weights[f"{layer.name}.bias"] = self._start[f"{layer.name}.bias"] + bias
             name = f"{layer.name}.weight"
-            weights[name] = self._start[name] + (change.T if layer.conv1d else change)
+            start = self._start[name]
+            weights[name] = start + (change.T if layer.conv1d else change.view(start.shape))
         return weights
 
     def _gradient_norm(self, u: Tensor, weight: float) -> float:
@@ -250,7 +252,7 @@ class ProximalObjective:
         parts = []
         for layer in self.layers:
             part = _gradient(weights[f"{layer.name}.weight"])
-            part = part.T if layer.conv1d else part
+            part = part.T if layer.conv1d else part.flatten(1)
             if layer.bias:
                 part = torch.cat([part, _gradient(weights[f"{layer.name}.bias"]).unsqueeze(1)], 1)
             parts.append(part.reshape(-1))
@@ -266,16 +268,13 @@ class ProximalObjective:
 
     def _logits(self, weights: Weights, batch: Batch) -> Tensor:
         """Logits of the counted positions [n, V]."""
-        extra: dict[str, Any] = {}
-        if self._takes_positions:
-            extra["position_ids"] = (batch.mask.long().cumsum(1) - 1).clamp_(min=0)
-        arguments = {"input_ids": batch.input_ids, "attention_mask": batch.mask.long(), "use_cache": False, **extra}
-        logits = torch.func.functional_call(self.model, dict(weights), kwargs=arguments).logits
-        return logits[:, :-1][batch.labels[:, 1:] != IGNORED]
+        call = partial(_called, self.model, dict(weights))
+        logits = self._task.logits(call, batch)
+        return logits.reshape(-1, logits.shape[-1])[self._task.targets(batch).reshape(-1) != IGNORED]
 
     def _losses(self, weights: Weights, batch: Batch) -> Tensor:
         """Summed token loss of each row [B]."""
-        labels = batch.labels[:, 1:]
+        labels = self._task.targets(batch)
         sequence, _ = (labels != IGNORED).nonzero(as_tuple=True)
         token_losses = nn.functional.cross_entropy(
             self._logits(weights, batch), labels[labels != IGNORED], reduction="none"
@@ -283,6 +282,11 @@ class ProximalObjective:
         return torch.zeros(len(labels), dtype=token_losses.dtype, device=token_losses.device).index_add(
             0, sequence, token_losses
         )
+
+
+def _called(model: nn.Module, weights: dict[str, Tensor], *args: Tensor, **kwargs: Any) -> Any:
+    """What a model gives with other weights."""
+    return torch.func.functional_call(model, weights, args, kwargs)
 
 
 def _names(layer: TrackedLayer) -> list[str]:

@@ -124,6 +124,10 @@ def _verified(run: Run) -> dict[str, Any] | None:
     }
 
 
+# Keys of a query that are shown as what was asked, or are too long to be.
+_SAID = ("id", "prompt", "completion", "text", "label", "features")
+
+
 def _query(run: Run, name: str, record: dict[str, Any], k: int, negative: int) -> dict[str, Any]:
     try:
         everything = run.top(name, _EVERY)
@@ -133,11 +137,11 @@ def _query(run: Run, name: str, record: dict[str, Any], k: int, negative: int) -
     worst = rest[rest["influence"] < 0].tail(negative)
     kept = [column for column in everything.columns if column not in _FIXED]
     largest = float(everything["influence"].abs().max()) if len(everything) else 0.0
-    asked = {key: value for key, value in record.items() if key not in ("id", "prompt", "completion")}
+    asked = {key: value for key, value in record.items() if key not in _SAID}
     return {
         "id": name,
-        "prompt": record.get("prompt"),
-        "completion": record.get("completion"),
+        "prompt": record.get("prompt", record.get("text")),
+        "completion": record.get("completion", record.get("label")),
         "asked": asked,
         "kept": kept,
         "rows": [_row(values, kept, largest) for values in best.to_dict("records")],

@@ -263,16 +263,23 @@ def _seconds(value: float) -> str:
     return f"{value:,.1f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 else "<0.001"
 
 
-def split_table(rows: Iterable[tuple[str, bool, int]]) -> Table:
-    """How a query is split into tokens; each row is (token's text, whether it is measured, position)."""
-    table = _table("tokens of the query; what is measured is the log probability of those marked")
+def split_table(rows: Iterable[tuple[str, bool, int]], label: str | None = None) -> Table:
+    """How a query is split into tokens; each row is (token's text, whether it is measured, position).
+
+    Args:
+        rows: in order.
+        label: the class that is measured, of a text as a whole, where the model is a classifier.
+    """
+    measures = "those marked" if label is None else f"'{plain(label)}' given all of them"
+    table = _table(f"tokens of the query; what is measured is the log probability of {measures}")
     table.add_column("position", justify="right")
     table.add_column("token", overflow="fold")
     table.add_column("part")
     for text, measured, position in rows:
         # Quotes show leading blanks, which decide how a token is read.
-        shown = Text("'" + visible(text) + "'", style="bold" if measured else "")
-        table.add_row(str(position), shown, "completion, measured" if measured else "prompt")
+        part = "completion, measured" if measured else "prompt"
+        shown = Text("'" + visible(text) + "'", style="bold" if measured and label is None else "")
+        table.add_row(str(position), shown, part if label is None else "text")
     return table
 
 

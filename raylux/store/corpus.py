@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from raylux.batches import IGNORED, TokenRow
+from raylux.classes import class_labels
 from raylux.store.folder import Manifest, RunFolder
 
 
@@ -19,6 +20,7 @@ def write_corpus(
     labels: np.ndarray | None,
     keys: np.ndarray,
     table: pd.DataFrame,
+    classes: np.ndarray | None = None,
     **about: object,
 ) -> Manifest:
     """Store a corpus and commit it.
@@ -30,11 +32,14 @@ def write_corpus(
         labels: [total] int32 with -100 where no loss is taken, or None: every token but the first counts.
         keys: [n] int64, the sequences' keys.
         table: one row per sequence: sequence, document, text, kept columns.
+        classes: [n] int32, the class of each sequence, which then has no other label.
         **about: what the manifest says beside it.
     """
     arrays = {"tokens": tokens, "offsets": offsets, "keys": keys}
     if labels is not None:
         arrays["labels"] = labels
+    if classes is not None:
+        arrays["classes"] = classes
     key, objects = folder.write("corpus/tokens", arrays)
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False)
@@ -59,6 +64,7 @@ class CorpusReader:
         self.offsets = self._group.read("offsets")
         self.keys = self._group.read("keys")
         self._has_labels = "labels" in self._group
+        self._classes = self._group.read("classes") if "classes" in self._group else None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -88,7 +94,10 @@ class CorpusReader:
         for row in wanted:
             span = slice(int(self.offsets[row]) - first, int(self.offsets[row + 1]) - first)
             ids = tokens[span]
-            counted = (ids if labels is None else labels[span]).astype(np.int32, copy=True)
-            counted[0] = IGNORED
+            if self._classes is not None:
+                counted = class_labels(len(ids), int(self._classes[row]))
+            else:
+                counted = (ids if labels is None else labels[span]).astype(np.int32, copy=True)
+                counted[0] = IGNORED
             result.append(TokenRow(ids, counted, int(self.keys[row])))
         return result

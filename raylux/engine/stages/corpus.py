@@ -26,8 +26,9 @@ def run(folder: RunFolder, corpus: Sequences | None, source: dict[str, object]) 
     digest = hashlib.blake2b(digest_size=16)
     for array in (corpus.tokens, corpus.offsets, keys):
         digest.update(array.tobytes())
-    if corpus.labels is not None:
-        digest.update(corpus.labels.tobytes())
+    for more in (corpus.labels, corpus.classes):
+        if more is not None:
+            digest.update(more.tobytes())
     write_corpus(
         folder,
         corpus.tokens,
@@ -35,6 +36,7 @@ def run(folder: RunFolder, corpus: Sequences | None, source: dict[str, object]) 
         corpus.labels,
         keys,
         corpus.table,
+        corpus.classes,
         source=source,
         dropped=corpus.dropped,
         digest=digest.hexdigest(),

@@ -176,7 +176,8 @@ def _choose(ctx: Context, queries: Sequence[Query], limits: dict[str, int]) -> t
     if not any(limits.values()):
         return [{} for _ in everyone], [0.0 for _ in everyone]
     probes = probe_count(ctx.config.query.probes, ctx.coverage.parameters)
-    own = min(16, probes // 4)
+    # Features share no tokens: no sequence is nearer to a query than another before it is scored.
+    own = 0 if ctx.files.task == "module" else min(16, probes // 4)
     near = prefilter.find(ctx, queries, "idf", own) if own else [(np.zeros(0, np.int64),)] * len(queries)
     asked = [_Probe(int(row), everyone, shared=True) for row in choose_fit_rows(ctx.ids, probes - own, -1)]
     asked += [_Probe(int(row), (place,), shared=False) for place in everyone for row in near[place][0]]
