@@ -15,9 +15,13 @@ import psutil
 import pytest
 import requests
 
+import raylux
+from raylux.api import run_stages
+from raylux.batch import answer_files
 from raylux.cli import main
 from raylux.engine import auth
 from raylux.submission import flow, names
+from tests.arriving import put
 from tests.heads import ROOT, Head, like_a_clone
 from tests.small import Inputs, contents, differing, make_inputs
 
@@ -194,3 +198,25 @@ def test_an_attempt_that_was_killed_and_one_that_was_stopped_go_on_to_the_same_b
     shown = capsys.readouterr().out
     assert all(names.submission_id(str(folder), attempt) in shown for attempt in (1, 2, 3))
     assert all(word in shown for word in ("FAILED", "STOPPED", "SUCCEEDED"))
+
+
+def test_a_batch_that_is_submitted_answers_files_as_one_in_process_does(
+    joined: Head, inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fit is a job, the answers are another; both against the same in this process."""
+    inbox, there, here = joined.work / "inbox", joined.work / "runs" / "asked", tmp_path / "asked"
+    inbox.mkdir()
+    for name, ids in (("one.jsonl", "a"), ("two.jsonl", "bc")):
+        put(inbox, name, ids)
+    words = ["config.yaml", f"run.folder={there}"]
+    assert main(["submit", *words, "--command", "fit"]) == 0
+    assert main(["submit", *words, "--command", "batch", "--queries", str(inbox)]) == 0
+    assert "works on this run folder" not in capsys.readouterr().err
+
+    run_stages(inputs.config(here), ("corpus", "fit"), quiet=True)
+    wanted, outcome = answer_files(str(here), str(inbox), quiet=True)
+    assert outcome.answered == ["one.jsonl", "two.jsonl"]
+    found = raylux.open_run(there)
+    assert found.queries == wanted.queries and len(found.queries) == 3
+    assert found.scores().sortby("sequence").equals(wanted.scores().sortby("sequence"))
+    assert found.best().equals(wanted.best())

@@ -148,7 +148,7 @@ def fit(demand: Demand, supply: Mapping[str, float], where: str = "the cluster")
         raise UserError(
             f"not enough memory on {where}: {workers} worker{'s' * (workers > 1)} and the factor shards need "
             f"{need_bytes / GIB:.1f} GiB{way}, {_has(where)} {memory / GIB:.1f} GiB; use fewer engine.workers, a "
-            f"larger cluster, fewer model.layers or fewer queries"
+            f"larger cluster, curvature.blocks=2 or 4, fewer model.layers or fewer queries"
         )
     shards = demand.shards if isinstance(demand.shards, int) else workers
     return workers, shards
