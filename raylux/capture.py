@@ -7,6 +7,7 @@ Layout, fixed for everything that builds on it:
 - ``g_NTP``: the gradient of the summed loss of sequence n with respect to the layer's output; zero on padding.
 - of an expert of a mixture, which sees some tokens of some sequences: a and g as ``Routed``.
 - of a layer above a classifier's pooling, which sees one row for each sequence: a [N, 1, M] and g [N, 1, P].
+- of the word embedding: a [N, T, 1] int64, the token ids themselves, and g the gradient by each position's embedding.
 
 The gradient of sequence n is then ``G_PM = Σ_t g_tP a_tM``, whatever the layer's own storage (``nn.Linear``
 keeps [P, M], GPT-2's ``Conv1D`` [M, P]). Parameters are frozen: no weight gradient is ever formed. The graph begins
@@ -31,6 +32,7 @@ from raylux.checkpointing import blocks_of, checkpointed
 from raylux.errors import NumericsError, UserError
 from raylux.experts import DOWN, SplitExperts
 from raylux.gpu import is_unrepeatable, repeatable
+from raylux.influence.words import are_words
 from raylux.layers import TrackedLayer
 from raylux.loss import LogitLoss, logit_loss
 from raylux.modules import features_of
@@ -90,6 +92,8 @@ class Captured:
         return x.over(torch.cat([x.rows, ones], 1).to(dtype).masked_fill_((x.places < 0)[:, None], 0))
 
     def _input(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if are_words(x):
+            return x  # what padding has is of no gradient
         if self.mask is None and not self.biased[name]:
             return x.to(dtype)
         rows, tokens, width = x.shape
@@ -125,6 +129,12 @@ class Capture:
         self._modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
         self._checkpointed = blocks_of(model, self._names()) if checkpointing else []
         self._blocks = [module for module in model.modules() if isinstance(module, SplitExperts)]
+        # Torch gives the row of a padding token no gradient.
+        self._unlearned = {
+            layer.name: self._modules[layer.name].padding_idx
+            for layer in layers
+            if layer.words and self._modules[layer.name].padding_idx is not None
+        }
         self._widths = {layer.name: layer.inputs - int(layer.bias) for layer in layers}
         self._patches = {layer.name: layer.patches for layer in layers}
         self._experts = {layer.name: _expert_of(model, layer.name) for layer in layers if layer.routed}
@@ -210,6 +220,12 @@ class Capture:
                     grads = record.gradients(logits, one.gradient, retain=index + 1 < len(losses))
                 taken.append(self._gradients(grads, batch, layers))
             raw = self._inputs(record, batch, layers)
+        for name, token in self._unlearned.items():
+            for found in taken:
+                if name in found:
+                    ids, g = raw[self.groups[name]], found[name]
+                    assert isinstance(ids, Tensor) and isinstance(g, Tensor)
+                    found[name] = g * (ids != token)
         targets.view(-1)[places] = losses[0].labels
         labels, loss = self.task.labels(batch, targets), losses[0].token_loss.view(len(targets), -1).sum(1)
         if not torch.isfinite(loss).all():
@@ -278,7 +294,9 @@ class Capture:
             if name in self._experts:
                 found[name] = self._routed(name, calls, self._widths[name])
             elif calls:
-                parts = [_by_sequence(x, len(batch.mask), self._patches[name]) for x in calls]
+                # Token ids have no axis of coordinates.
+                shaped = [x if x.is_floating_point() else x[..., None] for x in calls]
+                parts = [_by_sequence(x, len(batch.mask), self._patches[name]) for x in shaped]
                 found[name] = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         return found
 

@@ -18,6 +18,7 @@ import xarray as xr
 from raylux import ranking
 from raylux.errors import UserError
 from raylux.evaluate.datamodel import spearman
+from raylux.normalised import Normalise, unit
 from raylux.results import Run
 from raylux.shown import redacted
 
@@ -86,16 +87,24 @@ class Combined:
         unit = self.runs[0].unit
         return unit if math.isclose(self.weights.sum(), 1.0) else f"weighted {unit}"
 
-    def top(self, query: str, k: int = 10, by: Literal["sequence", "document"] = "sequence") -> pd.DataFrame:
+    def top(
+        self,
+        query: str,
+        k: int = 10,
+        by: Literal["sequence", "document"] = "sequence",
+        normalise: Normalise = "none",
+    ) -> pd.DataFrame:
         """The k sequences (or documents) with the largest combined influence on a query, as ``Run.top``.
+
+        With ``normalise`` each run's scores are divided by its own lengths before they are added up.
 
         Raises:
             UserError: a run lacks the query, or has not scored the same sequences for it.
             MissingStageError: a run has no scores of it yet.
         """
-        table, values = self._values(query, by)
+        table, values = self._values(query, by, normalise)
         found = ranking.best(table.assign(influence=self.weights @ values), k)
-        found.attrs.update(self.runs[0].meaning() | {"unit": self.unit})
+        found.attrs.update(self.runs[0].meaning() | {"unit": unit(normalise, self.unit)})
         return found
 
     def scores(self) -> xr.DataArray:
@@ -114,9 +123,11 @@ class Combined:
         pairs = [(one, other) for place, one in enumerate(values) for other in values[:place]]
         return float(np.mean([spearman(x[:, None], y[:, None])[0] for x, y in pairs])) if pairs else math.nan
 
-    def _values(self, query: str, by: Literal["sequence", "document"] = "sequence") -> tuple[pd.DataFrame, np.ndarray]:
+    def _values(
+        self, query: str, by: Literal["sequence", "document"] = "sequence", normalise: Normalise = "none"
+    ) -> tuple[pd.DataFrame, np.ndarray]:
         """The first run's table of a query, and each run's influence of its rows [K, n]."""
-        tables = [run.scored(query, by) for run in self.runs]
+        tables = [run.scored(query, by, normalise) for run in self.runs]
         for run, table in zip(self.runs[1:], tables[1:], strict=True):
             if not table[by].equals(tables[0][by]):
                 raise UserError(

@@ -124,7 +124,9 @@ class FitSection(Section):
 
 
 class CurvatureSection(Section):
-    kind: Literal["ekfac", "kfac", "tekfac", "tkfac", "eshampoo", "shampoo", "diagonal", "identity", "cosine"] = "ekfac"
+    kind: Literal[
+        "ekfac", "kfac", "tekfac", "tkfac", "eshampoo", "shampoo", "diagonal", "gauss_newton", "identity", "cosine"
+    ] = "ekfac"
     blocks: Literal[1, 2, 4] = Field(
         1, description="A and S of a layer are kept within so many blocks of its inputs, and of its outputs"
     )
@@ -172,6 +174,9 @@ class ScoreSection(Section):
         None, description="N, the sequences the model was trained on; default: the corpus's size"
     )
     layers: bool = Field(False, description="keep the scores of each layer too")
+    self_influence: bool = Field(
+        False, description="measure the gradient of each scored sequence, its self-influence among it"
+    )
     token_top: int = Field(10, ge=0, le=10**9, description="per-token scores for this many best sequences of a query")
     unit_size: Count | Auto = Field("auto", description="corpus sequences in a score unit")
 

@@ -29,6 +29,7 @@ from raylux.engine.records import (
     SCORE,
     SNAPSHOT,
     SOLVE,
+    SQUARES,
     TAKEN,
     TOKENS,
     VERIFIED,
@@ -48,7 +49,7 @@ _LEDGER = {
     "fit": (MOMENTS, EIGEN, COVARIANCE, LABELS, SNAPSHOT, CONTRACTION),
     "prefilter": (CANDIDATES,),
     "query": (VERIFIED, LEVERAGE, CALIBRATION, FREEDOM, QUERY, SOLVE, PRODUCT, PROBE, queries.STAGE),
-    "score": (ANSWER, TAKEN, ASIDE, TOKENS, SCORE),
+    "score": (ANSWER, TAKEN, ASIDE, TOKENS, SQUARES, SCORE),
 }
 # Stage -> those that fall with it, the last reader first.
 _FALLS = {
@@ -79,6 +80,7 @@ _FREE = frozenset(
         "score.unit",
         "score.train_size",
         "score.layers",
+        "score.self_influence",
         "score.token_top",
         "engine.backend",
         "engine.workers",

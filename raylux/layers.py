@@ -48,6 +48,7 @@ class TrackedLayer:
         share: of all tokens that it sees, on average; less than 1 for an expert of a mixture.
         pool: of an expert: what its block calls this matrix of all its experts, which share a least damping.
         patches: of a convolution.
+        words: it is the word embedding: its inputs are token ids, and M is how many there are.
     """
 
     name: str
@@ -58,6 +59,7 @@ class TrackedLayer:
     share: float = 1.0
     pool: str | None = None
     patches: Patches | None = None
+    words: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -111,6 +113,11 @@ class Coverage:
                 f"model.strict: '{missing[0].name}' cannot be tracked ({missing[0].reason}){more}; set "
                 "model.strict=false to do without, or name the layers you want in model.layers"
             )
+
+
+def matrices(layers: Sequence[TrackedLayer]) -> list[TrackedLayer]:
+    """Those whose gradients are held as matrices: all but the word embedding."""
+    return [layer for layer in layers if not layer.words]
 
 
 def coverage(model: nn.Module, patterns: Sequence[str] | None = None, strict: bool = False) -> Coverage:
@@ -179,11 +186,13 @@ def _are_fused_experts(name: str, module: nn.Module) -> bool:
 
 
 def tracked_layer(name: str, module: nn.Module, model: nn.Module | None = None) -> TrackedLayer:
-    """Describe one ``nn.Linear``, ``Conv1D`` or convolution; an expert's with the ``model`` that it is of."""
+    """Describe a linear, ``Conv1D``, convolution or word embedding; an expert's with the ``model`` that it is of."""
     conv1d = isinstance(module, Conv1D)
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     rows, columns = len(weight), weight[0].numel()
+    if isinstance(module, nn.Embedding):
+        return TrackedLayer(name, rows, columns, False, False, words=True)
     outputs, inputs = (columns, rows) if conv1d else (rows, columns)
     bias = module.bias is not None
     patches = Patches.of(module) if isinstance(module, CONVOLUTIONS) else None
@@ -256,6 +265,8 @@ def _matching(model: nn.Module, patterns: Sequence[str], barriers: dict[str, str
             near = difflib.get_close_matches(pattern, sorted(linears), n=3, cutoff=0.0)
             raise UserError(f"model.layers: '{pattern}' matches no module; linear layers are called {', '.join(near)}")
         usable = [name for name in found if name in linears and name not in barriers]
+        # Where a pattern takes linears it does not mean the embedding: few kinds of curvature can serve it.
+        usable = usable or _words_among(model, found, pattern)
         if not usable:
             blocked = next((f"'{name}' is a {barriers[name]}" for name in found if name in barriers), None)
             kind = f"'{found[0]}' is a {type(model.get_submodule(found[0])).__name__}, not a linear layer"
@@ -290,6 +301,30 @@ def _barriers(model: nn.Module) -> dict[str, str]:
                 # An expert sees some tokens of some sequences, flattened: no token says whose it is.
                 barriers[name] = "linear of an expert that is no part of transformers' fused experts"
     return barriers
+
+
+def _words_among(model: nn.Module, names: Sequence[str], pattern: str) -> list[str]:
+    """The word embedding, if it is one of some modules. Raises UserError where it is and cannot be tracked."""
+    getter = getattr(model, "get_input_embeddings", None)
+    module = getter() if callable(getter) else None
+    name = next((name for name in names if module is not None and model.get_submodule(name) is module), None)
+    if name is None or not isinstance(module, nn.Embedding):
+        return []
+    sharing = [
+        other
+        for other, one in model.named_modules()
+        if one is not module and any(p is module.weight for p in one.parameters(recurse=False))
+    ]
+    why = None
+    if has_adapter(model):
+        why = "of the base model, which was frozen"
+    elif sharing:
+        why = f"tied to '{sharing[0]}': its gradient has both uses in it, and is no sum over words"
+    elif type(module) is not nn.Embedding or module.max_norm is not None:
+        why = f"of a kind ({type(module).__name__}) that scales or bounds its rows"
+    if why:
+        raise UserError(f"model.layers: '{pattern}' cannot be tracked: '{name}' is a word embedding {why}")
+    return [name]
 
 
 def _head(model: nn.Module) -> nn.Module | None:

@@ -18,7 +18,7 @@ from raylux.cost.machine import Cluster
 from raylux.cost.model import ModelShape
 from raylux.cost.planner import plan_run
 from raylux.cost.workload import Workload
-from raylux.curvature import KINDS, check_blocks
+from raylux.curvature import KINDS, check_blocks, check_words, joint
 from raylux.curvature.solvers import Rule
 from raylux.engine.kept import kept_bytes
 from raylux.engine.plan import Plan, make_plan, probe_count
@@ -59,7 +59,10 @@ def find_shape(config: Config) -> tuple[ModelShape, models.ModelFiles, int | Non
         files = models.find_model(setting)
     structure = models.load_structure(files, setting.trust_remote_code, weights)
     covered = models.coverage(structure, setting.layers, setting.strict)
-    groups = KINDS[config.curvature.kind].groups(input_groups(structure, covered.tracked))
+    kind = KINDS[config.curvature.kind]
+    check_words(kind.name, covered.tracked)
+    joint.check(kind.name, kind.joint, covered.tracked, setting.dtype)
+    groups = kind.groups(input_groups(structure, covered.tracked))
     shape = replace(ModelShape.of(structure, covered, groups), checkpointing=setting.checkpointing)
     return shape, files, models.context_length(structure.config)
 
@@ -127,6 +130,8 @@ def _workload(config: Config, sizes: Sizes, device: str) -> tuple[Workload, Plan
         rank=min(64, config.query.max_rank),
         probes=probe_count(config.query.probes, shape.parameters),
         tile=8 if device == "cpu" else 256,
+        self_influence=config.score.self_influence,
+        joint=kind.joint,
         solver_products=products,
         solver_sequences=over,
         passes=None if config.fit.passes == "auto" else config.fit.passes,

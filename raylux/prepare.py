@@ -15,7 +15,7 @@ from raylux import examples, fingerprints, models
 from raylux.capture import input_groups
 from raylux.config import Config, CorpusSection
 from raylux.corpus import Sequences, load_corpus
-from raylux.curvature import KINDS, check_blocks, solvers
+from raylux.curvature import KINDS, check_blocks, check_words, joint, solvers
 from raylux.engine import choices
 from raylux.engine.context import Context
 from raylux.engine.plan import Plan, make_plan
@@ -24,7 +24,7 @@ from raylux.engine.stages import corpus as corpus_stage
 from raylux.engine.stages import fit, queries
 from raylux.errors import MissingStageError, UserError
 from raylux.frozen import Frozen, check_stage_name, drop, falls, holds
-from raylux.layers import Coverage
+from raylux.layers import Coverage, matrices
 from raylux.modulecheck import check_module
 from raylux.modules import Features, features_of
 from raylux.queries import Query, load_queries, parse_queries
@@ -146,6 +146,9 @@ def read(config: Config, folder: RunFolder, restart: str | None, asked: Sequence
         Frozen(folder, known, restart).check_config(config)
     model = Model.find(config)
     solvers.check_layers(config.curvature.solver, model.coverage.tracked)
+    kind = KINDS[config.curvature.kind]
+    check_words(kind.name, model.coverage.tracked)
+    joint.check(kind.name, kind.joint, model.coverage.tracked, config.model.dtype)
     if asked is None:
         asked = model.questions(config.queries.path)
     source = redacted_values(fingerprints.of_source(config.corpus.path))
@@ -236,8 +239,9 @@ def planned(ctx: Context, queries: int) -> Plan:
     """The plan that a run of its own would have for so many queries: how they meet sequences goes by their number."""
     lengths = ctx.reader.lengths
     chosen = choices.products(
-        ctx.config, ctx.plan.device, ctx.coverage.tracked, ctx.groups, ctx.plan.typical_tokens, queries, len(lengths)
-    )
+        ctx.config, ctx.plan.device, matrices(ctx.coverage.tracked), ctx.groups, ctx.plan.typical_tokens, queries,
+        len(lengths),
+    )  # fmt: skip
     return replace(ctx.plan, **vars(chosen))
 
 

@@ -15,8 +15,8 @@ def by_document(table: pd.DataFrame) -> pd.DataFrame:
     return grouped.reset_index()
 
 
-def best(table: pd.DataFrame, k: int) -> pd.DataFrame:
-    """The k rows with the largest influence, ranked; of equals the first in the table."""
-    found = table.sort_values("influence", ascending=False, kind="stable").head(k)
+def best(table: pd.DataFrame, k: int, by: str = "influence") -> pd.DataFrame:
+    """The k rows with the largest influence (or what else is named), ranked; of equals the first in the table."""
+    found = table.sort_values(by, ascending=False, kind="stable").head(k)
     found.insert(0, "rank", np.arange(1, len(found) + 1))
     return found.reset_index(drop=True)

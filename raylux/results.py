@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from raylux import calibrated, health, ranking, status
+from raylux import calibrated, health, normalised, ranking, status
 from raylux.calibrated import Calibration
 from raylux.config import Config
 from raylux.curvature import KINDS
@@ -23,6 +23,7 @@ from raylux.engine.stages.score import token_rows
 from raylux.errors import MissingStageError, UserError
 from raylux.evaluate import Agreement
 from raylux.health import Quarantined
+from raylux.normalised import Normalise
 from raylux.report.across import Across, across
 from raylux.report.profile import StageTime, parsed, stage_times
 from raylux.report.watching import Seen, seen
@@ -139,7 +140,8 @@ class Run:
         return self.config.score.train_size or len(self.sequences)
 
     @property
-    def _scale(self) -> float:
+    def scale(self) -> float:
+        """What a stored score is multiplied by: 1/N where it is in nats."""
         return 1.0 / self.train_size if self.unit == "nats" else 1.0
 
     # what was found
@@ -152,7 +154,7 @@ class Run:
             MissingStageError: no corpus yet.
         """
         if "corpus" not in self.store.committed("corpus"):
-            raise MissingStageError(f"{self.folder}: no corpus yet; run `{self._command('fit')}`")
+            raise MissingStageError(f"{self.folder}: no corpus yet; run `{self.command('fit')}`")
         return read_table(self.store)
 
     @cached_property
@@ -161,14 +163,23 @@ class Run:
         blocks = [block.rows for block in self._blocks]
         return np.unique(np.concatenate(blocks)) if blocks else np.zeros(0, np.int64)
 
-    def scores(self) -> xr.DataArray:
+    def scores(self, normalise: Normalise = "none") -> xr.DataArray:
         """Influence of every scored sequence on every query: dims (query, sequence), read when looked at.
 
         NaN where a pair was not computed. Attributes: unit, sign, train_size, curvature.
-        """
-        return self._lazy(self.queries, self.rows, self._blocks)
 
-    def _lazy(self, queries: Sequence[str], rows: np.ndarray, blocks: Sequence[ScoreBlock]) -> xr.DataArray:
+        Args:
+            normalise: divide each sequence's scores by the length of its gradient, as ``raylux.normalised`` says.
+
+        Raises:
+            UserError: there is no such way, or the scores are cosines.
+            MissingStageError: the lengths were not measured (``score.self_influence``).
+        """
+        return self._lazy(self.queries, self.rows, self._blocks, normalise)
+
+    def _lazy(
+        self, queries: Sequence[str], rows: np.ndarray, blocks: Sequence[ScoreBlock], normalise: Normalise
+    ) -> xr.DataArray:
         """``scores`` of some queries on some corpus rows, as they stand in some blocks."""
         norms = {str(name): float(norm) for name, norm in self.measurements["norm"].items()}
         return lazy_scores(
@@ -176,26 +187,52 @@ class Run:
             queries,
             rows,
             self.sequences["sequence"].to_numpy()[rows],
-            self._scale,
-            self.meaning(),
+            self.scale,
+            self.meaning(normalise),
             norms if self.unit == "cosine" else None,
             "float64" if self.settings["plan"]["dtype"] == "float64" else "float32",
             self._keep,
             blocks,
+            normalised.divisor(self, normalise, rows),
         )
 
-    def top(self, query: str, k: int = 10, by: Literal["sequence", "document"] = "sequence") -> pd.DataFrame:
+    @cached_property
+    def squares(self) -> tuple[np.ndarray, np.ndarray]:
+        """As ``raylux.normalised.squares``: empty where no self-influence was measured."""
+        return normalised.squares(self.store)
+
+    def self_influence(self) -> pd.DataFrame:
+        """How much each scored sequence teaches the model itself, in corpus order; v = ∇log p of it.
+
+        Columns: sequence; self_influence vᵀ(G + λ)⁻¹v, in the run's unit: in nats what one more copy of a sequence
+        adds to its own log p; norm ‖v‖; step ‖(G + λ)⁻¹v‖, in nats divided by N: how far that copy moves the weights;
+        the kept columns; text.
+
+        Raises:
+            MissingStageError: none was measured (``score.self_influence``).
+        """
+        return normalised.table(self)
+
+    def top(
+        self,
+        query: str,
+        k: int = 10,
+        by: Literal["sequence", "document"] = "sequence",
+        normalise: Normalise = "none",
+    ) -> pd.DataFrame:
         """The k sequences (or documents, summed) with the largest influence on a query.
 
         Columns: rank, sequence (or document), influence, prefilter (NaN where the sequence was not among this
         query's own candidates), the kept columns, text.
 
+        ``normalise``: as ``scores`` has it.
+
         Raises:
-            UserError: no such query, or documents asked of a packed corpus.
-            MissingStageError: the query has no scores yet.
+            UserError: no such query, documents asked of a packed corpus or of normalised scores; as ``scores``.
+            MissingStageError: the query has no scores yet; as ``scores``.
         """
-        result = ranking.best(self.scored(query, by), k)
-        result.attrs.update(self.meaning())
+        result = ranking.best(self.scored(query, by, normalise), k)
+        result.attrs.update(self.meaning(normalise))
         return result
 
     def best(self) -> pd.DataFrame:
@@ -217,7 +254,7 @@ class Run:
         rows, values = answers.best(self.store, answer)
         places, _ = np.nonzero(rows >= 0)
         ids = np.asarray(answer.meta["ids"], object)[places]
-        influence = values[rows >= 0] * self._scale
+        influence = values[rows >= 0] * self.scale
         if self.unit == "cosine":
             influence = influence / self.measurements["norm"].loc[ids].to_numpy()
         names = self.sequences["sequence"].to_numpy()[rows[rows >= 0]]
@@ -239,11 +276,11 @@ class Run:
         blocks = [block for block in self._blocks if block.layers and query in block.queries]
         if not blocks:
             raise MissingStageError(
-                f"{self.folder}: no per-layer scores of '{query}'; run `{self._command('score')} score.layers=true`"
+                f"{self.folder}: no per-layer scores of '{query}'; run `{self.command('score')} score.layers=true`"
             )
         for block in blocks:
             part = self.store.group(block.key).read("layers", block.queries.index(query))
-            values[:, np.searchsorted(self.rows, block.rows)] = part * self._scale
+            values[:, np.searchsorted(self.rows, block.rows)] = part * self.scale
         names = self.sequences["sequence"].to_numpy()[self.rows]
         coords = {"layer": np.asarray(layers, object), "sequence": names}
         return xr.DataArray(values, coords, ("layer", "sequence"), name="influence", attrs=self.meaning())
@@ -269,17 +306,36 @@ class Run:
             top = self.config.score.token_top
             raise MissingStageError(
                 f"{self.folder}: no per-token scores of '{sequence}' for '{query}' (kept for the {top} best); "
-                f"run `{self._command('score')} score.token_top={max(2 * top, 10)}`"
+                f"run `{self.command('score')} score.token_top={max(2 * top, 10)}`"
             )
         key, index = place
         group = self.store.group(key)
         start, stop = group.read("offsets")[index : index + 2]
         tokens = group.read("tokens", slice(start, stop))
-        shares = group.read("shares", slice(start, stop)) * self._scale
+        shares = group.read("shares", slice(start, stop)) * self.scale
         result = pd.DataFrame(
             {"position": np.arange(len(tokens)), "token_id": tokens, "token": self._decode(tokens), "influence": shares}
         )
         result.attrs.update(self.meaning())
+        return result
+
+    def word_scores(self, query: str, sequence: str) -> pd.DataFrame:
+        """Influence by word of one sequence, largest first: token_id, token, count, influence; words sum to the total.
+
+        Where the word embedding alone is tracked (``model.layers``) a word's share is ⟨G_w(query), G_w(sequence)⟩, and
+        words that the two do not share have none: the decomposition of TracIn-WE (Yeh et al. 2022). Otherwise as
+        ``token_scores``, summed over the places where a token stands.
+
+        Raises:
+            UserError: as ``token_scores``.
+            MissingStageError: as ``token_scores``.
+        """
+        tokens = self.token_scores(query, sequence)
+        found = tokens.groupby("token_id", sort=False).agg(
+            token=("token", "first"), count=("position", "size"), influence=("influence", "sum")
+        )
+        result = found.reset_index().sort_values("influence", ascending=False, kind="stable", ignore_index=True)
+        result.attrs.update(tokens.attrs)
         return result
 
     # how far it can be trusted
@@ -361,23 +417,25 @@ class Run:
     def _own_blocks(self) -> list[ScoreBlock]:
         return score_blocks(self.store)
 
-    def meaning(self) -> dict[str, Any]:
+    def meaning(self, normalise: Normalise = "none") -> dict[str, Any]:
         """What tables and arrays say of a score: unit, sign, train_size, curvature."""
         return {
-            "unit": self.unit,
+            "unit": normalised.unit(normalise, self.unit),
             "sign": SIGN,
             "train_size": self.train_size,
             "curvature": self.config.curvature.kind,
         }
 
-    def _command(self, stage: str) -> str:
+    def command(self, stage: str) -> str:
         return f"raylux {stage} {self.settings.get('config_path') or 'CONFIG'}"
 
     def _known(self, query: str) -> None:
         if query not in self.query_records:
             raise UserError(f"{self.folder}: no query '{query}'; it has {', '.join(self.queries[:10]) or 'none'}")
 
-    def scored(self, query: str, by: Literal["sequence", "document"] = "sequence") -> pd.DataFrame:
+    def scored(
+        self, query: str, by: Literal["sequence", "document"] = "sequence", normalise: Normalise = "none"
+    ) -> pd.DataFrame:
         """Every scored sequence (or document) of a query, in corpus order: the columns of ``top`` without the rank.
 
         Raises:
@@ -386,15 +444,17 @@ class Run:
         """
         if by == "document" and self.config.corpus.pack:
             raise UserError(f"{self.folder}: a packed corpus has no scores per document (corpus.pack is true)")
+        if by == "document" and normalise != "none":
+            raise UserError(f"{self.folder}: what a document's scores are divided by is known of its sequences alone")
         self._known(query)
         answer = self._answer(query)
         # A query of a batch's file has its scores in the answer, and there alone.
         blocks = answer_blocks(self.store, [answer]) if answer else self._own_blocks
         scored = np.unique(np.concatenate([np.zeros(0, np.int64), *(block.rows for block in blocks)]))
-        values = self._lazy([query], scored, blocks).to_numpy()[0] if len(scored) else np.zeros(0)
+        values = self._lazy([query], scored, blocks, normalise).to_numpy()[0] if len(scored) else np.zeros(0)
         there = ~np.isnan(values)
         if not there.any():
-            raise MissingStageError(f"{self.folder}: no scores of '{query}'; run `{self._command('score')}`")
+            raise MissingStageError(f"{self.folder}: no scores of '{query}'; run `{self.command('score')}`")
         rows = scored[there]
         table = self.sequences.iloc[rows]
         prefilter = np.full(len(self.sequences), np.nan)

@@ -92,7 +92,8 @@ def _queries(run: Run) -> list[StageStatus]:
         StageStatus(
             "score",
             bool(asked) and asked <= scored | unsolved,
-            f"{len(scored)} of {len(asked)} queries, {len(rows):,} sequences{_quarantined(len(unscored))}",
+            f"{len(scored)} of {len(asked)} queries, {len(rows):,} sequences{_squares(run)}"
+            f"{_quarantined(len(unscored))}",
             _command(run, "score"),
         ),
         StageStatus("report", page, "report/index.html" if page else "nothing yet", _command(run, "report")),
@@ -141,6 +142,12 @@ def _how(run: Run) -> str:
     short = int((~solves["solved"].astype(bool)).sum())
     text = f" by {solves['solver'].iloc[0]}, residual at most {solves['residual'].max():.1e}"
     return f"{text}; {short} above curvature.tolerance" if short else text
+
+
+def _squares(run: Run) -> str:
+    """Of how many sequences the self-influence is known."""
+    count = len(run.squares[0])
+    return f", self-influence of {count:,}" if count else ""
 
 
 def _quarantined(count: int) -> str:

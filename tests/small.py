@@ -157,7 +157,7 @@ def factors(store: RunFolder) -> dict[str, np.ndarray]:
     for stage in (COVARIANCE, EIGEN, MOMENTS):
         for unit, manifest in store.units(stage).items():
             group = store.group(manifest.meta["key"])
-            for name in ("matrix", "values", "vectors"):
+            for name in ("matrix", "values", "vectors", "panel"):
                 if name in group:
                     found[f"{stage} {unit} {name}"] = group.read(name)
     return found
@@ -166,6 +166,11 @@ def factors(store: RunFolder) -> dict[str, np.ndarray]:
 def _s_test(store: RunFolder, meta: dict[str, Any], place: int) -> Any:
     for layer, key in meta["layers"].items():
         group = store.group(key)
+        if "words" in group:
+            part = slice(*group.read("offsets")[place : place + 2])
+            yield f"{layer} words", group.read("words")[part]
+            yield f"{layer} vectors", group.read("vectors")[part]
+            continue
         rank, at = int(group.read("rank")[place]), int(group.read("place")[place])
         if rank < 0:
             yield f"{layer} dense", group.read("dense", at)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,21 @@ def test_a_run_takes_the_products_that_its_plan_says(tmp_path: Path, monkeypatch
     monkeypatch.setattr(GradientWorker, "product_unit", counted)
     inputs.run(tmp_path / "run", *more)
     assert sum(seen) == 3 * 60
+
+
+def test_a_joint_matrix_is_a_product_for_each_weight_and_self_influence_a_second_pass() -> None:
+    _, shape = _shape("gpt2")
+    small = _work(
+        model=shape, dtype="float32", basis=False, tokens=float(TOKENS), fit_sequences=ROWS, unit_tokens=TOKENS
+    )
+    size = sum(layer.parameters for layer in shape.tracked)
+    stage = plan_run(replace(small, joint=True), _cluster(), costs.ENGINE).stage("gauss-newton")
+    product = solving(replace(small, queries=1, solver_products=1, solver_sequences=ROWS), _cluster())
+    one, all_of_it = (
+        {each.kind: each.flops for each in works}["products: layers"] for works in (product.works, stage.works)
+    )
+    assert all_of_it == pytest.approx(size * one) and stage.disk_bytes == 4 * size**2 and stage.tasks == ROWS
+    plain, measured = (
+        plan_run(replace(small, self_influence=flag), _cluster(), costs.ENGINE).stage("score") for flag in (False, True)
+    )
+    assert measured.flops > plain.flops and measured.disk_bytes == plain.disk_bytes

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from raylux.engine.stages.score import _units_by_keeper
+from raylux.engine.stages.units import _units_by_keeper
 from raylux.engine.waiting import Waiting
 from raylux.engine.work import Job, Result, results
 from tests.test_pool import Scene, values

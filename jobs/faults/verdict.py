@@ -10,14 +10,25 @@ import numpy as np
 
 from raylux.config import Config
 from raylux.engine.plan import choose_fit_rows
-from raylux.engine.records import COVARIANCE, EIGEN, LABELS, MOMENTS, QUARANTINE, QUERY, SCORE, SNAPSHOT, TOKENS
+from raylux.engine.records import (
+    COVARIANCE,
+    EIGEN,
+    LABELS,
+    MOMENTS,
+    QUARANTINE,
+    QUERY,
+    SCORE,
+    SNAPSHOT,
+    SQUARES,
+    TOKENS,
+)
 from raylux.store import CorpusReader, Manifest, RunFolder, read_table, score_blocks
 
-_STAGES = (COVARIANCE, LABELS, EIGEN, MOMENTS, QUERY, SCORE, TOKENS)
+_STAGES = (COVARIANCE, LABELS, EIGEN, MOMENTS, QUERY, SCORE, TOKENS, SQUARES)
 _ARRAYS = (
     *("matrix", "labels", "values", "vectors"),
     *("rank", "place", "dense", "left", "right"),
-    *("total", "layers", "norms", "shares", "offsets", "tokens"),
+    *("total", "layers", "norms", "shares", "offsets", "tokens", "squares"),
 )
 
 

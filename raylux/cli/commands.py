@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from raylux.cli import batching, output, planning, stages, submitting, verifying, watching
 from raylux.cli.app import ConfigArgument, OverridesArgument, RunArgument, app, manual
 from raylux.cli.codes import EXIT_USER
+from raylux.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from raylux.api import Run
 
 # The stages stand first in the list of commands.
 __all__ = ["app", "batching", "planning", "stages", "submitting", "verifying", "watching"]
@@ -31,6 +38,15 @@ class By(StrEnum):
     document = "document"
 
 
+class Normalise(StrEnum):
+    """What ``raylux top`` divides scores by."""
+
+    none = "none"
+    norm = "norm"
+    self_influence = "self-influence"
+    step = "step"
+
+
 class Backend(StrEnum):
     """Where the demo computes."""
 
@@ -48,6 +64,11 @@ class Backend(StrEnum):
     Positive influence means that training on the sequence raises what the query measures. The unit (nats, raw or
     dot) stands in the table's title and in every json and csv record. Reads the run folder, writes nothing.
 
+    With --normalise each sequence's scores are divided by the length of its own gradient: norm; self-influence
+    (l-RelatIF) or step (theta-RelatIF), so that outliers with large gradients do not stand first everywhere.
+    --by-self-influence asks no query: it lists the sequences that teach the model most about themselves, as rare,
+    mislabelled or memorised ones do. Both want a run scored with score.self_influence=true.
+
     json is a list of records, lossless; csv has a header, and its texts are on one line with control characters
     escaped, as in the table. Both carry numbers in full precision.
 
@@ -56,6 +77,8 @@ class Backend(StrEnum):
       raylux top runs/quickstart --query boat -k 10
       raylux top runs/quickstart --query boat --by document --format json | jq '.[0].text'
       raylux top runs/epoch-1 runs/epoch-2 --weight 5e-4 --weight 1e-4
+      raylux top runs/quickstart --query boat --normalise self-influence
+      raylux top runs/quickstart --by-self-influence -k 20
     """),
 )
 def top(
@@ -69,31 +92,61 @@ def top(
     by: Annotated[By, typer.Option("--by", help="one line per sequence, or per document (its sequences summed)")] = (
         By.sequence
     ),
+    normalise: Annotated[
+        Normalise, typer.Option("--normalise", help="divide a sequence's scores by the length of its gradient")
+    ] = Normalise.none,
+    by_self_influence: Annotated[
+        bool, typer.Option("--by-self-influence", help="list the sequences with the largest self-influence")
+    ] = False,
     form: Annotated[Format, typer.Option("--format", "-f", help="how to print")] = Format.table,
 ) -> None:
-    """Print ``Run.top`` of one query or of all, or that of several runs together."""
+    """Print ``Run.top`` of one query or of all, or that of several runs together; or ``Run.self_influence``."""
     from raylux import api
+
+    if by_self_influence:
+        if len(runs) > 1 or weight or query is not None or normalise is not Normalise.none or by is not By.sequence:
+            raise UserError("--by-self-influence lists sequences of one RUN and asks no query; give it no more than -k")
+        _print_self_influence(api.open_run(runs[0]), k, form)
+        return
 
     combined = api.combine(runs, weight) if len(runs) > 1 or weight else None
     alone = None if combined else api.open_run(runs[0])
     opened = combined or alone
     assert opened is not None
     ids = [output.known(query, opened.queries, opened.folder)] if query is not None else list(opened.queries)
+    found = ((name, opened.top(name, k=k, by=by.value, normalise=normalise.value)) for name in ids)
     if form is Format.table:
         from raylux.report import tables
 
         console = output.console()
-        for name in ids:
-            title = f"{name}: influence in {opened.unit}, positive raises the measurement"
+        for name, frame in found:
+            title = f"{name}: influence in {frame.attrs['unit']}, positive raises the measurement"
             if combined:
                 title += f"; {len(runs)} runs, which agree by {combined.agreement(name):.2f}"
-            console.print(tables.top_table(opened.top(name, k=k, by=by.value), title, unit=opened.unit))
-        if alone is not None:
+            console.print(tables.top_table(frame, title))
+        if alone is not None and normalise is Normalise.none:
             output.print_calibration(alone)
         return
-    frames = [output.with_meaning(opened.top(name, k=k, by=by.value), name, opened.unit) for name in ids]
-    text = output.as_json(frames) if form is Format.json else output.as_csv(frames)
-    sys.stdout.write(text)
+    _write([output.with_meaning(frame, name, frame.attrs["unit"]) for name, frame in found], form)
+
+
+def _print_self_influence(run: Run, k: int, form: Format) -> None:
+    """The sequences with the largest self-influence, best first."""
+    from raylux import ranking
+
+    every = run.self_influence()
+    frame = ranking.best(every, k, "self_influence")
+    if form is Format.table:
+        from raylux.report import tables
+
+        title = f"self-influence in {run.unit}: what a sequence teaches the model about itself"
+        output.console().print(tables.self_influence_table(frame, title))
+        return
+    _write([frame.assign(unit=run.unit)], form)
+
+
+def _write(frames: Sequence[pd.DataFrame], form: Format) -> None:
+    sys.stdout.write(output.as_json(frames) if form is Format.json else output.as_csv(frames))
     sys.stdout.flush()
 
 

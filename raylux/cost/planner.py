@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from raylux.cost import costs, fit, serve
+from raylux.cost import costs, fit, serve, solving
 from raylux.cost.costs import Choice, RunPlan
 from raylux.cost.machine import USABLE, Cluster
 from raylux.cost.passes import covariance_held, largest, split
@@ -30,7 +30,7 @@ def plan_run(work: Workload, cluster: Cluster, can: frozenset[str] = costs.ENGIN
     _check_model(work, cluster, can)
     choices = [_shards(work, cluster)] if work.basis or work.moments else []
     makers = [fit.covariance, fit.eigenbases] if work.basis else []
-    makers += [fit.moments] if work.moments else []
+    makers += [solving.joint] if work.joint else [fit.moments] if work.moments else []
     stages = []
     for make in (*makers, serve.query, serve.prefilter, serve.score):
         stage, chosen = make(work, cluster, can)

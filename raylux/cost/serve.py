@@ -10,7 +10,16 @@ from raylux.blocks import block_entries
 from raylux.cost import contraction, costs, solving
 from raylux.cost.contraction import Form
 from raylux.cost.costs import Choice, StageCost, Work
-from raylux.cost.fit import LAYER_OPERATIONS, base_bytes, batch_tokens, model_bytes, model_work, reading, store
+from raylux.cost.fit import (
+    LAYER_OPERATIONS,
+    base_bytes,
+    batch_tokens,
+    model_bytes,
+    model_work,
+    reading,
+    rotation_flops,
+    store,
+)
 from raylux.cost.machine import Cluster, Device, eigh_flops
 from raylux.cost.sizes import PROCESS_BYTES, covariance_bytes, layer_bytes, query_block, rank_limit
 from raylux.cost.workload import Workload
@@ -170,6 +179,9 @@ def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     ]  # fmt: skip
     if chosen.rescored:
         works.append(_rescoring(work, device, chosen))
+    if work.self_influence:
+        works += _self_influence(work, cluster, tokens - spared * work.padding, batch)
+        works += [reading(work, cluster, spared)] if spared else []
     disk = float(work.queries * work.candidates * work.stored)
     read = cluster.workers * work.queries * work.query_bytes() / max(1, cluster.workers / cluster.nodes)
     works.append(store(disk + read + tokens * 4, cluster))
@@ -253,6 +265,16 @@ def _rescoring(work: Workload, device: Device, chosen: Scoring) -> Work:
     seconds = device.seconds(flops, work.contraction, work.rank) + loaded / (device.host_gb_s * 1e9)
     return Work("rescoring", flops + sum(one.flops for one in passes), loaded,
                 seconds + sum(one.seconds for one in passes))  # fmt: skip
+
+
+def _self_influence(work: Workload, cluster: Cluster, tokens: float, batch: float) -> list[Work]:
+    """A second pass over the candidates, ``tokens`` of which no worker keeps: their gradients in the eigenbases."""
+    device, layers = cluster.worker, work.model.tracked
+    turned = sum(rotation_flops(layer, work.tokens)[0] for layer in layers) / work.blocks if work.basis else 0.0
+    flops = work.candidates * work.tokens * (turned + 2.0 * sum(layer.share * layer.parameters for layer in layers))
+    precision = "float64" if work.dtype == "float64" else "float32"
+    found = Work("self-influence", flops, 0.0, device.seconds(flops, precision, min(work.tokens, 64.0)))
+    return [*model_work(work, device, tokens, batch, [layers]), found]
 
 
 def _sequences(work: Workload, batch: float) -> float:

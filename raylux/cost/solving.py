@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from raylux.cost.costs import Choice, Work
-from raylux.cost.fit import batch_tokens, model_work, move, store
+from raylux.cost.costs import Choice, StageCost, Work
+from raylux.cost.fit import base_bytes, batch_tokens, model_bytes, model_work, move, store
 from raylux.cost.machine import Cluster
 from raylux.cost.sizes import SOLVE_STATE, layer_bytes, solve_block
 from raylux.cost.workload import Workload
@@ -73,3 +73,18 @@ def solving(work: Workload, cluster: Cluster) -> Solving:
     )
     activations = _GRAPHS * batch * model.activation_bytes(work.itemsize, layers)
     return Solving(works, (choice,), sums + state, float(SOLVE_STATE * block * size), 2.0 * block * size + activations)
+
+
+def joint(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageCost, list[Choice]]:
+    """The exact matrix over all tracked weights: a product over the fitted sequences for each of them."""
+    size = sum(layer.parameters for layer in work.model.tracked)
+    every = replace(work, queries=size, solver_products=1, solver_sequences=work.fit_sequences)
+    taken = solving(every, cluster)
+    matrix = float(size**2)
+    units = max(1, math.ceil(work.fit_tokens / work.unit_tokens))
+    stage = StageCost(
+        "gauss-newton", taken.works[:-1], units, cluster.workers, cluster.devices,
+        base_bytes(cluster.worker) + model_bytes(work) + matrix * work.stored + taken.worker, 8 * matrix,
+        matrix * work.stored, units * matrix * work.stored,
+    )  # fmt: skip
+    return stage, [Choice("gauss-newton", f"dense, {size:,} × {size:,}", f"{8 * matrix / 1e9:,.2f} GB in float64")]

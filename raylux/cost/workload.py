@@ -44,6 +44,8 @@ class Workload:
         tile: dense queries per product.
         query_basis: "standard" or "eigen", as a run has frozen it; None: the planner's choice.
         keep_bytes: a worker's local disk for the captured a and g of fitted sequences; 0: they are not kept.
+        joint: the curvature is one exact matrix over all tracked weights.
+        self_influence: the gradients of scored sequences are measured too.
         solver_products: products with the Gauss-Newton matrix that a query takes, at most; 0: solved directly.
         solver_sequences: over which each of them goes.
         passes: of each stage of the fit that sums; None: the planner's choice.
@@ -77,6 +79,8 @@ class Workload:
     keep_bytes: float = 0.0
     scores_fit: bool = False
     passes: int | None = None
+    self_influence: bool = False
+    joint: bool = False
     solver_products: int = 0
     solver_sequences: int = 0
     sequence_products: bool = False

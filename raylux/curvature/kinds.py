@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from raylux.blocks import Square
 from raylux.curvature.spectral import Spectral
 from raylux.curvature.statistics import Statistics, own_groups
 from raylux.errors import UserError
+from raylux.layers import TrackedLayer
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Kind:
         moments: needs the second moments of per-sequence gradients in that basis (the Λ pass).
         normalised: scores are cosines, divided by the norms of the two gradients.
         statistics: what A and S are sums of.
+        joint: one exact matrix over all tracked weights (``raylux.curvature.joint``), whose diagonal stands for Λ.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Kind:
     moments: bool = False
     normalised: bool = False
     statistics: Statistics = "tokens"
+    joint: bool = False
 
     @property
     def fitted(self) -> bool:
@@ -100,10 +103,22 @@ KINDS = {
         Kind("eshampoo", basis=True, moments=True, statistics="sequences"),
         Kind("shampoo", basis=True, statistics="sequences"),
         Kind("diagonal", moments=True),
+        Kind("gauss_newton", moments=True, joint=True),
         Kind("identity"),
         Kind("cosine", normalised=True),
     )
 }
+
+
+def check_words(kind: str, layers: Sequence[TrackedLayer]) -> None:
+    """Raises UserError where a kind with curvature is to serve the word embedding."""
+    words = [layer.name for layer in layers if layer.words]
+    if words and KINDS[kind].fitted:
+        named = " or ".join(name for name, one in KINDS.items() if not one.fitted)
+        raise UserError(
+            f"curvature.kind={kind}: '{words[0]}' is the word embedding, of which gradients are kept by word and have "
+            f"no curvature; set curvature.kind={named}, or leave it out of model.layers"
+        )
 
 
 def check_blocks(kind: str, blocks: int) -> None:

@@ -7,7 +7,7 @@ Q_Sᵀ G Q_A.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import overload
 
 import torch
@@ -32,16 +32,30 @@ def add_second_moment(total: Tensor, a: Tensor, g: Tensor, q_a: Square | None, q
         g: [N, T, P].
         q_a: [M, M] or None for the standard basis.
         q_s: [P, P] or None for the standard basis.
+    """
+    for turned in in_basis(a, g, q_a, q_s):
+        with of("square"):
+            _add_squares(total, turned)
+
+
+def in_basis(a: Tensor, g: Tensor, q_a: Square | None, q_s: Square | None) -> Iterator[Tensor]:
+    """Q_Sᵀ G_n Q_A of sequences, a few at a time: [n, P, M], which may be overwritten and is valid until the next.
 
     Tokens are rotated before the gradient is formed, or the gradient after, whichever costs less.
+
+    Args:
+        a: [N, T, M], zero on padding; its dtype is that of the products.
+        g: [N, T, P].
+        q_a: [M, M] or None for the standard basis.
+        q_s: [P, P] or None for the standard basis.
     """
     if rotate_tokens_first(a.shape[1], g.shape[2], a.shape[2]):
         a, g = rotate(a, q_a), rotate(g, q_s)
         q_a = q_s = None
-    # One sequence at a time: its gradient is squared while it is still in the processor's cache. A GPU has no such
-    # cache, and wants many.
-    size = max(1, min(len(a), _GPU_ENTRIES // total.numel())) if a.is_cuda else 1
-    outputs, inputs = total.shape
+    outputs, inputs = g.shape[2], a.shape[2]
+    # One sequence at a time: its gradient is read while it is still in the processor's cache. A GPU has no such cache,
+    # and wants many.
+    size = max(1, min(len(a), _GPU_ENTRIES // (outputs * inputs))) if a.is_cuda else 1
     gradients = torch.empty(size, outputs, aligned_width(inputs, a.dtype, a.device), dtype=a.dtype, device=a.device)
     a = aligned(a)
     for start in range(0, len(a), size):
@@ -53,8 +67,7 @@ def add_second_moment(total: Tensor, a: Tensor, g: Tensor, q_a: Square | None, q
             turned = formed if len(formed) > 1 else formed[0]
             turned = turned if q_s is None else q_s.T @ turned
             turned = turned[..., :inputs] if q_a is None else rotated(turned[..., :inputs], q_a)
-        with of("square"):
-            _add_squares(total, turned if turned.dim() == 3 else turned[None])
+        yield turned if turned.dim() == 3 else turned[None]
 
 
 def _add_squares(total: Tensor, gradients: Tensor) -> None:

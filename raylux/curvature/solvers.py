@@ -213,6 +213,11 @@ def check(kind: str, setting: CurvatureSection, labels: str, dtype: str) -> None
     name = setting.solver
     if name == "direct":
         return
+    if KINDS[kind].joint:
+        raise UserError(
+            f"curvature.solver={name}: curvature.kind={kind} is solved exactly as it is; set curvature.solver=direct, "
+            "or another kind"
+        )
     if not KINDS[kind].fitted:
         raise UserError(
             f"curvature.solver={name}: curvature.kind={kind} has no curvature to solve with; set "

@@ -21,7 +21,7 @@ from raylux.engine.shard import ShardSpec
 from raylux.engine.work import Backend
 from raylux.engine.worker import WorkerSpec
 from raylux.errors import UserError
-from raylux.layers import Coverage
+from raylux.layers import Coverage, matrices
 from raylux.models import ModelFiles
 from raylux.queries import Query
 from raylux.shown import redacted
@@ -140,7 +140,7 @@ class Context:
         return session.fitting(self._demand(queries))
 
     def _demand(self, queries: int) -> Demand:
-        engine, layers = self.config.engine, self.coverage.tracked
+        engine, layers = self.config.engine, matrices(self.coverage.tracked)
         return demand_of(
             engine, self.plan.dtype, self.plan.device, layers, self.groups, self.coverage.parameters, queries,
             self.config.curvature.solver != "direct", self.config.fit.passes, self.config.curvature.blocks,
@@ -226,6 +226,7 @@ class Context:
                 self.plan.threads,
                 self.plan.device,
                 self.config.curvature.blocks,
+                {layer.name: layer.shape for layer in self.coverage.tracked},
             )
             for names in self._assignment
         ]

@@ -11,8 +11,9 @@ import torch
 
 from raylux import gpu, profiling
 from raylux.batches import Batch, TokenRow, fit_batches, is_scored_so
-from raylux.capture import Captured, Labeller
+from raylux.capture import Capture, Captured, Labeller
 from raylux.curvature import Covariances, add_second_moments, weighted
+from raylux.curvature.joint import add_columns
 from raylux.engine.captures import FIT, CapturedSequences
 from raylux.engine.records import Contraction, FactorFiles
 from raylux.engine.scorer import Bases
@@ -35,6 +36,7 @@ class FitSums(ABC):
     compute: torch.dtype
     _kept: CapturedSequences
     _bases: Bases
+    _capture: Capture | None
 
     @property
     @abstractmethod
@@ -146,6 +148,33 @@ class FitSums(ABC):
             for names in shards
         ]
         return (unit.drawn(), *parts)
+
+    def gauss_newton_unit(
+        self, rows: np.ndarray, labels: np.ndarray | None, shards: Sequence[Sequence[str]]
+    ) -> tuple[Any, ...]:
+        """Sums of the Gauss-Newton matrix of a fit unit, over all tracked weights together: ``raylux.curvature.joint``.
+
+        Args:
+            rows: corpus rows of the unit.
+            labels: of no use here, the mean over labels being exact.
+            shards: layer names of each shard.
+
+        Returns:
+            None, then a part per shard with each layer's rows of it [P · M, D] under ``moments``.
+        """
+        assert self._capture is not None, "prepare() comes first"
+        layers, sequences = self.spec.layers, self.reader.rows(rows)
+        size = sum(layer.parameters for layer in layers)
+        total = torch.zeros(size, size, dtype=self.compute, device=self.device)
+        for batch in self._fit_batches(sequences):
+            profiling.count(tokens=batch.tokens)
+            add_columns(self._capture, batch.to(self.device), total)
+        panels = dict(zip((layer.name for layer in layers), total.split([x.parameters for x in layers]), strict=True))
+        parts = [
+            {"moments": {name: gpu.to_host(panels[name]).numpy() for name in names}, "sequences": len(sequences)}
+            for names in shards
+        ]
+        return (None, *parts)
 
     def _fit_batches(self, sequences: Sequence[TokenRow]) -> list[Batch]:
         return fit_batches(sequences, self.spec.plan.batch_tokens, most=self.spec.plan.longest)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from raylux import gpu, profiling
-from raylux.curvature import Spectral
+from raylux.curvature import KINDS, Spectral
 from raylux.curvature.solvers import SOLVERS, LayerSolve
 from raylux.engine import numerics
-from raylux.engine.records import STATE, Fitted, read_state, tensor
+from raylux.engine.records import STATE, Fitted, read_joint, read_state, tensor
 from raylux.errors import NumericsError
 from raylux.layers import TrackedLayer
 from raylux.store import RunFolder
@@ -141,6 +141,9 @@ class IterativeSolves(ABC):
     def freedom(self, fitted: Fitted) -> dict[str, float]:
         """Layer -> Σ Λ/(Λ + λ), its effective degrees of freedom."""
         found = {}
+        if KINDS[self.spec.kind].joint:
+            matrix = read_joint(self.folder, fitted, self.spec.shapes, self.spec.damping, self.spec.device)
+            return {name: value for name, value in matrix.freedom().items() if name in self.layers}
         for name in self.layers:
             curvature, damping = self._curvature(name, fitted)
             assert curvature.values is not None, "a kind without curvature has no degrees of freedom"

@@ -28,7 +28,7 @@ from raylux.cost.sizes import (
     worker_bytes,
 )
 from raylux.engine import choices
-from raylux.layers import TrackedLayer
+from raylux.layers import TrackedLayer, matrices
 from raylux.sampling import sequence_key
 
 __all__ = [
@@ -97,6 +97,7 @@ def make_plan(
     queries: int = 1,
 ) -> Plan:
     """Resolve every "auto" that changes bits."""
+    layers = matrices(layers)
     batch = config.engine.batch_tokens
     if batch == "auto":
         batch = _batch_tokens(device, layers)
@@ -130,7 +131,7 @@ def _batch_tokens(device: str, layers: Sequence[TrackedLayer]) -> int:
         return 16_384
     # On a CPU a layer of half a million weights keeps a core busy with a single sequence; below that,
     # the overhead of small operations counts.
-    return 128 if max(layer.parameters for layer in layers) > 400_000 else 1024
+    return 128 if max((layer.parameters for layer in layers), default=0) > 400_000 else 1024
 
 
 def choose_fit_rows(ids: Sequence[str], count: int, seed: int) -> np.ndarray:

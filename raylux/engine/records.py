@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +11,18 @@ import torch
 from torch import Tensor
 
 from raylux.blocks import Blocks, Square
+from raylux.curvature import KINDS, Spectral
+from raylux.curvature.joint import Joint
 from raylux.gpu import to_host
+from raylux.influence.words import WordGradient
 from raylux.layers import TrackedLayer
 from raylux.store import RunFolder
 
 COVARIANCE, EIGEN, MOMENTS = "fit.covariance", "fit.eigen", "fit.moments"
 LABELS, SNAPSHOT, QUARANTINE, PROBE = "fit.labels", "fit.snapshot", "quarantine", "query.probe"
 QUERY, SCORE, TOKENS, CANDIDATES = "query", "score", "tokens", "prefilter"
+# How long the gradients of scored sequences are.
+SQUARES = "score.squares"
 CONTRACTION = "fit.contraction"
 # A batch's query files: taken, put aside, answered.
 TAKEN, ASIDE, ANSWER = "batch.taken", "batch.aside", "batch.answer"
@@ -75,6 +80,23 @@ class QueryFiles:
 
     queries: tuple[str, ...]
     layers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class LoadedCurvature:
+    """The damped curvature that a worker is to hold, some layers of it at a time.
+
+    Attributes:
+        fitted: what the fit left.
+        kind: of curvature.
+        damping: its setting.
+        passes: names of layers, those of each part in the order of the model.
+    """
+
+    fitted: Fitted
+    kind: str
+    damping: float | str
+    passes: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -154,6 +176,41 @@ def read_square(folder: RunFolder, key: str, name: str, dtype: torch.dtype, devi
     return Blocks.of(found, group.attrs["sizes"]) if "sizes" in group.attrs else found
 
 
+def read_curvature(
+    folder: RunFolder, fitted: Fitted, kind: str, layer: str, group: str, dtype: torch.dtype, device: str
+) -> Spectral:
+    """The curvature of a layer, of what a fit of this kind left."""
+
+    def read(key: str, name: str) -> Tensor:
+        return tensor(folder.group(key).read(name), dtype, device)
+
+    eigen = fitted.files.eigen
+    q_a, q_s = read_basis(folder, fitted.files, layer, group, dtype, device)
+    values: list[Tensor | None] = [None, None]
+    if eigen:
+        values = [read(eigen[matrix], "values") for matrix in (input_matrix(group), output_matrix(layer))]
+    lam = read(fitted.moments[layer], "matrix") if fitted.moments else None
+    rows = fitted.rows_per_sequence.get(layer, 1.0)
+    return KINDS[kind].assemble(q_a, q_s, values[0], values[1], lam, rows)
+
+
+def read_joint(
+    folder: RunFolder, fitted: Fitted, shapes: Mapping[str, tuple[int, int]], damping: float | str, device: str
+) -> Joint:
+    """The exact matrix of all tracked layers with their damping, of what a fit of a joint kind left.
+
+    Raises:
+        NumericsError: it is singular.
+    """
+    panels, dampings = {}, {}
+    for name in shapes:
+        group = folder.group(fitted.moments[name])
+        panels[name] = tensor(group.read("panel"), torch.float64, device)
+        values = tensor(group.read("matrix"), torch.float64, device)
+        dampings[name] = Spectral(values).damping(damping, fitted.least.get(name, 0.0))
+    return Joint.of(shapes, panels, dampings)
+
+
 def read_layer_queries(
     folder: RunFolder,
     files: Sequence[QueryFiles],
@@ -162,7 +219,7 @@ def read_layer_queries(
     dtype: torch.dtype,
     device: str,
 ) -> list[Tensor | tuple[Tensor, Tensor]]:
-    """s_test of each query of ``ids`` in one layer: dense [P, M], or (left [P, R], right [M, R])."""
+    """s_test of each query of ``ids`` in one layer of matrices: dense [P, M], or (left [P, R], right [M, R])."""
     found: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
     for block in files:
         if not set(block.queries) & set(ids):
@@ -180,6 +237,36 @@ def read_layer_queries(
                 left, right = arrays["left"][place][:, :rank], arrays["right"][place][:, :rank]
                 found[query] = tensor(left, dtype, device), tensor(right, dtype, device)
     return [found[query] for query in ids]
+
+
+def read_word_queries(
+    folder: RunFolder,
+    files: Sequence[QueryFiles],
+    layer: TrackedLayer,
+    ids: Sequence[str],
+    dtype: torch.dtype,
+    device: str,
+) -> list[WordGradient]:
+    """s_test of each query of ``ids`` in the word embedding."""
+    found: dict[str, WordGradient] = {}
+    for block in files:
+        if set(block.queries) & set(ids):
+            group = folder.group(block.layers[layer.name])
+            offsets, words, vectors = (group.read(name) for name in ("offsets", "words", "vectors"))
+            for index, query in enumerate(block.queries):
+                part = slice(int(offsets[index]), int(offsets[index + 1]))
+                known = torch.from_numpy(words[part].copy()).to(device)
+                found[query] = WordGradient(known, tensor(vectors[part], dtype, device))
+    return [found[query] for query in ids]
+
+
+def word_query_arrays(queries: Sequence[WordGradient]) -> dict[str, np.ndarray]:
+    """The arrays of the word embedding of a query block: ``words`` and ``vectors`` [·, P] of all, from ``offsets``."""
+    return {
+        "words": np.concatenate([to_host(query.ids).numpy() for query in queries]),
+        "vectors": np.concatenate([numpy_array(query.vectors) for query in queries]),
+        "offsets": np.concatenate([[0], np.cumsum([len(query.ids) for query in queries])]).astype(np.int64),
+    }
 
 
 def query_arrays(

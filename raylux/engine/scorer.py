@@ -12,9 +12,17 @@ from raylux.blocks import Square
 from raylux.curvature import Basis, rotate
 from raylux.engine.kept import Resting
 from raylux.engine.plan import Plan
-from raylux.engine.records import Contraction, FactorFiles, QueryFiles, read_basis, read_layer_queries
+from raylux.engine.records import (
+    Contraction,
+    FactorFiles,
+    QueryFiles,
+    read_basis,
+    read_layer_queries,
+    read_word_queries,
+)
 from raylux.influence.dots import LayerQueries, in_memory, squared_norms
-from raylux.layers import TrackedLayer
+from raylux.influence.words import WordQueries
+from raylux.layers import TrackedLayer, matrices
 from raylux.memory import give_back
 from raylux.routed import Routed, Rows, sequence_parts
 from raylux.store import RunFolder
@@ -138,9 +146,18 @@ class Scorer:
         give_back()
         self.loaded, self._layers, self._groups = loaded, layers, groups
         dtype = loaded.contraction.torch_dtype
-        held = len(loaded.ids) * sum(layer.parameters for layer in layers) * torch.empty(0, dtype=dtype).element_size()
+        held = (
+            len(loaded.ids)
+            * sum(layer.parameters for layer in matrices(layers))
+            * torch.empty(0, dtype=dtype).element_size()
+        )
         hold = Resting().hold if held > _IN_MEMORY else in_memory
-        self._queries = {
+        self._queries: dict[str, LayerQueries | WordQueries] = {
+            layer.name: WordQueries(read_word_queries(folder, loaded.files, layer, loaded.ids, dtype, plan.device))
+            for layer in layers
+            if layer.words
+        }
+        self._queries |= {
             layer.name: LayerQueries.build(
                 layer.shape,
                 read_layer_queries(folder, loaded.files, layer, loaded.ids, dtype, plan.device),
@@ -148,7 +165,7 @@ class Scorer:
                 plan.tile,
                 hold,
             )
-            for layer in layers
+            for layer in matrices(layers)
         }
         self._bases = bases.get(loaded.basis, dtype)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,23 +17,26 @@ from torch import Tensor
 
 from raylux import gpu, profiling
 from raylux.blocks import Blocks, block_sizes
-from raylux.curvature import KINDS, Spectral, square_eigenbasis
+from raylux.curvature import Spectral, square_eigenbasis
 from raylux.engine import numerics
 from raylux.engine.iterating import IterativeSolves
+from raylux.engine.jointly import JointSolves
 from raylux.engine.records import (
     Contraction,
     Fitted,
     input_matrix,
     output_matrix,
     query_arrays,
-    read_basis,
+    read_curvature,
     read_square,
     tensor,
+    word_query_arrays,
 )
-from raylux.engine.solve import solve_layer
+from raylux.engine.solve import solve_layer, solve_words
 from raylux.errors import NumericsError
 from raylux.influence.dots import sequence_gradients
 from raylux.influence.lowrank import component_scores, factorise
+from raylux.influence.words import WordGradient
 from raylux.layers import TrackedLayer
 from raylux.memory import give_back
 from raylux.store import RunFolder
@@ -46,7 +49,10 @@ Measured = dict[int, tuple[float, np.ndarray | None]]
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """What a shard is made from. ``blocks``: in which the workers summed A and S."""
+    """What a shard is made from.
+
+    ``blocks``: in which the workers summed A and S. ``shapes``: (P, M) of all tracked layers, in the model's order.
+    """
 
     folder: str
     layers: tuple[TrackedLayer, ...]
@@ -57,9 +63,10 @@ class ShardSpec:
     threads: int
     device: str
     blocks: int = 1
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
-class FactorShard(IterativeSolves):
+class FactorShard(IterativeSolves, JointSolves):
     """Curvature factors of the layers it owns."""
 
     def __init__(self, spec: ShardSpec) -> None:
@@ -76,6 +83,7 @@ class FactorShard(IterativeSolves):
         self._block: dict[str, list[Tensor]] = {}
         self._factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._written: dict[str, tuple[str, Objects]] = {}
+        self._words: dict[str, list[WordGradient]] = {}
         self._solves = {}
 
     def pid(self) -> int:
@@ -226,10 +234,16 @@ class FactorShard(IterativeSolves):
             layer -> the damping λ that was used; layer -> ‖∇f‖² of each query in it; and the scores ``Solved.pairs``
             summed over the layers of this shard.
         """
-        self._block, self._factors, self._written = {}, {}, {}
+        self._block, self._factors, self._written, self._words = {}, {}, {}, {}
         damping, squares = {}, {}
         pairs: list[np.ndarray] = []
         for name in self.layers:
+            if self.layers[name].words:
+                words = solve_words([self._tokens(part, name) for part in parts], contraction.torch_dtype)
+                damping[name], squares[name] = 0.0, words.squares
+                pairs.append(words.pairs)
+                self._words[name] = words.s_test
+                continue
             dtype = self.compute if rank_limit[name] else contraction.torch_dtype
             curvature, damping[name] = self._curvature(name, fitted)
             tokens = [self._tokens(part, name) for part in parts]
@@ -260,7 +274,11 @@ class FactorShard(IterativeSolves):
             part: the probe's ``inputs`` [T, M] by group and ``grads`` [T, P] by layer.
             places: of the queries in the block.
         """
-        result = {}
+        result: dict[str, Measured] = {}
+        for name, words in self._words.items():
+            with profiling.of("dot"):
+                own = WordGradient.of(*self._tokens(part, name))
+                result[name] = {place: (words[place].dot(own), None) for place in places}
         for name, queries in self._block.items():
             a, g = (x.unsqueeze(0) for x in self._tokens(part, name))
             with profiling.of("form"):
@@ -287,6 +305,8 @@ class FactorShard(IterativeSolves):
         """
         keys: dict[str, str] = {}
         objects: Objects = {}
+        for name, words in self._words.items():
+            self._written[name] = self.folder.write(f"queries/{name}/{block}", word_query_arrays(words))
         for name, (key, more) in self._written.items():
             keys[name] = key
             objects |= more
@@ -301,27 +321,23 @@ class FactorShard(IterativeSolves):
             arrays = query_arrays(dense, factors, [rank < 0 for rank in chosen])
             keys[name], more = self.folder.write(f"queries/{name}/{block}", arrays)
             objects |= more
-        self._block, self._factors, self._written = {}, {}, {}
+        self._block, self._factors, self._written, self._words = {}, {}, {}, {}
         return keys, objects, numerics.here(self.spec.device)
 
     def _curvature(self, name: str, fitted: Fitted) -> tuple[Spectral, float]:
-        group, eigen = self.spec.groups[name], fitted.files.eigen
-        q_a, q_s = read_basis(self.folder, fitted.files, name, group, self.compute, self.spec.device)
-        values: list[Tensor | None] = [None, None]
-        if eigen:
-            values = [self._read(eigen[matrix], "values") for matrix in (input_matrix(group), output_matrix(name))]
-        lam = self._read(fitted.moments[name], "matrix") if fitted.moments else None
-        rows = fitted.rows_per_sequence.get(name, 1.0)
-        curvature = KINDS[self.spec.kind].assemble(q_a, q_s, values[0], values[1], lam, rows)
-        return curvature, curvature.damping(self.spec.damping, fitted.least.get(name, 0.0))
-
-    def _read(self, key: str, name: str) -> Tensor:
-        return tensor(self.folder.group(key).read(name), self.compute, self.spec.device)
+        spec = self.spec
+        curvature = read_curvature(
+            self.folder, fitted, spec.kind, name, spec.groups[name], self.compute, spec.device
+        )  # fmt: skip
+        return curvature, curvature.damping(spec.damping, fitted.least.get(name, 0.0))
 
     def _tokens(self, part: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
-        """a [T, M] and g [T, P]."""
-        a = tensor(part["inputs"][self.spec.groups[name]], self.compute, self.spec.device)
-        return a, tensor(part["grads"][name], self.compute, self.spec.device)
+        """a [T, M] and g [T, P]; of the word embedding token ids [T, 1]."""
+        inputs = part["inputs"][self.spec.groups[name]]
+        g = tensor(part["grads"][name], self.compute, self.spec.device)
+        if inputs.dtype.kind == "i":
+            return torch.from_numpy(inputs.copy()).to(self.spec.device), g
+        return tensor(inputs, self.compute, self.spec.device), g
 
     def _storage(self) -> type:
         return np.float64 if self.compute is torch.float64 else np.float32

@@ -13,6 +13,7 @@ from raylux.blocks import Blocks, Square
 from raylux.cost.contraction import rotate_tokens_first
 from raylux.curvature import Spectral, rotate
 from raylux.influence.dots import sequence_gradients
+from raylux.influence.words import WordGradient
 
 # Scores that are taken both ways: of a block's first query on the sequences of so many queries after it.
 _PAIRS = 3
@@ -64,7 +65,7 @@ def solve_layer(
         NumericsError: λ = 0 where Λ has a zero.
     """
     solved, squares, exact, rounded = [], [], [], []
-    some = range(1, _PAIRS + 1) if len(tokens) > 1 else range(1)
+    some = _compared(tokens)
     first = torch.zeros(0)
     inverse = curvature.inverse(damping) if given is None else None
     for place, gradient in enumerate(_gradients(curvature, tokens, dtype)):
@@ -81,6 +82,34 @@ def solve_layer(
             exact.append(float((first * gradient).sum(dtype=torch.float64)))
             rounded.append(_score(solved[0], tokens[place], curvature, eigen) if dtype != first.dtype else exact[-1])
     return Solved(solved, squares, np.array([exact, rounded]))
+
+
+@dataclass(frozen=True)
+class SolvedWords:
+    """As ``Solved``, in the word embedding: of a kind without curvature, so the gradient itself."""
+
+    s_test: list[WordGradient]
+    squares: list[float]
+    pairs: np.ndarray
+
+
+def solve_words(tokens: Sequence[Tokens], dtype: torch.dtype) -> SolvedWords:
+    """Each query's gradient by the words that it holds.
+
+    Args:
+        tokens: per query, ids [T, 1] and g [T, P].
+        dtype: of the result.
+    """
+    gradients = [WordGradient.of(ids, g) for ids, g in tokens]
+    rounded = [gradient.to(dtype) for gradient in gradients]
+    pairs = [[each[0].dot(each[place]) for place in _compared(tokens) if place < len(each)]
+             for each in (gradients, rounded)]  # fmt: skip
+    return SolvedWords(rounded, [gradient.dot(gradient) for gradient in gradients], np.array(pairs))
+
+
+def _compared(tokens: Sequence[Tokens]) -> range:
+    """Places of the queries on whose sequences the first is scored both ways."""
+    return range(1, _PAIRS + 1) if len(tokens) > 1 else range(1)
 
 
 def _score(s_test: Tensor, tokens: Tokens, curvature: Spectral, eigen: bool) -> float:

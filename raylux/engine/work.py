@@ -196,6 +196,18 @@ def every_shard(backend: Backend, method: str, args: Sequence[tuple[Any, ...]]) 
     return [answers[shard] for shard in range(len(args))]
 
 
+def one_shard(backend: Backend, shard: int, method: str, args: tuple[Any, ...]) -> Any:
+    """Call a method of one shard.
+
+    Raises:
+        ShardLostError: it died.
+    """
+    answer = backend.ask(method, {shard: args})[shard]
+    if isinstance(answer, Lost):
+        raise ShardLostError(f"{method} of factor shard {shard}: {answer.reason}")
+    return answer
+
+
 def ids_at(ids: Sequence[str], rows: Iterable[int]) -> list[str]:
     """Sequence ids of corpus rows."""
     return [ids[int(row)] for row in rows]

@@ -28,9 +28,10 @@ from raylux.engine.multiplying import GaussNewtonProducts
 from raylux.engine.plan import Plan
 from raylux.engine.records import Contraction
 from raylux.engine.scorer import Bases, LoadedQueries, Pack, PackPart, Scorer, packs
+from raylux.engine.weighing import Curvatures, SelfInfluences
 from raylux.errors import NumericsError
 from raylux.influence.dots import sequence_gradients
-from raylux.layers import TrackedLayer
+from raylux.layers import TrackedLayer, matrices
 from raylux.routed import Rows
 from raylux.sampling import sample_labels
 from raylux.store import CorpusReader, RunFolder
@@ -65,7 +66,7 @@ class QuerySpec:
     weights: tuple[float, ...]
 
 
-class GradientWorker(FitSums, GaussNewtonProducts, ProximalMeasurements):
+class GradientWorker(FitSums, GaussNewtonProducts, ProximalMeasurements, SelfInfluences):
     """Holds a frozen model and answers for units; it keeps nothing that another worker would miss.
 
     What a unit needs beside the model (bases, queries) comes with the call and is read from the run folder
@@ -81,6 +82,7 @@ class GradientWorker(FitSums, GaussNewtonProducts, ProximalMeasurements):
         self._capture: Capture | None = None
         self._reader: CorpusReader | None = None
         self._bases = Bases(self.folder, spec.layers, spec.groups, self.device)
+        self._curvatures = Curvatures(self.folder, spec.layers, spec.groups, self.compute, self.device)
         self._held: Scorer | None = None
         self._aimed = None
         self._objective = None
@@ -136,7 +138,7 @@ class GradientWorker(FitSums, GaussNewtonProducts, ProximalMeasurements):
             part = sequence.part(tokens)
             captured = self._run(collate([part], [0], len(part.tokens)), sampled=False)
             held.append((captured.inputs_in(torch.float32), captured.grads))
-        for layer in self.spec.layers:
+        for layer in matrices(self.spec.layers):
             pairs = [(a[self.spec.groups[layer.name]], g[layer.name].to(torch.float32)) for a, g in held]
             for total, dtype in ((exact, torch.float32), (rounded, torch.bfloat16)):
                 flat = [sequence_gradients(a.to(dtype), g.to(dtype)).flatten() for a, g in pairs]
@@ -257,18 +259,23 @@ class GradientWorker(FitSums, GaussNewtonProducts, ProximalMeasurements):
             f"scores/tokens/{name}", {"shares": np.concatenate(shares), "offsets": offsets, "tokens": tokens}
         )
 
-    def _packs(self, rows: np.ndarray, contraction: Contraction, kept: bool = True) -> Iterator[Pack]:
-        """Captured sequences, as many together as a product takes; those that are kept are not run again."""
+    def _packs(
+        self, rows: np.ndarray, contraction: Contraction, kept: bool = True, wanted: Collection[str] | None = None
+    ) -> Iterator[Pack]:
+        """Captured sequences, as many together as a product takes; those that are kept are not run again.
+
+        ``wanted``: names of the layers that are captured; default: all.
+        """
         plan, dtype = self.spec.plan, contraction.torch_dtype
         sequences = self.reader.rows(rows)
-        here = [at for at, row in enumerate(rows) if kept and self._kept.has(int(row), GIVEN)]
+        here = [at for at, row in enumerate(rows) if kept and self._kept.has(int(row), GIVEN, wanted)]
         rest = sorted(set(range(len(rows))) - set(here))
 
         def parts(chosen: list[int], which: str | None) -> Iterator[PackPart]:
             own = rows[chosen]
             for batch in score_batches([sequences[at] for at in chosen], plan.batch_tokens, plan.longest):
-                tokens = self._kept.batch(own, batch, which, dtype) if which else None
-                tokens = tokens or self._operands(self._run(batch, sampled=False), dtype)
+                tokens = self._kept.batch(own, batch, which, dtype, wanted) if which else None
+                tokens = tokens or self._operands(self._run(batch, sampled=False, wanted=wanted), dtype)
                 yield PackPart(tuple(chosen[at] for at in batch.rows), batch.mask.shape[1], *tokens)
 
         yield from packs(chain(parts(here, GIVEN), parts(rest, None)), plan.rows)
@@ -278,10 +285,15 @@ class GradientWorker(FitSums, GaussNewtonProducts, ProximalMeasurements):
     def _scorer(self, loaded: LoadedQueries) -> Scorer:
         """The s_test of every layer, read unless they are held."""
         if self._held is None or self._held.loaded != loaded:
-            self._held = self._aimed = None
-            self._bases.drop()
+            self._release()
+            self._curvatures.drop()
             self._held = Scorer(self.folder, self.spec.layers, self.spec.groups, self.spec.plan, loaded, self._bases)
         return self._held
+
+    def _release(self) -> None:
+        """Let go of queries and bases."""
+        self._held = self._aimed = None
+        self._bases.drop()
 
     def _run(
         self,

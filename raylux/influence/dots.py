@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from raylux.cost.contraction import tokens_pay
+from raylux.influence.words import are_words, word_squares
 from raylux.products import aligned, aligned_width, gradients_into, wide_product
 from raylux.profiling import of
 from raylux.routed import ROW_BLOCK, Routed, Rows, sequence_parts, width
@@ -219,8 +220,13 @@ def squared_norms(inputs: Mapping[str, Rows], grads: Mapping[str, Rows], groups:
     """‖G_n‖² over all layers, [N], in float32 or better."""
     total: Tensor | None = None
     for name, g in grads.items():
-        gradient = sequence_gradients(inputs[groups[name]], g)
-        part = gradient.to(_wide(gradient.dtype)).square().sum((1, 2))
+        a = inputs[groups[name]]
+        if are_words(a):
+            assert isinstance(a, Tensor) and isinstance(g, Tensor)
+            part = word_squares(a, g)
+        else:
+            gradient = sequence_gradients(a, g)
+            part = gradient.to(_wide(gradient.dtype)).square().sum((1, 2))
         total = part if total is None else total + part
     assert total is not None
     return total

@@ -78,6 +78,23 @@ def top_table(frame: pd.DataFrame, title: str, unit: str | None = None) -> Table
     return table
 
 
+def self_influence_table(frame: pd.DataFrame, title: str) -> Table:
+    """The sequences that teach the model most about themselves: ``Run.self_influence``, ranked."""
+    numbers = ("self_influence", "norm", "step")
+    table = _table(title)
+    table.add_column("rank", justify="right")
+    for name in ("self-influence", "‖∇log p‖", "‖step‖"):
+        table.add_column(name, justify="right", max_width=14)
+    table.add_column("sequence", max_width=16, overflow="fold")
+    kept = [name for name in frame.columns if name not in (*_FIXED, *numbers)]
+    table.add_column(Text(plain(" · ".join([*kept, "text"]))), min_width=36, overflow="fold")
+    for record in frame.to_dict("records"):
+        row = {str(name): value for name, value in record.items()}
+        cells = [number(row[name], signed=False) for name in numbers]
+        table.add_row(str(row["rank"]), *cells, Text(plain(str(row["sequence"]))), _text_cell(row, kept))
+    return table
+
+
 def _text_cell(row: Mapping[str, Any], kept: Sequence[str]) -> Text:
     said = [plain(str(row[name]), _KEPT_WIDTH) for name in kept if str(row[name]) not in ("", "nan")]
     cell = Text(" · ".join(said), style="dim")
@@ -100,7 +117,8 @@ def coverage_table(covered: Coverage) -> Table:
         lines.setdefault(layer.pool or layer.name, []).append(layer)
     for name, members in lines.items():
         layer = members[0]
-        kind = ("Conv1D" if layer.conv1d else "Linear") + (", bias" if layer.bias else "")
+        plain_kind = "Embedding, by word" if layer.words else "Conv1D" if layer.conv1d else "Linear"
+        kind = plain_kind + (", bias" if layer.bias else "")
         if layer.routed:
             kind += f" of {len(members)} expert{'s' * (len(members) > 1)}, {layer.share:.0%} of the tokens each"
         inputs = layer.inputs - int(layer.bias)  # M counts the bias coordinate

@@ -66,8 +66,9 @@ class _Scores(BackendArray):
         query_norms: Mapping[str, float] | None,
         dtype: np.dtype,
         keep: object,
+        divisor: np.ndarray | None = None,
     ) -> None:
-        self._keep = keep
+        self._keep, self._divisor = keep, divisor
         self._folder, self._blocks, self._scale, self._norms = folder, blocks, scale, query_norms
         self._queries, self._rows = list(queries), rows
         self.shape = (len(queries), len(rows))
@@ -86,6 +87,10 @@ class _Scores(BackendArray):
         order = np.argsort(rows, kind="stable")
         for block in self._blocks:
             self._fill(found, block, wanted, rows, order)
+        if self._divisor is not None:
+            lengths = self._divisor[once[1]]
+            # A gradient of no length has no influence either.
+            found = np.divide(found, lengths, out=np.where(np.isnan(found), found, 0.0), where=lengths > 0)
         result = found[np.ix_(*where)]
         # A plain integer drops its axis, as NumPy does.
         dropped = tuple(0 if isinstance(part, (int, np.integer)) else slice(None) for part in key)
@@ -121,6 +126,7 @@ def lazy_scores(
     dtype: str = "float32",
     keep: object = None,
     blocks: Sequence[ScoreBlock] | None = None,
+    divisor: np.ndarray | None = None,
 ) -> xr.DataArray:
     """(query, sequence) scores that are read when they are looked at.
 
@@ -135,9 +141,10 @@ def lazy_scores(
         dtype: of the result.
         keep: what has to live as long as the array (the owner of a temporary folder).
         blocks: where they are; default: those of the score stage.
+        divisor: [n] what the scores of each row are divided by; default: nothing.
     """
     found = score_blocks(folder) if blocks is None else blocks
-    array = _Scores(folder, found, queries, rows, scale, query_norms, np.dtype(dtype), keep)
+    array = _Scores(folder, found, queries, rows, scale, query_norms, np.dtype(dtype), keep, divisor)
     variable = xr.Variable(("query", "sequence"), indexing.LazilyIndexedArray(array), dict(attrs))
     coords = {"query": np.asarray(queries, object), "sequence": np.asarray(names, object)}
     return xr.DataArray(variable, coords=coords, name="influence")

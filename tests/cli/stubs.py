@@ -43,7 +43,7 @@ class StubRun:
     def mixed_numerics(self) -> dict[str, list[str]]:
         return self.mixed
 
-    def top(self, query: str, k: int = 10, by: str = "sequence") -> pd.DataFrame:
+    def top(self, query: str, k: int = 10, by: str = "sequence", normalise: str = "none") -> pd.DataFrame:
         frame = pd.DataFrame(
             {
                 "rank": [1, 2, 3],
@@ -54,7 +54,20 @@ class StubRun:
                 "text": [f"{query} by {by}", ESCAPES, 'two\nlines, "quoted"'],
             }
         )
+        frame.attrs["unit"] = self.unit if normalise == "none" else f"{self.unit} by {normalise}"
         return frame.head(k)
+
+    def self_influence(self) -> pd.DataFrame:
+        return pd.DataFrame(
+            {
+                "sequence": ["a:0", "b:0"],
+                "self_influence": [1 / 3, 2.0],
+                "norm": [4.0, 5.0],
+                "step": [0.25, 0.5],
+                "shelf": ["low", "high"],
+                "text": ["plain", ESCAPES],
+            }
+        )
 
     def status(self) -> list[Any]:
         return [

@@ -64,6 +64,30 @@ def test_top_table_shows_unit_and_no_escape_sequence(api: StubApi, capsys: pytes
     assert "\x07" not in text
 
 
+def test_top_says_what_scores_are_divided_by(api: StubApi, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["top", "RUN", "--query", "boat", "--normalise", "step"]) == 0
+    text = capsys.readouterr().out
+    assert "influence in nats by step" in text and "calibrated" not in text
+    assert main(["top", "RUN", "--query", "boat", "--normalise", "step", "--format", "json"]) == 0
+    assert {record["unit"] for record in json.loads(capsys.readouterr().out)} == {"nats by step"}
+
+
+def test_top_by_self_influence_asks_no_query(api: StubApi, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["top", "RUN", "--by-self-influence", "--format", "json"]) == 0
+    records = json.loads(capsys.readouterr().out)
+    assert [(record["rank"], record["sequence"], record["unit"]) for record in records] == [
+        (1, "b:0", "nats"),
+        (2, "a:0", "nats"),
+    ]
+    assert records[1]["self_influence"] == 1 / 3
+    assert main(["top", "RUN", "--by-self-influence", "-k", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "b:0" in text and "a:0" not in text and "high" in text and "\x1b" not in text
+    for more in (["--query", "boat"], ["--normalise", "norm"], ["--by", "document"], ["RUN2"]):
+        assert main(["top", "RUN", *more, "--by-self-influence"]) == 2
+        assert "asks no query" in one_line(capsys.readouterr().err)
+
+
 def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     """A reader that stops early, with far more output than a pipe holds."""
     script = tmp_path / "many.py"

@@ -28,7 +28,9 @@ def run(ctx: Context) -> None:
     if ctx.kind.basis:
         _covariances(ctx, units)
         _eigenbases(ctx)
-    if ctx.kind.moments:
+    if ctx.kind.joint:
+        _joint(ctx, units)
+    elif ctx.kind.moments:
         _moments(ctx, units)
 
 
@@ -97,6 +99,18 @@ def _moments(ctx: Context, units: FitUnits) -> None:
         out = frozenset(given_up(ctx.folder, COVARIANCE))
         more = (sampled, files, contraction)
         sums = LayerSums(MOMENTS, *names, ctx.passes.moments, held, lambda _, layer: {layer}, more, out)
+        sum_layers(ctx, units, sums)
+    forget_snapshot(ctx.folder, MOMENTS)
+
+
+def _joint(ctx: Context, units: FitUnits) -> None:
+    """G over all tracked weights: of each layer its rows, and its diagonal for Λ. Without labels, and in one pass."""
+    if _layers(ctx) - ctx.folder.committed(MOMENTS):
+        size = 8 * sum(layer.parameters for layer in ctx.coverage.tracked)
+        names = ("gauss-newton", "gauss_newton_unit", "write_gauss_newton")
+        sums = LayerSums(
+            MOMENTS, *names, 1, lambda layer: float(size * layer.parameters), lambda _, layer: {layer}, ()
+        )  # fmt: skip
         sum_layers(ctx, units, sums)
     forget_snapshot(ctx.folder, MOMENTS)
 

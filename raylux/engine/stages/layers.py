@@ -133,7 +133,7 @@ def _pass(ctx: Context, units: FitUnits, sums: LayerSums, layers: Sequence[Track
         )
     if sums.stage == COVARIANCE:
         ctx.keepers |= done.workers
-    if labels is None:
+    if labels is None and done.heads:
         key, objects = ctx.folder.write("factors/labels", {"labels": units.joined(done.heads)})
         ctx.folder.commit(LABELS, "labels", objects, key=key)
     return done

@@ -17,12 +17,13 @@ from raylux.engine.plan import choose_fit_rows, probe_count, query_block
 from raylux.engine.quarantine import give_up, given_up
 from raylux.engine.records import PROBE, QUERY
 from raylux.engine.shard import Measured
-from raylux.engine.stages import precision, prefilter, solving
+from raylux.engine.stages import jointly, precision, prefilter, solving
 from raylux.engine.stages.fit import fitted
 from raylux.engine.work import Job, ShardLostError, every_shard, ids_at, results
 from raylux.engine.worker import QuerySpec
 from raylux.errors import RayluxError
 from raylux.influence.lowrank import choose_ranks
+from raylux.layers import matrices
 from raylux.queries import Query
 
 # Times that a block is begun again because a factor shard died in it.
@@ -36,7 +37,7 @@ def run(ctx: Context) -> None:
     if not todo:
         return
     solving.tidy(ctx)
-    size = (solve_block if _iterative(ctx) else query_block)(ctx.coverage.tracked, ctx.itemsize)
+    size = (solve_block if _iterative(ctx) else query_block)(matrices(ctx.coverage.tracked), ctx.itemsize)
     with ctx.reporter.task("query", len(todo), "queries") as task:
         for start in range(0, len(todo), size):
             block = todo[start : start + size]
@@ -107,6 +108,9 @@ def _block(ctx: Context, name: str, queries: Sequence[Query]) -> None:
     iterative = _iterative(ctx)
     ids = [query.id for query in gradients.queries]
     solution = solving.solve(ctx, name, ids, gradients.parts) if iterative else None
+    passing: list[str] = []
+    if ctx.kind.joint and not iterative:
+        solution, passing = jointly.solve(ctx, name, gradients.parts)
     handles = [[parts[shard] for parts in gradients.parts] for shard in range(backend.shards)]
     eigen, keys_found = ctx.plan.query_basis == "eigen", None if solution is None else solution.keys
     how = fitted(ctx), limits, precision.resolve(ctx), eigen, name, keys_found
@@ -140,9 +144,10 @@ def _block(ctx: Context, name: str, queries: Sequence[Query]) -> None:
         errors=errors,
         rounding=rounding,
         numerics=distinct(numerics),
-        **({"solver": solution.facts} if solution else {}),
+        **({"solver": solution.facts} if solution and iterative else {}),
     )
     solving.forget(ctx, name)
+    ctx.folder.delete(passing)
 
 
 def _iterative(ctx: Context) -> bool:
@@ -161,7 +166,7 @@ def _rank_limits(ctx: Context) -> dict[str, int]:
     wanted = ctx.plan.low_rank and setting.max_error > 0
     limits = {}
     for layer in ctx.coverage.tracked:
-        limits[layer.name] = rank_limit(setting.max_rank, layer) if wanted else 0
+        limits[layer.name] = rank_limit(setting.max_rank, layer) if wanted and not layer.words else 0
     return limits
 
 

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from raylux.engine.context import Context
-from raylux.engine.plan import score_units
 from raylux.engine.quarantine import Pairs, give_up, lost_pairs
 from raylux.engine.records import SCORE, TOKENS, FactorFiles, factor_files, query_files
 from raylux.engine.scorer import LoadedQueries
-from raylux.engine.stages import precision, prefilter
-from raylux.engine.stages.layers import FitUnits
+from raylux.engine.stages import precision, prefilter, squares
 from raylux.engine.stages.query import answerable
+from raylux.engine.stages.units import cut, keepers_of
 from raylux.engine.work import Job, Result, ids_at, results
 from raylux.store import RunFolder, ScoreBlock, score_blocks
 
@@ -33,22 +32,12 @@ class ScoreJob:
 
 def run(ctx: Context) -> None:
     """Compute and commit the scores that are missing, then the per-token scores of the best."""
-    jobs = missing(ctx, _keepers(ctx))
+    jobs = missing(ctx, keepers_of(ctx))
     if jobs and not _score(ctx, jobs):
         # What failed among the sequences that a worker keeps is tried in smaller company before it is given up.
         _score(ctx, missing(ctx))
     _tokens(ctx)
-
-
-def _keepers(ctx: Context) -> np.ndarray | None:
-    """The worker that may keep each corpus row [N], −1 where nobody does; None where it makes no difference."""
-    if len(set(ctx.keepers.values())) < 2:
-        return None
-    found = np.full(len(ctx.ids), -1, np.int64)
-    units = FitUnits(ctx)
-    for unit, worker in ctx.keepers.items():
-        found[units.rows[units.slices[unit]]] = worker
-    return found
+    squares.run(ctx)
 
 
 def _score(ctx: Context, jobs: Sequence[ScoreJob]) -> bool:
@@ -108,11 +97,7 @@ def missing(ctx: Context, keepers: np.ndarray | None = None) -> list[ScoreJob]:
     """
     wanted = [query.id for query in answerable(ctx)]
     rows = prefilter.union(ctx)
-    lengths, size = ctx.reader.lengths, ctx.plan.score_unit_size
-    units = score_units(lengths, size)[rows]
-    near: dict[int, int] = {}
-    if keepers is not None:
-        units, near = _units_by_keeper(units, lengths[rows], keepers[rows], size)
+    units, near = cut(ctx, rows, keepers)
     blocks = [block for block in score_blocks(ctx.folder) if block.layers or not ctx.config.score.layers]
     absent = np.ones((len(wanted), len(rows)), bool)
     lost = lost_pairs(ctx.folder, SCORE)
@@ -124,25 +109,6 @@ def missing(ctx: Context, keepers: np.ndarray | None = None) -> list[ScoreJob]:
         for place, query in enumerate(wanted):
             absent[place] &= np.isin(rows, own[query], assume_unique=True)
     return list(_jobs(wanted, rows, absent, units, near, bool(ctx.apart)))
-
-
-def _units_by_keeper(
-    units: np.ndarray, lengths: np.ndarray, keepers: np.ndarray, size: int
-) -> tuple[np.ndarray, dict[int, int]]:
-    """Rows that a worker keeps in units of their own, the workers' in turn; a score does not depend on its company.
-
-    Returns:
-        The unit of each row [n], and the worker of each new unit.
-    """
-    found = units.copy()
-    near: dict[int, int] = {}
-    workers = sorted(set(keepers[keepers >= 0].tolist()))
-    first = int(units.max(initial=-1)) + 1
-    for place, worker in enumerate(workers):
-        kept = np.flatnonzero(keepers == worker)
-        found[kept] = first + score_units(lengths[kept], size) * len(workers) + place
-        near |= dict.fromkeys(np.unique(found[kept]).tolist(), worker)
-    return found, near
 
 
 def _jobs(

@@ -1,0 +1,82 @@
+"""A factor shard's part of the exact kind: rows of the joint matrix, and the solve of a block with the whole of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raylux import gpu, profiling
+from raylux.curvature.joint import joined, split
+from raylux.engine import numerics
+from raylux.engine.iterating import Objects, Saved
+from raylux.engine.records import STATE, Fitted, read_joint
+from raylux.store import RunFolder
+
+
+class JointSolves(ABC):
+    """Methods of ``FactorShard``, which has the rest."""
+
+    spec: Any
+    folder: RunFolder
+    compute: torch.dtype
+    _sums: dict[str, np.ndarray]
+    _counts: dict[str, int]
+
+    @abstractmethod
+    def _storage(self) -> type: ...
+
+    @abstractmethod
+    def _tokens(self, part: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
+        """a [T, M] and g [T, P] of a query in a layer."""
+
+    def write_gauss_newton(self) -> dict[str, tuple[str, Objects, dict[str, Any]]]:
+        """Write each layer's rows of G [P · M, D], the mean over sequences, and its own diagonal [P, M] as its Λ."""
+        sizes = [outputs * inputs for outputs, inputs in self.spec.shapes.values()]
+        starts = dict(zip(self.spec.shapes, accumulate(sizes, initial=0), strict=False))
+        written = {}
+        for name, total in self._sums.items():
+            panel: np.ndarray = (total / self._counts[""]).astype(self._storage())
+            diagonal = np.diagonal(panel, starts[name]).reshape(self.spec.shapes[name])
+            key, objects = self.folder.write(f"factors/{name}/lambda", {"matrix": diagonal.copy(), "panel": panel})
+            facts = {"sequences": self._counts[""], "mean": float(diagonal.mean(dtype=np.float64))}
+            written[name] = key, objects, facts
+        return written
+
+    def solve_jointly(self, fitted: Fitted, block: str, shards: int, *parts: Mapping[str, Any]) -> Saved:
+        """(G + λ)⁻¹ ∇f of a block of queries, over all layers: written as the state of a solve that is done.
+
+        Any one shard does it, of what all of them have.
+
+        Args:
+            fitted: what the fit left.
+            block: its name.
+            shards: how many parts there are of each query.
+            *parts: per query one for each shard, ``inputs`` [T, M] by group and ``grads`` [T, P] by layer.
+
+        Raises:
+            NumericsError: G + λ is singular.
+        """
+        shapes = self.spec.shapes
+        with profiling.of("eigendecomposition"):
+            matrix = read_joint(self.folder, fitted, shapes, self.spec.damping, self.spec.device)
+        solved = []
+        with profiling.of("solve"):
+            for start in range(0, len(parts), shards):
+                gradients: dict[str, Tensor] = {}
+                for part in parts[start : start + shards]:
+                    tokens = {name: self._tokens(part, name) for name in part["grads"]}
+                    gradients |= {name: g.T @ a for name, (a, g) in tokens.items()}
+                solved.append(split(matrix.solve(joined(gradients, shapes)).to(self.compute), shapes))
+        keys: dict[str, str] = {}
+        objects: Objects = {}
+        for name in shapes:
+            array = np.stack([gpu.to_host(x[name].contiguous()).numpy() for x in solved])[None]
+            keys[name], more = self.folder.write(f"solves/{name}/{block}", {STATE: array}, {"names": ["x"]})
+            objects |= more
+        return keys, objects, numerics.here(self.spec.device)
