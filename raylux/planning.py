@@ -28,6 +28,8 @@ from raylux.store import CorpusReader, RunFolder
 
 # Of the free disk, what workers keep captured tensors on (engine/kept.py).
 _KEPT_SHARE = 0.25
+# That a query is taken to have, for the word embedding.
+_WORDS = 64
 # Tokens of a query, where queries are only counted.
 QUERY_TOKENS = 64
 
@@ -63,6 +65,9 @@ def find_shape(config: Config) -> tuple[ModelShape, models.ModelFiles, int | Non
     check_words(kind.name, covered.tracked)
     joint.check(kind.name, kind.joint, covered.tracked, setting.dtype)
     groups = kind.groups(input_groups(structure, covered.tracked))
+    # Of the word embedding a gradient has a row for each word of a text, whatever the size of the vocabulary.
+    held = tuple(replace(x, inputs=min(x.inputs, _WORDS)) if x.words else x for x in covered.tracked)
+    covered = replace(covered, tracked=held)
     shape = replace(ModelShape.of(structure, covered, groups), checkpointing=setting.checkpointing)
     return shape, files, models.context_length(structure.config)
 

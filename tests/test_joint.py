@@ -122,7 +122,7 @@ def test_it_needs_no_calibration_and_says_its_degrees_of_freedom(
 
 
 SHORT = (
-    *("fit.sequences=5", "fit.unit_tokens=60", "score.token_top=0", JOINT),
+    *("fit.sequences=5", "fit.unit_tokens=60", "score.token_top=0", "score.self_influence=true", JOINT),
     'model.layers=["*.0.self_attn.k_proj", "*.0.self_attn.o_proj"]',
 )
 
@@ -136,10 +136,13 @@ def test_bits_over_workers_and_after_an_interruption(
     inputs: Inputs, tmp_path: Path, ray_cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In process, query by query and interrupted in the fit; and with several workers and shards."""
-    usual = contents(inputs.run(tmp_path / "usual", *SHORT).folder)
+    first = inputs.run(tmp_path / "usual", *SHORT)
+    usual = contents(first.folder)
     assert len([name for name in usual if name.startswith(MOMENTS)]) == 4  # rows of G and a diagonal of each
     more = ("engine.backend=ray", "engine.workers=2", "engine.shards=2")
-    assert differing(contents(inputs.run(tmp_path / "ray", *SHORT, *more).folder), usual) == []
+    over = inputs.run(tmp_path / "ray", *SHORT, *more)
+    assert differing(contents(over.folder), usual) == []
+    assert len(over.squares[0]) == 60 and np.array_equal(over.squares[1], first.squares[1])
     inputs.ask("a", "b")
     with monkeypatch.context() as patch:
         Interrupt(patch, GradientWorker, "gauss_newton_unit", 2, False)

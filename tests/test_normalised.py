@@ -117,9 +117,8 @@ def same(run: raylux.Run, usual: raylux.Run) -> None:
     assert np.array_equal(run.squares[1], usual.squares[1])
 
 
-def test_over_workers_and_layer_passes(inputs: Inputs, usual: raylux.Run, tmp_path: Path, ray_cluster: Any) -> None:
-    how = ("engine.backend=ray", "engine.workers=2", "engine.shards=2", "fit.passes=2")
-    same(inputs.run(tmp_path / "ray", MEASURED, *how), usual)
+def test_over_layer_passes(inputs: Inputs, usual: raylux.Run, tmp_path: Path) -> None:
+    same(inputs.run(tmp_path / "passes", MEASURED, "fit.passes=3"), usual)
 
 
 def test_alone_afterwards_and_for_some_first(inputs: Inputs, usual: raylux.Run, tmp_path: Path) -> None:

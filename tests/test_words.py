@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import raylux
 from raylux.errors import UserError
 from raylux.influence.words import WordGradient, WordQueries
 from raylux.layers import coverage
+from raylux.planning import find_shape
 from tests import reference
 from tests import test_exact as exact
 from tests.architectures import build
@@ -175,9 +175,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return make_inputs(tmp_path_factory.mktemp("inputs"), "neox")
 
 
-@pytest.mark.parametrize("more", [(), ("query.low_rank=always", "query.max_error=0.05", "query.max_rank=4")])
-def test_bits_over_workers_and_queries(inputs: Inputs, tmp_path: Path, ray_cluster: Any, more: Sequence[str]) -> None:
-    both = (BOTH, "curvature.kind=identity", *more)
+def test_bits_over_workers_and_queries(inputs: Inputs, tmp_path: Path, ray_cluster: Any) -> None:
+    """Beside layers whose queries are compressed, and their scores on probes counted with the words'."""
+    both = (BOTH, "curvature.kind=identity", "query.low_rank=always", "query.max_error=0.05", "query.max_rank=4")
     usual = contents(inputs.run(tmp_path / "usual", *both).folder)
     over = ("engine.backend=ray", "engine.workers=2", "engine.shards=2")
     assert differing(contents(inputs.run(tmp_path / "ray", *both, *over).folder), usual) == []
@@ -193,6 +193,12 @@ def test_half_precision_is_near(inputs: Inputs, tmp_path: Path) -> None:
         for dtype in ("float32", "bfloat16")
     )
     assert difference(half, usual) < 0.05
+
+
+def test_a_plan_counts_words_and_not_the_vocabulary(inputs: Inputs, tmp_path: Path) -> None:
+    base = inputs.config(tmp_path / "run", WORDS, "curvature.kind=identity")
+    shape = find_shape(base)[0]
+    assert [layer.shape for layer in shape.tracked] == [(16, 64)] and shape.tracked[0].words
 
 
 # ------------------------------------------------------------------------------------------- errors
