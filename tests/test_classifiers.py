@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -183,10 +184,9 @@ def test_long_texts_are_cut_as_in_training_and_short_ones_are_kept() -> None:
 class Inputs:
     """Files of a run under a folder."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, model: Path) -> None:
         self.base = base
-        classifier("roberta", torch.float32).save_pretrained(base / "model")
-        tokenizer().save_pretrained(base / "model")
+        shutil.copytree(model, base / "model")
         self.train([{"text": text, "stars": label} for text, label in TRAIN])
         self.ask(*ASKED)
 
@@ -214,9 +214,17 @@ class Inputs:
         return str(path)
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classifier") / "model"
+    classifier("roberta", torch.float32).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def inputs(tmp_path: Path) -> Inputs:
-    return Inputs(tmp_path)
+def inputs(saved: Path, tmp_path: Path) -> Inputs:
+    return Inputs(tmp_path, saved)
 
 
 def test_every_command_serves_a_classifier(
@@ -300,10 +308,8 @@ def test_a_checkpoint_without_a_head_is_none(inputs: Inputs) -> None:
         run_stages(Config.parse(sections), quiet=True)
 
 
-def test_a_classifier_that_ends_by_padding_needs_to_know_it(tmp_path: Path) -> None:
-    classifier("gpt2", pad_token_id=None).save_pretrained(tmp_path / "model")
-    inputs = Inputs(tmp_path)
-    classifier("gpt2", pad_token_id=None).save_pretrained(tmp_path / "model")
+def test_a_classifier_that_ends_by_padding_needs_to_know_it(inputs: Inputs) -> None:
+    classifier("gpt2", pad_token_id=None).save_pretrained(inputs.base / "model")
     with pytest.raises(UserError, match="no pad_token_id, by which a classifier of type 'gpt2' finds the end"):
         run_stages(Config.parse(inputs.sections()), quiet=True)
 
