@@ -68,6 +68,20 @@ def test_first_order_change_is_the_damped_gauss_newton_step(name: str, pattern: 
     torch.testing.assert_close(f, slope @ wanted, rtol=2e-3, atol=1e-4)
 
 
+def test_a_set_is_the_sum_of_its_sequences_to_first_order() -> None:
+    model = build("gpt2", torch.float64, vocab=VOCABULARY)
+    layers, rows = coverage(model).tracked, sequences(TRAIN)
+    objective = ProximalObjective(model, layers, rows, {layer.name: 5.0 for layer in layers})
+    together = objective.optimum(rows[:3], 1e-5, 400, 1e-9).weights
+    alone = [objective.optimum(row, 1e-5, 400, 1e-9).weights for row in rows[:3]]
+    for name, x in together.items():
+        start = model.get_parameter(name)
+        added = sum(one[name] - start for one in alone)
+        assert (x - start - added).abs().max() <= 1e-3 * added.abs().max()
+    same = objective.optimum([rows[0]], 1e-5, 400, 1e-9).weights
+    assert all(torch.equal(same[name], x) for name, x in alone[0].items())
+
+
 def test_the_coordinates_of_the_search_do_not_move_the_optimum() -> None:
     model = build("gpt2", torch.float64, vocab=VOCABULARY)
     layers, rows = coverage(model).tracked, sequences(TRAIN)

@@ -115,21 +115,23 @@ class Questions:
 
 def measure(
     objective: ProximalObjective,
-    row: TokenRow,
+    row: TokenRow | Sequence[TokenRow],
     questions: Questions,
     copies: Sequence[float],
     train_size: int,
     iterations: int = 100,
+    tolerances: tuple[float, float] = (_FIRST, _LAST),
 ) -> Measured:
     """Search the optimum of each dose, the smaller ones first: a search begins where the last one ended.
 
     Args:
         objective: of the model.
-        row: the sequence.
+        row: the sequence, or several that are dosed together.
         questions: what is measured.
         copies: doses, not 0.
         train_size: N.
         iterations: of L-BFGS for each of a dose's two searches, at most.
+        tolerances: shares of the first gradient at which the first search ends, and the second.
 
     Raises:
         NumericsError: the objective is not finite.
@@ -141,8 +143,8 @@ def measure(
     near: Optimum | None = None
     for place in sorted(range(len(copies)), key=lambda at: (abs(copies[at]), at)):
         weight = copies[place] / train_size
-        first = objective.optimum(row, weight, iterations, _FIRST, near)
-        near = objective.optimum(row, weight, iterations, _LAST, first)
+        first = objective.optimum(row, weight, iterations, tolerances[0], near)
+        near = objective.optimum(row, weight, iterations, tolerances[1], first)
         found = questions.at(objective, near.weights)
         change[place] = found - before
         noise[place] = np.abs(found - questions.at(objective, first.weights)) + rounding

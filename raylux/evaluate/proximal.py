@@ -114,16 +114,16 @@ class ProximalObjective:
 
     def optimum(
         self,
-        row: TokenRow,
+        added: TokenRow | Sequence[TokenRow],
         weight: float,
         iterations: int = 200,
         tolerance: float = 1e-5,
         near: Optimum | None = None,
     ) -> Optimum:
-        """θ* for one added sequence, by full-batch L-BFGS from θ_s with a strong-Wolfe line search.
+        """θ* for an added sequence, by full-batch L-BFGS from θ_s with a strong-Wolfe line search.
 
         Args:
-            row: the sequence z.
+            added: the sequence z, or several that are added together: L_z is then their sum.
             weight: ε; 1/N for one more copy, negative to take one away.
             iterations: of L-BFGS, at most.
             tolerance: stop where every entry of the gradient, in the coordinates of the search, is below this
@@ -136,14 +136,14 @@ class ProximalObjective:
         """
         if weight == 0:
             raise UserError("proximal optimum: the weight of the added sequence is 0")
-        added = collate([row], [0], len(row.tokens)).to(self._device)
+        batch = self._batch([added] if isinstance(added, TokenRow) else added)
         u = torch.zeros_like(self._scale, requires_grad=True)
         evaluations = 0
 
         def closure() -> Tensor:
             nonlocal evaluations
             evaluations += 1
-            return self._backward(u, added, weight)
+            return self._backward(u, batch, weight)
 
         closure()
         start, steepest = self._gradient_norm(u, weight), float(_gradient(u).norm())
@@ -168,10 +168,12 @@ class ProximalObjective:
     def logprobs(self, rows: Sequence[TokenRow], weights: Weights | None = None) -> Tensor:
         """Log p of each row's labelled tokens [len(rows)], in nats, under ``weights`` (default: θ_s)."""
         weights = self._start if weights is None else weights
-        longest = max(len(row.tokens) for row in rows)
-        batch = collate(rows, range(len(rows)), longest).to(self._device)
+        batch = self._batch(rows)
         with torch.no_grad():
             return -self._losses(weights, batch)
+
+    def _batch(self, rows: Sequence[TokenRow]) -> Batch:
+        return collate(rows, range(len(rows)), max(len(row.tokens) for row in rows)).to(self._device)
 
     def rounded(self, seed: int) -> dict[str, Tensor]:
         """The tracked weights at θ_s, each with its last bit moved up or down at random."""
