@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from raylux.batches import IGNORED
 from raylux.cache import build_once, entry_name
 from raylux.modelfiles import quiet
 
@@ -112,23 +114,44 @@ def train_model(
     settings: TrainingSettings,
     progress: Progress | None = None,
     watch: Watch | None = None,
+    weights: Sequence[float] | None = None,
+    start: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """A small GPT of the Llama kind, trained on the mean token loss of each batch.
 
     The same texts and settings give the same model on the same machine; the caller's random state and
     number of threads are left as they were.
+
+    Args:
+        texts: one sequence each.
+        tokenizer: theirs.
+        settings: size and training.
+        progress: called after each step.
+        watch: called after each epoch.
+        weights: w of each text: a batch's loss is Σ w L / T with L a text's summed token loss and T the batch's
+            labelled tokens, whatever the weights are. Which texts make a batch, and in what order batches come, does
+            not depend on them either: models that differ in weights alone are trained on common random numbers.
+            Default: 1 each.
+        start: a model of these sizes whose weights training begins at, in its dtype; it is left as it is. Default:
+            ``initial_model``'s.
     """
     rows = tokenizer(list(texts), truncation=True, max_length=settings.context)["input_ids"]
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            model = LlamaForCausalLM(_model_config(tokenizer, settings))
-            _fit(model, rows, settings, progress, watch)
+        model = initial_model(tokenizer, settings) if start is None else copy.deepcopy(start)
+        own = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+        _fit(model, rows, settings, progress, watch, own)
     finally:
         torch.set_num_threads(threads)
     return model.eval()
+
+
+def initial_model(tokenizer: PreTrainedTokenizerFast, settings: TrainingSettings) -> PreTrainedModel:
+    """The model before the first step; the caller's random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        return LlamaForCausalLM(_model_config(tokenizer, settings))
 
 
 def _model_config(tokenizer: PreTrainedTokenizerFast, settings: TrainingSettings) -> LlamaConfig:
@@ -150,11 +173,12 @@ def _model_config(tokenizer: PreTrainedTokenizerFast, settings: TrainingSettings
 
 
 def _fit(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     rows: list[list[int]],
     settings: TrainingSettings,
     progress: Progress | None,
     watch: Watch | None,
+    weights: torch.Tensor | None,
 ) -> None:
     generator = torch.Generator().manual_seed(settings.seed)
     epochs = [_batches(rows, settings.batch_tokens, generator) for _ in range(settings.epochs)]
@@ -175,7 +199,11 @@ def _fit(
     for step, (epoch, last, batch) in enumerate(batches, start=1):
         tokens, mask, labels = _pad([rows[i] for i in batch])
         optimizer.zero_grad(set_to_none=True)
-        loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
+        if weights is None:
+            loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
+        else:
+            logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+            loss = _weighted(logits, labels, weights[batch])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         rate = float(schedule.get_last_lr()[0])
@@ -185,6 +213,15 @@ def _fit(
             watch(epoch, rate, model)
         if progress is not None:
             progress(step, steps, float(loss.detach()))
+
+
+def _weighted(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Σ w L / T of a batch; the number of labelled tokens T is that of the batch without weights."""
+    wanted = labels[:, 1:]
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return (losses.view_as(wanted).sum(1) * weights.to(losses.dtype)).sum() / (wanted != IGNORED).sum()
 
 
 def _batches(rows: list[list[int]], batch_tokens: int, generator: torch.Generator) -> list[list[int]]:
@@ -206,4 +243,4 @@ def _pad(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     width = max(len(row) for row in rows)
     tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    return tokens, mask, tokens.masked_fill(mask == 0, -100)
+    return tokens, mask, tokens.masked_fill(mask == 0, IGNORED)
