@@ -1,4 +1,4 @@
-"""Matrices that are zero but for blocks along the diagonal: factors too large to be held whole.
+"""Matrices that are zero but for blocks along the diagonal, factors too large to be held whole; and rounded bases.
 
 The inputs of a layer, and its outputs, are cut into O runs of coordinates; A and S keep what stands within a run
 (Grosse et al. 2023, appendix A). Their eigenbases are block-diagonal then, and orthonormal still, so Λ stays a full
@@ -74,3 +74,41 @@ class Blocks:
 
 Square = Tensor | Blocks
 """A square matrix, whole or in blocks."""
+
+
+# Eigenvectors of a rounded basis, or of each of its blocks, that are kept in full.
+LEADING = 16
+
+
+@dataclass(frozen=True)
+class RoundedBasis:
+    """An eigenbasis Q [n, n] for products in bf16, its leading vectors kept in full.
+
+    What rounding mixes of a leading direction into a small one is the same for all tokens: it does not average out over
+    them, and 1 / (Λ + λ) weighs the small ones up. So the coordinates of tokens in the leading directions are taken in
+    full precision, and only what is then left of the tokens meets the rounded basis (``products.rotated``). On a GPT-2
+    of 4 layers with d = 256, scores of queries and sequences that were both rotated by rounded bases were off by 6 %
+    RMS; by bases rounded so, by 0.16 %.
+
+    Attributes:
+        rounded: Q in bf16.
+        leading: of each block the ``LEADING`` last of its eigenvectors, those of the largest eigenvalues, [n_k, K].
+    """
+
+    rounded: Square
+    leading: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, basis: Square, kind: dtype) -> RoundedBasis:
+        """From a basis in full precision, eigenvectors in columns by ascending eigenvalue."""
+        parts = basis.parts if isinstance(basis, Blocks) else (basis,)
+        return cls(basis.to(kind), tuple(part[:, -LEADING:].contiguous() for part in parts))
+
+    @property
+    def sizes(self) -> list[int]:
+        """n_k."""
+        return [len(part) for part in self.leading]
+
+
+Rotation = Square | RoundedBasis
+"""What tokens are rotated by."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from raylux.blocks import Blocks, Square
+from raylux.blocks import Blocks, Rotation, RoundedBasis
 
 # Since torch 2.8, on CUDA alone.
 _WIDENS = "out_dtype" in (torch.mm.__doc__ or "")
@@ -49,8 +49,10 @@ def gradients_into(a: Tensor, g: Tensor, out: Tensor, batched: bool | None = Non
         torch.mm(g[n].T, a[n], out=out[n])
 
 
-def rotated(x: Tensor, basis: Square) -> Tensor:
-    """x [..., D] Q [D, D]."""
+def rotated(x: Tensor, basis: Rotation) -> Tensor:
+    """x [..., D] Q [D, D], in the precision of Q."""
+    if isinstance(basis, RoundedBasis):
+        return _rotated_in_two(x, basis)
     if isinstance(basis, Blocks):
         parts = zip(x.split(basis.sizes, -1), basis.parts, strict=True)
         return torch.cat([rotated(part, own) for part, own in parts], -1)
@@ -60,6 +62,23 @@ def rotated(x: Tensor, basis: Square) -> Tensor:
         return (x.reshape(-1, width) @ basis).view_as(x)
     filled = torch.nn.functional.pad(basis, (0, more, 0, more))
     return (aligned(x).reshape(-1, width + more) @ filled).view(*x.shape[:-1], -1)[..., :width]
+
+
+def _rotated_in_two(x: Tensor, basis: RoundedBasis) -> Tensor:
+    """The leading directions in full precision, then the rest of x by the rounded basis."""
+    wide = x.reshape(-1, x.shape[-1]).to(basis.leading[0].dtype)
+    top, rest = [], []
+    for part, leading in zip(wide.split(basis.sizes, 1), basis.leading, strict=True):
+        top.append(part @ leading)
+        rest.append(torch.addmm(part, top[-1], leading.T, alpha=-1))
+    left = rest[0] if len(rest) == 1 else torch.cat(rest, 1)
+    kind = basis.rounded.parts[0].dtype if isinstance(basis.rounded, Blocks) else basis.rounded.dtype
+    turned = rotated(left.to(kind), basis.rounded)
+    end = 0
+    for size, own in zip(basis.sizes, top, strict=True):
+        end += size
+        turned[:, end - own.shape[1] : end] = own
+    return turned.view(x.shape)
 
 
 def wide_product(x: Tensor, y: Tensor) -> Tensor:

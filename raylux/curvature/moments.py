@@ -13,7 +13,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from raylux.blocks import Square
+from raylux.blocks import Rotation, RoundedBasis
 from raylux.cost.contraction import rotate_tokens_first
 from raylux.products import aligned, aligned_width, gradients_into, rotated
 from raylux.profiling import of
@@ -23,7 +23,7 @@ from raylux.routed import Routed, Rows, row_count, sequence_parts, width
 _GPU_ENTRIES = 1 << 28
 
 
-def add_second_moment(total: Tensor, a: Tensor, g: Tensor, q_a: Square | None, q_s: Square | None) -> None:
+def add_second_moment(total: Tensor, a: Tensor, g: Tensor, q_a: Rotation | None, q_s: Rotation | None) -> None:
     """``total`` [P, M] += Σ_n (Q_Sᵀ G_n Q_A)², elementwise.
 
     Args:
@@ -38,7 +38,7 @@ def add_second_moment(total: Tensor, a: Tensor, g: Tensor, q_a: Square | None, q
             _add_squares(total, turned)
 
 
-def in_basis(a: Tensor, g: Tensor, q_a: Square | None, q_s: Square | None) -> Iterator[Tensor]:
+def in_basis(a: Tensor, g: Tensor, q_a: Rotation | None, q_s: Rotation | None) -> Iterator[Tensor]:
     """Q_Sᵀ G_n Q_A of sequences, a few at a time: [n, P, M], which may be overwritten and is valid until the next.
 
     Tokens are rotated before the gradient is formed, or the gradient after, whichever costs less.
@@ -65,7 +65,10 @@ def in_basis(a: Tensor, g: Tensor, q_a: Square | None, q_s: Square | None) -> It
             gradients_into(a[some], g[some], formed)
         with of("rotate"):
             turned = formed if len(formed) > 1 else formed[0]
-            turned = turned if q_s is None else q_s.T @ turned
+            if isinstance(q_s, RoundedBasis):
+                turned = rotated(turned.mT, q_s).mT
+            elif q_s is not None:
+                turned = q_s.T @ turned
             turned = turned[..., :inputs] if q_a is None else rotated(turned[..., :inputs], q_a)
         yield turned if turned.dim() == 3 else turned[None]
 
@@ -79,7 +82,7 @@ def _add_squares(total: Tensor, gradients: Tensor) -> None:
             total.add_(gradient.square_())
 
 
-Basis = tuple[Square | None, Square | None]
+Basis = tuple[Rotation | None, Rotation | None]
 """(Q_A [M, M], Q_S [P, P]) of a layer; None: the standard basis."""
 
 
@@ -106,12 +109,12 @@ def add_second_moments(
 
 
 @overload
-def rotate(x: Tensor, basis: Square | None) -> Tensor: ...
+def rotate(x: Tensor, basis: Rotation | None) -> Tensor: ...
 @overload
-def rotate(x: Rows, basis: Square | None) -> Rows: ...
+def rotate(x: Rows, basis: Rotation | None) -> Rows: ...
 
 
-def rotate(x: Rows, basis: Square | None) -> Rows:
+def rotate(x: Rows, basis: Rotation | None) -> Rows:
     """Tokens in a basis: x [N, T, D] Q [D, D]; an expert's one sequence after the other, for the bits' sake."""
     if basis is None:
         return x

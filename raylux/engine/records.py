@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raylux.blocks import Blocks, Square
+from raylux.blocks import Blocks, Rotation, RoundedBasis, Square
 from raylux.curvature import KINDS, Spectral
 from raylux.curvature.joint import Joint
 from raylux.gpu import to_host
@@ -169,6 +169,21 @@ def read_basis(
     return q_a, q_s
 
 
+def read_rotation(
+    folder: RunFolder, files: FactorFiles, layer: str, group: str, dtype: torch.dtype, device: str
+) -> tuple[Rotation | None, Rotation | None]:
+    """``read_basis`` as tokens are rotated by it in products of ``dtype``."""
+    if dtype != torch.bfloat16:
+        return read_basis(folder, files, layer, group, dtype, device)
+    q_a, q_s = read_basis(folder, files, layer, group, torch.float32, device)
+    return as_rotation(q_a, dtype), as_rotation(q_s, dtype)
+
+
+def as_rotation(basis: Square | None, dtype: torch.dtype) -> Rotation | None:
+    """A basis in full precision, for products of ``dtype``."""
+    return RoundedBasis.of(basis, dtype) if basis is not None and dtype == torch.bfloat16 else basis
+
+
 def read_square(folder: RunFolder, key: str, name: str, dtype: torch.dtype, device: str) -> Square:
     """A covariance or its eigenvectors: whole, or where the group names ``sizes``, in blocks of so many rows."""
     group = folder.group(key)
@@ -270,7 +285,7 @@ def word_query_arrays(queries: Sequence[WordGradient]) -> dict[str, np.ndarray]:
 
 
 def query_arrays(
-    dense: Sequence[Tensor], factors: Sequence[tuple[Tensor, Tensor]], is_dense: Sequence[bool]
+    dense: Sequence[Tensor] | Tensor, factors: Sequence[tuple[Tensor, Tensor]], is_dense: Sequence[bool]
 ) -> dict[str, np.ndarray]:
     """The arrays of one layer of a query block.
 
@@ -284,8 +299,8 @@ def query_arrays(
         places.append(counts[flag])
         counts[flag] += 1
     arrays = {"rank": np.array(ranks, np.int64), "place": np.array(places, np.int64)}
-    if dense:
-        arrays["dense"] = np.stack([numpy_array(x) for x in dense])
+    if len(dense):
+        arrays["dense"] = numpy_array(dense if isinstance(dense, Tensor) else torch.stack(list(dense)))
     if factors:
         most = max(1, *(left.shape[1] for left, _ in factors))
         for side, name in enumerate(("left", "right")):

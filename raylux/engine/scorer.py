@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raylux.blocks import Square
+from raylux.blocks import Rotation
 from raylux.curvature import Basis, rotate
 from raylux.engine.kept import Resting
 from raylux.engine.plan import Plan
@@ -16,8 +16,8 @@ from raylux.engine.records import (
     Contraction,
     FactorFiles,
     QueryFiles,
-    read_basis,
     read_layer_queries,
+    read_rotation,
     read_word_queries,
 )
 from raylux.influence.dots import LayerQueries, in_memory, squared_norms
@@ -116,12 +116,12 @@ class Bases:
         if self._of != (files, dtype, wanted):
             self.drop()
             give_back()
-            leaders: dict[str, Square | None] = {}
+            leaders: dict[str, Rotation | None] = {}
             for layer in self._layers:
                 if wanted is not None and layer.name not in wanted:
                     continue
                 group = self._groups[layer.name]
-                q_a, q_s = read_basis(self._folder, files, layer.name, group, dtype, self._device)
+                q_a, q_s = read_rotation(self._folder, files, layer.name, group, dtype, self._device)
                 # Layers that read the same tensor share one basis of it.
                 self._held[layer.name] = leaders.setdefault(group, q_a), q_s
             self._of = files, dtype, wanted

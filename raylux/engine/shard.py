@@ -255,15 +255,14 @@ class FactorShard(IterativeSolves, JointSolves):
                 raise NumericsError(f"layer '{name}': {error}") from None
             squares[name] = found.squares
             pairs.append(found.pairs)
-            solved = found.s_test
             if rank_limit[name]:
-                self._block[name] = solved
+                self._block[name] = list(found.s_test)
                 with profiling.of("compress"):
-                    self._factors[name] = [factorise(s_test, rank_limit[name]) for s_test in solved]
+                    self._factors[name] = [factorise(s_test, rank_limit[name]) for s_test in found.s_test]
             elif any(rank_limit.values()):
-                self._block[name] = solved  # its scores on the probes are part of what is measured
+                self._block[name] = list(found.s_test)  # its scores on the probes are part of what is measured
             else:
-                arrays = query_arrays(solved, [], [True] * len(solved))
+                arrays = query_arrays(found.s_test, [], [True] * len(parts))
                 self._written[name] = self.folder.write(f"queries/{name}/{block}", arrays)
         return damping, squares, np.sum(pairs, 0)
 

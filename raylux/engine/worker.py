@@ -30,6 +30,7 @@ from raylux.engine.records import Contraction
 from raylux.engine.scorer import Bases, LoadedQueries, Pack, PackPart, Scorer, packs
 from raylux.engine.weighing import Curvatures, SelfInfluences
 from raylux.errors import NumericsError
+from raylux.fused import fuse_activations
 from raylux.influence.dots import sequence_gradients
 from raylux.layers import TrackedLayer, matrices
 from raylux.routed import Rows
@@ -101,6 +102,7 @@ class GradientWorker(FitSums, GaussNewtonProducts, ProximalMeasurements, SelfInf
         with profiling.of("load"):
             files = models.on_this_node(spec.files)
             model = models.load_model(files, spec.plan.dtype, self.device, spec.trust_remote_code)
+            fuse_activations(model)
         self._capture = Capture(model, spec.layers, spec.groups, spec.checkpointing)
         return {
             "pid": os.getpid(),
