@@ -13,7 +13,7 @@ Two ways to batch, both functions of the data alone, so that results do not depe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -193,6 +193,37 @@ def score_batches(rows: Sequence[TokenRow], batch_tokens: int, most: int | None 
         for start in range(0, len(places), size):
             chosen = places[start : start + size]
             batches.append(collate([rows[place] for place in chosen], chosen, padded, size=size))
+    return batches
+
+
+def query_shape(length: int, tokens: int, most: int | None = None) -> tuple[int, int]:
+    """Rows and padded length of the batch in which a row of a query runs: a function of its own length.
+
+    Args:
+        length: of the row.
+        tokens: padded tokens of a batch, at most; 0: each row by itself.
+        most: the length that padding does not exceed, as ``longest`` gives it.
+    """
+    padded = bucket(length, most)
+    rows = rows_per_batch(padded, tokens) if tokens else 1
+    return (1, length) if rows == 1 else (rows, padded)
+
+
+def query_batches(rows: Sequence[TokenRow], tokens: int, most: int | None = None) -> list[Batch]:
+    """Rows of queries in batches of a fixed shape, filled up; by themselves and without padding where that is one row.
+
+    By itself a row needs the logits of its labelled tokens alone, so that is the way of long ones and of few.
+
+    Args:
+        rows: of the queries.
+        tokens: see ``query_shape``; ``most`` too.
+        most: see ``tokens``.
+    """
+    alone = [place for place, row in enumerate(rows) if query_shape(len(row.tokens), tokens, most)[0] == 1]
+    batches = [collate([rows[place]], [place], len(rows[place].tokens)) for place in alone]
+    together = sorted(set(range(len(rows))) - set(alone))
+    for batch in score_batches([rows[place] for place in together], tokens, most):
+        batches.append(replace(batch, rows=tuple(together[at] for at in batch.rows)))
     return batches
 
 

@@ -283,8 +283,11 @@ def _plan(inputs: Inputs, folder: RunFolder, known: Mapping[str, Any], restart: 
     def new(groups: dict[str, str]) -> Plan:
         covered = model.coverage
         lengths = inputs.lengths(folder)
+        # Of a classifier or a module of features each query runs by itself.
+        plain = model.features is None and model.classes is None
+        asked = [[len(part.tokens) for part in query.parts] for query in inputs.queries if plain]
         return make_plan(inputs.config, device, covered.tracked, groups, covered.parameters, lengths, model.context,
-            len(inputs.queries),
+            len(inputs.queries), asked,
         )  # fmt: skip
 
     if not known or "fit" in falls(restart) or not holds(folder, "fit"):
@@ -295,7 +298,7 @@ def _plan(inputs: Inputs, folder: RunFolder, known: Mapping[str, Any], restart: 
     if "score" in falls(restart):
         plan = replace(plan, score_unit_size=fresh.score_unit_size)
     if "query" in falls(restart) or not holds(folder, "query"):
-        names = ("rows", "tile", "query_basis", "low_rank")
+        names = ("rows", "tile", "query_basis", "low_rank", "query_tokens")
         plan = replace(plan, **{name: getattr(fresh, name) for name in names})
     return replace(model, groups=groups), plan
 

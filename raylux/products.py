@@ -52,7 +52,7 @@ def gradients_into(a: Tensor, g: Tensor, out: Tensor, batched: bool | None = Non
 def rotated(x: Tensor, basis: Rotation) -> Tensor:
     """x [..., D] Q [D, D], in the precision of Q."""
     if isinstance(basis, RoundedBasis):
-        return _rotated_in_two(x, basis)
+        return _rotated_by_rounded(x, basis)
     if isinstance(basis, Blocks):
         parts = zip(x.split(basis.sizes, -1), basis.parts, strict=True)
         return torch.cat([rotated(part, own) for part, own in parts], -1)
@@ -64,20 +64,11 @@ def rotated(x: Tensor, basis: Rotation) -> Tensor:
     return (aligned(x).reshape(-1, width + more) @ filled).view(*x.shape[:-1], -1)[..., :width]
 
 
-def _rotated_in_two(x: Tensor, basis: RoundedBasis) -> Tensor:
-    """The leading directions in full precision, then the rest of x by the rounded basis."""
-    wide = x.reshape(-1, x.shape[-1]).to(basis.leading[0].dtype)
-    top, rest = [], []
-    for part, leading in zip(wide.split(basis.sizes, 1), basis.leading, strict=True):
-        top.append(part @ leading)
-        rest.append(torch.addmm(part, top[-1], leading.T, alpha=-1))
-    left = rest[0] if len(rest) == 1 else torch.cat(rest, 1)
-    kind = basis.rounded.parts[0].dtype if isinstance(basis.rounded, Blocks) else basis.rounded.dtype
-    turned = rotated(left.to(kind), basis.rounded)
-    end = 0
-    for size, own in zip(basis.sizes, top, strict=True):
-        end += size
-        turned[:, end - own.shape[1] : end] = own
+def _rotated_by_rounded(x: Tensor, basis: RoundedBasis) -> Tensor:
+    some = basis.leaks[0]
+    turned = rotated(x.reshape(-1, x.shape[-1]).to(some.dtype), basis.rounded)
+    for part, leaks in zip(turned.split([own.shape[1] for own in basis.leaks], 1), basis.leaks, strict=True):
+        part.addmm_(part[:, -len(leaks) :].clone(), leaks, alpha=-1)
     return turned.view(x.shape)
 
 

@@ -19,8 +19,11 @@ from raylux.batches import (
     fit_batches,
     is_scored_so,
     longest,
+    query_batches,
+    query_shape,
     score_batches,
 )
+from raylux.engine import choices
 
 lengths_of = st.lists(st.integers(1, 70), min_size=1, max_size=40)
 
@@ -136,3 +139,36 @@ def test_padding_stands_on_the_side_asked_for() -> None:
 def test_the_longest_come_first_in_a_fit_unit() -> None:
     batches = fit_batches(rows_of([3, 9, 5, 9, 1]), 18)
     assert [batch.rows for batch in batches] == [(1, 3), (2, 0, 4)]
+
+
+def test_queries_fill_batches_of_a_shape_that_follows_from_their_length() -> None:
+    """Rows that would be alone in a batch are run without padding; others in batches of whole rows."""
+    lengths = (5, 7, 40, 6, 33, 8, 16, 3, 31, 41, 5)
+    rows = [TokenRow(np.arange(length, dtype=np.int32), np.arange(length, dtype=np.int32)) for length in lengths]
+    alone = query_batches(rows, 0)
+    assert [tuple(batch.mask.shape) for batch in alone] == [(1, length) for length in lengths]
+    found = query_batches(rows, 64, 40)
+    assert sorted(place for batch in found for place in batch.rows) == list(range(len(rows)))
+    for batch in found:
+        for at, place in enumerate(batch.rows):
+            length = len(rows[place].tokens)
+            assert batch.input_ids[at, :length].tolist() == rows[place].tokens.tolist()
+            assert batch.mask[at].sum() == length and tuple(batch.mask.shape) == query_shape(length, 64, 40)
+            (own,) = query_batches([rows[place]], 64, 40)
+            assert own.mask.shape == batch.mask.shape
+
+
+@pytest.mark.parametrize(
+    ("asked", "tokens"),
+    [
+        ([[7]] * 64, 512),  # four full batches
+        ([[7, 7]] * 32, 512),
+        ([[7]] * 31, 0),  # few
+        ([[7]] * 33, 0),  # a third batch for one
+        ([[place] for place in range(8, 520, 8)], 0),  # all of different lengths
+        ([[600]] * 64, 0),  # a batch would have one row
+        ([[7]] * 64 + [[600]], 512),
+    ],
+)
+def test_queries_run_together_where_they_are_many_and_alike(asked: list[list[int]], tokens: int) -> None:
+    assert choices.query_tokens("cpu", 128, asked, 600) == tokens

@@ -196,7 +196,7 @@ def test_a_query_is_solved_the_same_beside_a_longer_one(dtype: torch.dtype) -> N
     curvature = Spectral(torch.rand(outputs, inputs, generator=draw), q_a, q_s)
     tokens = [
         (torch.randn(length, inputs, generator=draw), torch.randn(length, outputs, generator=draw))
-        for length in (5, 7, 400, 6)
+        for length in (5, 7, 400, 6, *[41, 3, 40] * 7)  # more than one product's rows
     ]
     together = solve_layer(curvature, tokens, 0.1, dtype, eigen=True)
     for place, own in enumerate(tokens):

@@ -14,7 +14,9 @@ import torch
 import raylux
 from raylux.batches import IGNORED, TokenRow, collate
 from raylux.capture import Capture, input_groups
+from raylux.engine.local import LocalBackend
 from raylux.engine.records import QUERY
+from raylux.engine.work import Failure, Job, Result
 from raylux.influence.dots import sequence_gradients
 from raylux.models import coverage
 from raylux.store import RunFolder
@@ -126,6 +128,69 @@ def test_scores_do_not_depend_on_how_many_queries_stand_beside_them(tmp_path: Pa
     write_lines(inputs.queries, asked)
     inputs.run(tmp_path / "usual")
     assert differing(contents(tmp_path / "grown"), contents(tmp_path / "usual")) == []
+
+
+# Many queries of like length run several at a time, in batches of a shape that follows from a query's length.
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Inputs, list[dict[str, str]], Path]:
+    """Inputs, 45 queries of one padded length, one of them with two parts, and a run of all at once."""
+    base = tmp_path_factory.mktemp("many")
+    inputs = make_inputs(base / "inputs", "gpt2")
+    words = [words for words in (text.split()[:7] for text in texts(80, seed=9)) if len(words) == 7]
+    asked = [
+        {"id": f"q{place}", "prompt": " ".join(own[:4]), "completion": " ".join(own[4:])}
+        for place, own in enumerate(words[:45])
+    ]
+    asked[40] |= {"measurement": "contrast", "contrast": "olaf whose garden"}
+    write_lines(inputs.queries, asked)
+    run = inputs.run(base / "usual", *FAST)
+    assert len(asked) == 45 and run.settings["plan"]["query_tokens"] > 0
+    return inputs, asked, base / "usual"
+
+
+def test_queries_in_batches_do_not_depend_on_their_company(many: Any, tmp_path: Path) -> None:
+    """32 of them, which fill two batches, then the others in reverse order."""
+    inputs, asked, usual = many
+    for part in (asked[:32], asked[:31:-1]):
+        write_lines(inputs.queries, part)
+        inputs.run(tmp_path / "grown", *FAST)
+    assert differing(contents(tmp_path / "grown"), contents(usual)) == []
+
+
+def test_queries_in_batches_against_each_by_itself(many: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, asked, _ = many
+    write_lines(inputs.queries, asked)
+    found = []
+    for name, least in (("together", 32), ("alone", 1000)):
+        monkeypatch.setattr("raylux.engine.choices._MANY_QUERIES", least)
+        run = inputs.run(tmp_path / name, *DENSE)
+        assert bool(run.settings["plan"]["query_tokens"]) == (name == "together")
+        found.append(run.scores().sortby("sequence").to_numpy())
+    assert error(*found) <= FLOAT32
+
+
+def test_what_ends_its_worker_is_given_up_and_its_company_is_not(
+    many: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, asked, usual = many
+    run, sizes = LocalBackend.run, []
+
+    def failing(self: LocalBackend, job: Job, method: str, parts: bool) -> Result:
+        if method == "query_gradients":
+            sizes.append(len(job.item))
+            if any(query.id == "q5" for query in job.item):
+                return Result(job, failure=Failure(3, "killed"))
+        return run(self, job, method, parts)
+
+    monkeypatch.setattr(LocalBackend, "run", failing)
+    write_lines(inputs.queries, asked)
+    inputs.run(tmp_path / "run", *FAST)
+    assert max(sizes) == 16 and sizes.count(1) >= 16
+    without = tuple(query["id"] for query in asked if query["id"] != "q5")
+    found, wanted = contents(tmp_path / "run", without), contents(usual, without)
+    assert differing(found, wanted) == []
 
 
 # ------------------------------------------------------------------------------------------ tolerance

@@ -31,7 +31,7 @@ CALLS: tuple[tuple[type, str, int], ...] = (
     (RunFolder, "delete", 12),
     (GradientWorker, "covariance_unit", 5),
     (GradientWorker, "moment_unit", 5),
-    (GradientWorker, "query_gradient", 4),
+    (GradientWorker, "query_gradients", 4),
     (GradientWorker, "score_unit", 5),
     (FactorShard, "begin", 2),
     (FactorShard, "add", 10),

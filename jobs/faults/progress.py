@@ -17,7 +17,7 @@ METHODS = {
     "covariance": ("covariance_unit",),
     "eigenbases": ("decompose",),
     "lambda": ("moment_unit",),
-    "query": ("query_gradient", "probe"),
+    "query": ("query_gradients", "probe"),
     "score": ("score_unit",),
 }
 STAGES = tuple(METHODS)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from raylux.batches import MOST_ROWS
+from raylux.batches import MOST_ROWS, bucket, rows_per_batch
 from raylux.config import Config
 from raylux.cost.contraction import candidate_rotation, captured_width, query_rotation
 from raylux.curvature import KINDS
@@ -20,6 +22,9 @@ _PACK_BYTES = {"cpu": 256 << 20, "cuda": 8 << 30}
 # Dense s_test of all queries together, in bytes: beyond, they are compressed.
 _DENSE_BYTES = 4 << 30
 _TILES = (8, 64, 256)
+# Queries from which on it is worth a look whether they fill batches, padded tokens of one on a CPU, and rows of it for
+# each that is a query: a batch's shape is fixed, and rows that no query fills are computed all the same.
+_MANY_QUERIES, _QUERY_TOKENS, _FILLED = 32, 512, 1.25
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,24 @@ def has_bfloat16(device: str) -> bool:
         return torch.cuda.is_bf16_supported()
     facts = torch.backends.cpu.get_cpu_capability(), _supports("_is_avx512_bf16_supported"), _supports("_is_amx_tile")
     return facts[0].startswith("AVX512") and (facts[1] or facts[2])
+
+
+def query_tokens(device: str, batch_tokens: int, asked: Sequence[Sequence[int]], most: int) -> int:
+    """Padded tokens of a batch of queries, or 0: each by itself, as where they are few or all of different lengths.
+
+    Args:
+        device: "cpu" or "cuda".
+        batch_tokens: of a batch of sequences.
+        asked: tokens of each part of each query.
+        most: what padding need not exceed.
+    """
+    size = batch_tokens if device == "cuda" else _QUERY_TOKENS
+    shapes = Counter((bucket(length, most), bucket(length, most) == length) for parts in asked for length in parts)
+    rows = {shape: rows_per_batch(shape[0], size) for shape in shapes}
+    run = sum(math.ceil(count / rows[shape]) * rows[shape] for shape, count in shapes.items())
+    if len(asked) < _MANY_QUERIES or run > _FILLED * shapes.total() or max(rows.values()) == 1:
+        return 0
+    return size
 
 
 def _supports(name: str) -> bool:

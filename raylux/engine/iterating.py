@@ -7,7 +7,7 @@ state again, and the step is taken again.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from raylux import gpu, profiling
 from raylux.curvature import KINDS, Spectral
 from raylux.curvature.solvers import SOLVERS, LayerSolve
 from raylux.engine import numerics
-from raylux.engine.records import STATE, Fitted, read_joint, read_state, tensor
+from raylux.engine.records import STATE, Fitted, each_query, read_joint, read_state, tensor
 from raylux.errors import NumericsError
 from raylux.layers import TrackedLayer
 from raylux.store import RunFolder
@@ -50,23 +50,24 @@ class IterativeSolves(ABC):
         """a [T, M] and g [T, P] of a query in a layer."""
 
     def begin_solve(
-        self, solver: str, fitted: Fitted, *parts: Mapping[str, Any]
+        self, solver: str, fitted: Fitted, *parts: Mapping[str, Any] | Sequence[Mapping[str, Any]]
     ) -> tuple[list[dict[int, tuple[float, float]]], float, float]:
         """Put a block of queries at the solver's start.
 
         Args:
             solver: its name.
             fitted: what the fit left.
-            *parts: per query, ``inputs`` [T, M] by group and ``grads`` [T, P] by layer.
+            *parts: ``inputs`` [T, M] by group and ``grads`` [T, P] by layer of a query, or lists of several's.
 
         Returns:
             Per layer: place of a query -> (vᵀv, vᵀ · start); the trace of G by this shard's factors; its largest λ.
         """
         self._solves = {}
+        queries = each_query(parts)
         sums, trace, most = [], 0.0, 0.0
         for name in self.layers:
             curvature, damping = self._curvature(name, fitted)
-            gradients = [g.T @ a for a, g in (self._tokens(part, name) for part in parts)]
+            gradients = [g.T @ a for a, g in (self._tokens(query, name) for query in queries)]
             with profiling.of("solve"):
                 try:
                     self._solves[name] = LayerSolve.begin(SOLVERS[solver], curvature, damping, gradients)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -15,7 +15,7 @@ from raylux import gpu, profiling
 from raylux.curvature.joint import joined, split
 from raylux.engine import numerics
 from raylux.engine.iterating import Objects, Saved
-from raylux.engine.records import STATE, Fitted, read_joint
+from raylux.engine.records import STATE, Fitted, each_query, read_joint
 from raylux.store import RunFolder
 
 
@@ -48,7 +48,7 @@ class JointSolves(ABC):
             written[name] = key, objects, facts
         return written
 
-    def solve_jointly(self, fitted: Fitted, block: str, shards: int, *parts: Mapping[str, Any]) -> Saved:
+    def solve_jointly(self, fitted: Fitted, block: str, shards: int, *parts: Sequence[Mapping[str, Any]]) -> Saved:
         """(G + λ)⁻¹ ∇f of a block of queries, over all layers: written as the state of a solve that is done.
 
         Any one shard does it, of what all of them have.
@@ -57,7 +57,8 @@ class JointSolves(ABC):
             fitted: what the fit left.
             block: its name.
             shards: how many parts there are of each query.
-            *parts: per query one for each shard, ``inputs`` [T, M] by group and ``grads`` [T, P] by layer.
+            *parts: of each query one for each shard: a list of itself, ``inputs`` [T, M] by group and ``grads`` [T, P]
+                by layer.
 
         Raises:
             NumericsError: G + λ is singular.
@@ -69,7 +70,7 @@ class JointSolves(ABC):
         with profiling.of("solve"):
             for start in range(0, len(parts), shards):
                 gradients: dict[str, Tensor] = {}
-                for part in parts[start : start + shards]:
+                for part in each_query(parts[start : start + shards]):
                     tokens = {name: self._tokens(part, name) for name in part["grads"]}
                     gradients |= {name: g.T @ a for name, (a, g) in tokens.items()}
                 solved.append(split(matrix.solve(joined(gradients, shapes)).to(self.compute), shapes))

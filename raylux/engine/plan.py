@@ -66,6 +66,7 @@ class Plan:
         tile: dense queries of such a product.
         query_basis: "standard", or "eigen": queries stay in the eigenbasis and the candidates' tokens are rotated.
         low_rank: compress s_test; dense queries that fit the memory are left as they are.
+        query_tokens: padded tokens of a batch of queries, at most; 0: each runs by itself.
     """
 
     device: str
@@ -81,6 +82,7 @@ class Plan:
     tile: int = 8
     query_basis: str = "standard"
     low_rank: bool = True
+    query_tokens: int = 0
 
     def dump(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,8 +97,21 @@ def make_plan(
     lengths: np.ndarray,
     context: int | None = None,
     queries: int = 1,
+    asked: Sequence[Sequence[int]] = (),
 ) -> Plan:
-    """Resolve every "auto" that changes bits."""
+    """Resolve every "auto" that changes bits.
+
+    Args:
+        config: with its "auto"s.
+        device: "cpu" or "cuda".
+        layers: tracked.
+        groups: layer -> leader of its input group.
+        parameters: of the model.
+        lengths: [N] tokens of each sequence of the corpus.
+        context: the longest sequence that the model takes.
+        queries: how many there are.
+        asked: tokens of each part of each of them, as far as they are known.
+    """
     layers = matrices(layers)
     batch = config.engine.batch_tokens
     if batch == "auto":
@@ -109,6 +124,7 @@ def make_plan(
     if size == "auto":
         size = score_unit_size(len(lengths))
     chosen = choices.products(config, device, layers, groups, float(lengths.mean()), queries, len(lengths))
+    most = longest(lengths, context)
     return Plan(
         device,
         config.model.dtype,
@@ -117,12 +133,13 @@ def make_plan(
         int(unit),
         int(size),
         float(lengths.mean()),
-        longest(lengths, context),
+        most,
         choices.contraction(config, device, layers),
         chosen.rows,
         chosen.tile,
         chosen.query_basis,
         chosen.low_rank,
+        choices.query_tokens(device, int(batch), asked, most),
     )
 
 

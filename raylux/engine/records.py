@@ -143,6 +143,11 @@ def query_files(folder: RunFolder) -> list[QueryFiles]:
     ]
 
 
+def each_query(parts: Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
+    """A shard's parts of queries, whether they come one by one or in lists, as queries that were run together do."""
+    return [query for part in parts for query in ([part] if isinstance(part, Mapping) else part)]
+
+
 def tensor(array: np.ndarray, dtype: torch.dtype, device: str) -> Tensor:
     """A tensor in memory of torch's own alignment, whatever the array's: alignment can change bits."""
     x = torch.from_numpy(np.ascontiguousarray(array))

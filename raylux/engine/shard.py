@@ -24,6 +24,7 @@ from raylux.engine.jointly import JointSolves
 from raylux.engine.records import (
     Contraction,
     Fitted,
+    each_query,
     input_matrix,
     output_matrix,
     query_arrays,
@@ -216,7 +217,7 @@ class FactorShard(IterativeSolves, JointSolves):
         eigen: bool,
         block: str,
         solutions: Mapping[str, str] | None,
-        *parts: Mapping[str, Any],
+        *parts: Sequence[Mapping[str, Any]],
     ) -> tuple[dict[str, float], dict[str, list[float]], np.ndarray]:
         """s_test of a block of queries in every layer of this shard, kept until ``write_block``.
 
@@ -228,7 +229,7 @@ class FactorShard(IterativeSolves, JointSolves):
             block: its name; layers that cannot be compressed are written under it at once, so that s_test of one
                 layer is held at a time.
             solutions: layer -> key of the state that an iterative solve ended with; None: the kind's own inverse.
-            *parts: per query, ``inputs`` [T, M] by group and ``grads`` [T, P] by layer.
+            *parts: lists of queries' ``inputs`` [T, M] by group and ``grads`` [T, P] by layer.
 
         Returns:
             layer -> the damping λ that was used; layer -> ‖∇f‖² of each query in it; and the scores ``Solved.pairs``
@@ -237,16 +238,17 @@ class FactorShard(IterativeSolves, JointSolves):
         self._block, self._factors, self._written, self._words = {}, {}, {}, {}
         damping, squares = {}, {}
         pairs: list[np.ndarray] = []
+        queries = each_query(parts)
         for name in self.layers:
             if self.layers[name].words:
-                words = solve_words([self._tokens(part, name) for part in parts], contraction.torch_dtype)
+                words = solve_words([self._tokens(query, name) for query in queries], contraction.torch_dtype)
                 damping[name], squares[name] = 0.0, words.squares
                 pairs.append(words.pairs)
                 self._words[name] = words.s_test
                 continue
             dtype = self.compute if rank_limit[name] else contraction.torch_dtype
             curvature, damping[name] = self._curvature(name, fitted)
-            tokens = [self._tokens(part, name) for part in parts]
+            tokens = [self._tokens(query, name) for query in queries]
             given = None if solutions is None else self.solutions(solutions[name])
             try:
                 with profiling.of("solve"):
@@ -262,7 +264,7 @@ class FactorShard(IterativeSolves, JointSolves):
             elif any(rank_limit.values()):
                 self._block[name] = list(found.s_test)  # its scores on the probes are part of what is measured
             else:
-                arrays = query_arrays(found.s_test, [], [True] * len(parts))
+                arrays = query_arrays(found.s_test, [], [True] * len(queries))
                 self._written[name] = self.folder.write(f"queries/{name}/{block}", arrays)
         return damping, squares, np.sum(pairs, 0)
 
@@ -334,7 +336,7 @@ class FactorShard(IterativeSolves, JointSolves):
         """a [T, M] and g [T, P]; of the word embedding token ids [T, 1]."""
         inputs = part["inputs"][self.spec.groups[name]]
         g = tensor(part["grads"][name], self.compute, self.spec.device)
-        if inputs.dtype.kind == "i":
+        if inputs.dtype == np.int64:  # in bf16 inputs come as int16
             return torch.from_numpy(inputs.copy()).to(self.spec.device), g
         return tensor(inputs, self.compute, self.spec.device), g
 

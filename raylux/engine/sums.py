@@ -204,6 +204,7 @@ class SumPass:
                     if result is None:
                         continue
                     self._take(result)
+                    result = None  # in process it holds the unit's sums, which are added: not while the next is summed
                     self._moved(task)
                 while self.low < total and self._known(self.low):
                     self._give(self.low)

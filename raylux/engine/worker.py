@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from raylux import fingerprints, gpu, models, profiling
-from raylux.batches import Batch, TokenRow, collate, score_batches
+from raylux.batches import Batch, TokenRow, collate, query_batches, score_batches
 from raylux.capture import Capture, Captured, Labeller
 from raylux.curvature import Statistics
 from raylux.engine import numerics
@@ -26,7 +26,7 @@ from raylux.engine.fitting import FitSums, Part
 from raylux.engine.measuring import ProximalMeasurements
 from raylux.engine.multiplying import GaussNewtonProducts
 from raylux.engine.plan import Plan
-from raylux.engine.records import Contraction
+from raylux.engine.records import Contraction, numpy_array
 from raylux.engine.scorer import Bases, LoadedQueries, Pack, PackPart, Scorer, packs
 from raylux.engine.weighing import Curvatures, SelfInfluences
 from raylux.errors import NumericsError
@@ -161,20 +161,41 @@ class GradientWorker(FitSums, GaussNewtonProducts, ProximalMeasurements, SelfInf
         Returns:
             {"measurement": f}, then a part per shard with ``inputs`` [T, M] by group and ``grads`` [T, P] by layer.
         """
-        inputs: dict[str, list[Tensor]] = {}
-        grads: dict[str, list[Tensor]] = {}
-        value = 0.0
-        for row, weight in zip(query.rows, query.weights, strict=True):
-            captured = self._run(collate([row], [0], len(row.tokens)), sampled=False)
-            part_inputs, part_grads = self._widened(captured)
-            for name, a in part_inputs.items():
-                inputs.setdefault(name, []).append(a[0])
-            for name, g in part_grads.items():
-                grads.setdefault(name, []).append(g[0] * weight)
-            value -= weight * float(captured.loss[0])
-        joined = {name: torch.cat(parts) for name, parts in inputs.items()}
-        weighted = {name: torch.cat(parts) for name, parts in grads.items()}
-        return ({"measurement": value}, *self._token_parts(joined, weighted, shards))
+        (head,), *parts = self.query_gradients([query], shards)
+        return (head, *(own for (own,) in parts))
+
+    def query_gradients(
+        self, queries: Sequence[QuerySpec], shards: Sequence[Sequence[str]], contraction: Contraction | None = None
+    ) -> tuple[Any, ...]:
+        """``query_gradient`` of several; the bits of each are those that it has by itself.
+
+        Args:
+            queries: their parts.
+            shards: layer names of each shard.
+            contraction: by which a and g are rounded (bf16 comes as int16); None: not at all.
+
+        Returns:
+            The head of each, then a list of their parts per shard.
+        """
+        rows = [row for query in queries for row in query.rows]
+        found: dict[int, tuple[float, dict[str, Tensor], dict[str, Tensor]]] = {}
+        for batch in query_batches(rows, self.spec.plan.query_tokens, self.spec.plan.longest):
+            captured = self._run(batch, sampled=False)
+            inputs, grads = self._operands(captured, contraction.torch_dtype if contraction else self.compute)
+            for at, place in enumerate(batch.rows):
+                own_inputs, own_grads = ({name: x[at] for name, x in side.items()} for side in (inputs, grads))
+                found[place] = float(captured.loss[at]), own_inputs, own_grads
+        heads, parts, start = [], [], 0
+        for query in queries:
+            own = [found[place] for place in range(start, start + len(query.rows))]
+            start += len(query.rows)
+            value = sum(weight * loss for weight, (loss, _, _) in zip(query.weights, own, strict=True))
+            joined = {name: torch.cat([a[name] for _, a, _ in own]) for name in own[0][1]}
+            pairs = list(zip(query.weights, own, strict=True))
+            weighted = {name: torch.cat([g[name] * weight for weight, (_, _, g) in pairs]) for name in own[0][2]}
+            heads.append({"measurement": -value})
+            parts.append(self._token_parts(joined, weighted, shards))
+        return (heads, *(list(of_shard) for of_shard in zip(*parts, strict=True)))
 
     def probe(self, row: int, shards: Sequence[Sequence[str]]) -> tuple[Any, ...]:
         """a and g of one corpus sequence, for measuring what compression loses; parts as ``query_gradient``."""
@@ -189,8 +210,8 @@ class GradientWorker(FitSums, GaussNewtonProducts, ProximalMeasurements, SelfInf
         groups = self.spec.groups
         return [
             {
-                "inputs": {name: _array(inputs[name]) for name in sorted({groups[name] for name in names})},
-                "grads": {name: _array(grads[name]) for name in names},
+                "inputs": {name: numpy_array(inputs[name]) for name in sorted({groups[name] for name in names})},
+                "grads": {name: numpy_array(grads[name]) for name in names},
             }
             for names in shards
         ]

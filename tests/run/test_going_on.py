@@ -101,7 +101,7 @@ def test_fewer_queries_keep_what_is_there(inputs: Inputs, usual: raylux.Run) -> 
 WORKER_CALLS = [
     ("covariance_unit", 3),
     ("moment_unit", 2),
-    ("query_gradient", 2),
+    ("query_gradients", 2),
     ("score_unit", 3),
     ("token_unit", 2),
 ]

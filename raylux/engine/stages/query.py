@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from raylux.batches import TokenRow
+from raylux.batches import TokenRow, query_shape
 from raylux.cost.sizes import rank_limit, solve_block
 from raylux.engine.context import Context
 from raylux.engine.numerics import Numerics, distinct
 from raylux.engine.plan import choose_fit_rows, probe_count, query_block
 from raylux.engine.quarantine import give_up, given_up
-from raylux.engine.records import PROBE, QUERY
+from raylux.engine.records import PROBE, QUERY, Contraction
 from raylux.engine.shard import Measured
 from raylux.engine.stages import jointly, precision, prefilter, solving
 from raylux.engine.stages.fit import fitted
@@ -36,6 +38,8 @@ def run(ctx: Context) -> None:
     todo = [query for query in ctx.queries if query.id not in out]
     if not todo:
         return
+    if ctx.plan.query_tokens:
+        todo.sort(key=lambda query: _shapes(ctx, query))  # those that fill a batch together
     solving.tidy(ctx)
     size = (solve_block if _iterative(ctx) else query_block)(matrices(ctx.coverage.tracked), ctx.itemsize)
     with ctx.reporter.task("query", len(todo), "queries") as task:
@@ -74,7 +78,7 @@ def _solve(ctx: Context, name: str, queries: Sequence[Query]) -> None:
 
 @dataclass(frozen=True)
 class _Gradients:
-    """What the workers say of a block: its queries, a head and handles of parts each, and numerics."""
+    """What the workers say of a block: its queries and their heads; of each call handles of parts, and numerics."""
 
     queries: list[Query]
     heads: list[Mapping[str, Any]]
@@ -83,19 +87,52 @@ class _Gradients:
 
 
 def _gradients(ctx: Context, queries: Sequence[Query]) -> _Gradients:
-    jobs = (Job(query.id, (spec_of(query), ctx.assignment), query) for query in queries)
     found = _Gradients([], [], [], [])
-    for result in results(ctx.backend, "query_gradient", jobs, parts=True, ordered=True):
-        query: Query = result.job.item
-        if result.failure is not None:
-            give_up(ctx.folder, QUERY, query.id, [query.id], result.failure)
-            ctx.reporter.say(f"query: '{query.id}' is quarantined ({result.failure.reason})")
-            continue
-        found.queries.append(query)
-        found.heads.append(result.value)
-        found.parts.append(result.parts)
-        found.numerics.append(dict(result.numerics))
+    # What is only rotated in bf16 products may travel, and wait for its block, in bf16.
+    rounds = not _iterative(ctx) and not ctx.kind.joint and not any(_rank_limits(ctx).values())
+    how = precision.resolve(ctx) if rounds else None
+    # What failed in company is run again by itself: only that which ends its worker there is given up.
+    again = _run(ctx, _together(ctx, queries), how, found)
+    _run(ctx, [(query,) for query in again], how, found)
     return found
+
+
+def _run(ctx: Context, groups: Sequence[Sequence[Query]], how: Contraction | None, found: _Gradients) -> list[Query]:
+    """Add the gradients of queries, those of a group run by one call; returns those that failed in company."""
+    again: list[Query] = []
+    jobs = (
+        Job(", ".join(query.id for query in group), ([spec_of(query) for query in group], ctx.assignment, how), group)
+        for group in groups
+    )
+    for result in results(ctx.backend, "query_gradients", jobs, parts=True, ordered=True):
+        group: Sequence[Query] = result.job.item
+        if result.failure is not None and len(group) > 1:
+            again += group
+        elif result.failure is not None:
+            give_up(ctx.folder, QUERY, group[0].id, [group[0].id], result.failure)
+            ctx.reporter.say(f"query: '{group[0].id}' is quarantined ({result.failure.reason})")
+        else:
+            found.queries.extend(group)
+            found.heads.extend(result.value)
+            found.parts.append(result.parts)
+            found.numerics.append(dict(result.numerics))
+    return again
+
+
+def _shapes(ctx: Context, query: Query) -> list[tuple[int, int]]:
+    """Rows and padded length of the batch that each part runs in."""
+    return [query_shape(len(part.tokens), ctx.plan.query_tokens, ctx.plan.longest) for part in query.parts]
+
+
+def _together(ctx: Context, queries: Sequence[Query]) -> list[list[Query]]:
+    """Runs of queries whose parts fill batches of the same shapes."""
+    groups: list[list[Query]] = []
+    for shapes, run in groupby(queries, lambda query: _shapes(ctx, query)):
+        own = list(run)
+        # A joint kind takes its queries one by one.
+        size = 1 if ctx.kind.joint else max(1, min(rows // count for (rows, _), count in Counter(shapes).items()))
+        groups += [own[start : start + size] for start in range(0, len(own), size)]
+    return groups
 
 
 def _block(ctx: Context, name: str, queries: Sequence[Query]) -> None:
