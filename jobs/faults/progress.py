@@ -74,7 +74,8 @@ class Progress:
         if event["event"] == "task":
             self._task(event["stage"], event["state"], event["total"])
         elif event["event"] == "unit" and event["method"] in _STAGE_OF:
-            self.units[_STAGE_OF[event["method"]]][event["unit"]] += 1
+            # Queries that run together are a unit each; no id of these inputs has a comma.
+            self.units[_STAGE_OF[event["method"]]].update(event["unit"].split(", "))
 
     def _task(self, stage: str, state: str, total: int) -> None:
         if stage in STAGES:
