@@ -25,6 +25,7 @@ import numpy as np
 from scipy.sparse import csr_array
 from sklearn.feature_extraction.text import TfidfTransformer
 
+KINDS = ("idf", "tfidf", "bm25")
 K1 = 1.5
 B = 0.75
 
@@ -98,6 +99,17 @@ def score_shard(
         rows = np.flatnonzero(scores > 0.0)
         results.append(_best(rows + first_row, scores[rows], top))
     return results
+
+
+def score_all(
+    kind: str, tokens: np.ndarray, offsets: np.ndarray, vocab_size: int, queries: Sequence[np.ndarray]
+) -> np.ndarray:
+    """Scores of every sequence of a small corpus for each query, float64 [Q, sequences]; 0 where no token is shared."""
+    counts, rows = count_terms(tokens, offsets, vocab_size), len(offsets) - 1
+    found = np.zeros((len(queries), rows))
+    for place, (best, values) in enumerate(score_shard(kind, tokens, offsets, counts, queries, rows, 0)):
+        found[place, best] = values
+    return found
 
 
 def merge_top(parts: Sequence[tuple[np.ndarray, np.ndarray]], top: int) -> tuple[np.ndarray, np.ndarray]:

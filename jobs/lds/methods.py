@@ -136,11 +136,7 @@ def prefiltered(study: Study, kind: str) -> np.ndarray:
     tokens, offsets = np.concatenate(rows), np.cumsum([0, *map(len, rows)])
     asked = [query["prompt"] + query["completion"] for query in study.asked]
     queries = [np.asarray(row) for row in study.tokenizer(asked, add_special_tokens=False)["input_ids"]]
-    counts = prefilter.count_terms(tokens, offsets, len(study.tokenizer))
-    found = np.zeros((len(asked), len(rows)))
-    for place, (best, values) in enumerate(prefilter.score_shard(kind, tokens, offsets, counts, queries, len(rows), 0)):
-        found[place, best] = values
-    return found
+    return prefilter.score_all(kind, tokens, offsets, len(study.tokenizer), queries)
 
 
 def _timed(name: str, what: str, make: Callable[[], np.ndarray]) -> Method:

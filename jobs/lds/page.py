@@ -11,24 +11,7 @@ from jobs.lds.methods import EKFAC, Method
 from jobs.lds.study import Settings
 from jobs.plots import pyplot
 from raylux.evaluate import Judgement
-from raylux.evaluate.datamodel import Estimate, spearman
-
-
-def agreement(measured: np.ndarray) -> float:
-    """Mean over queries of Spearman's ρ between two models of the same subset; NaN where there is one for each.
-
-    Args:
-        measured: [S, repeats, Q].
-    """
-    if measured.shape[1] < 2:
-        return float("nan")
-    return float(np.nanmean(spearman(measured[:, 0], measured[:, 1])))
-
-
-def ceiling(measured: np.ndarray) -> float:
-    """The correlation that the subset's true effect itself would have with the mean of the repeats (Spearman-Brown)."""
-    one, repeats = agreement(measured), measured.shape[1]
-    return float(np.sqrt(repeats * one / (1 + (repeats - 1) * one))) if one > 0 else float("nan")
+from raylux.evaluate.datamodel import Estimate, agreement_of_repeats, ceiling
 
 
 def page(settings: Settings, methods: Sequence[Method], judged: Judgement, measured: np.ndarray, command: str) -> str:
@@ -39,6 +22,7 @@ def page(settings: Settings, methods: Sequence[Method], judged: Judgement, measu
         f"{'' if method.name == EKFAC else _signed(judged.above[method.name])} | {method.seconds:.0f} |"
         for method in order
     ]
+    alike = agreement_of_repeats(measured)
     spread = measured.mean(1).std(0).mean()
     table = "\n".join(rows)
     return f"""# What other training sets would have done: the linear datamodeling score
@@ -61,7 +45,7 @@ differences are taken on the same draws.
 
 ## What could be reached
 
-Models of the same half that differ in their seed agree by a Spearman's ρ of {agreement(measured):.3f}: even the true
+Models of the same half that differ in their seed agree by a Spearman's ρ of {alike:.3f}: even the true
 effect of a half would correlate with the mean of {settings.repeats} of them by about {ceiling(measured):.3f}. Over the
 halves f of a query has a standard deviation of {spread:.2f} nats.
 

@@ -7,13 +7,13 @@ import json
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from raylux.batches import IGNORED, TokenRow, collate
+from raylux.batches import TokenRow
 from raylux.demo.corpus import read_leads
 from raylux.demo.training import TrainingSettings, train_tokenizer
 from raylux.errors import UserError
+from raylux.evaluate.training import Answers
 from raylux.queries import parse_queries
 
 # A lead that is no longer than this many characters is no text; a query's prompt is its first quarter.
@@ -107,10 +107,4 @@ class Study:
         """f of each query: log p of its completion, in nats [Q]."""
         queries = parse_queries(self.asked, self.tokenizer, len(self.tokenizer), 128)
         rows = [TokenRow(part.tokens, part.labels) for query in queries for part in query.parts]
-        batch = collate(rows, range(len(rows)), max(len(row.tokens) for row in rows))
-        with torch.no_grad():
-            logits = model(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False).logits
-        losses = torch.nn.functional.cross_entropy(
-            logits[:, :-1].mT.double(), batch.labels[:, 1:], ignore_index=IGNORED, reduction="none"
-        )
-        return -losses.sum(1).numpy()
+        return Answers(model).logprobs(rows).numpy()

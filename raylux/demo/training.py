@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -17,8 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from raylux.batches import IGNORED
+from raylux.batches import TokenRow
 from raylux.cache import build_once, entry_name
+from raylux.evaluate.training import Progress, Recipe, Watch, train
 from raylux.modelfiles import quiet
 
 SPECIAL = "<|endoftext|>"
@@ -50,13 +52,6 @@ class TrainingSettings:
     weight_decay: float = 0.01
     seed: int = 0
     threads: int = 1
-
-
-Progress = Callable[[int, int, float], None]
-"""Called after each step with (step, steps, loss per token)."""
-
-Watch = Callable[[int, float, PreTrainedModel], None]
-"""Called after each epoch with (epoch, learning rate of its last step, the model as it is then)."""
 
 
 def train_cached(
@@ -128,20 +123,18 @@ def train_model(
         settings: size and training.
         progress: called after each step.
         watch: called after each epoch.
-        weights: w of each text: a batch's loss is Σ w L / T with L a text's summed token loss and T the batch's
-            labelled tokens, whatever the weights are. Which texts make a batch, and in what order batches come, does
-            not depend on them either: models that differ in weights alone are trained on common random numbers.
-            Default: 1 each.
+        weights: of each text, as ``raylux.evaluate.training.train`` takes them; default: 1 each.
         start: a model of these sizes whose weights training begins at, in its dtype; it is left as it is. Default:
             ``initial_model``'s.
     """
-    rows = tokenizer(list(texts), truncation=True, max_length=settings.context)["input_ids"]
+    encoded = tokenizer(list(texts), truncation=True, max_length=settings.context)["input_ids"]
+    rows = [TokenRow(tokens, tokens) for tokens in map(np.asarray, encoded)]
+    recipe = Recipe(settings.epochs, settings.batch_tokens, settings.rate, settings.weight_decay)
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
         model = initial_model(tokenizer, settings) if start is None else copy.deepcopy(start)
-        own = None if weights is None else torch.tensor(weights, dtype=torch.float64)
-        _fit(model, rows, settings, progress, watch, own)
+        train(model, rows, recipe, settings.seed, weights, progress, watch)
     finally:
         torch.set_num_threads(threads)
     return model.eval()
@@ -170,77 +163,3 @@ def _model_config(tokenizer: PreTrainedTokenizerFast, settings: TrainingSettings
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-
-
-def _fit(
-    model: PreTrainedModel,
-    rows: list[list[int]],
-    settings: TrainingSettings,
-    progress: Progress | None,
-    watch: Watch | None,
-    weights: torch.Tensor | None,
-) -> None:
-    generator = torch.Generator().manual_seed(settings.seed)
-    epochs = [_batches(rows, settings.batch_tokens, generator) for _ in range(settings.epochs)]
-    steps = sum(len(epoch) for epoch in epochs)
-    warm = max(1, steps // 20)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm, max(0.0, (steps - step) / max(1, steps - warm)))
-    )
-    model.train()
-    batches = [
-        (number, place == len(epoch), batch)
-        for number, epoch in enumerate(epochs, start=1)
-        for place, batch in enumerate(epoch, start=1)
-    ]
-    for step, (epoch, last, batch) in enumerate(batches, start=1):
-        tokens, mask, labels = _pad([rows[i] for i in batch])
-        optimizer.zero_grad(set_to_none=True)
-        if weights is None:
-            loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
-        else:
-            logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
-            loss = _weighted(logits, labels, weights[batch])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        rate = float(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-        if watch is not None and last:
-            watch(epoch, rate, model)
-        if progress is not None:
-            progress(step, steps, float(loss.detach()))
-
-
-def _weighted(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Σ w L / T of a batch; the number of labelled tokens T is that of the batch without weights."""
-    wanted = labels[:, 1:]
-    losses = torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return (losses.view_as(wanted).sum(1) * weights.to(losses.dtype)).sum() / (wanted != IGNORED).sum()
-
-
-def _batches(rows: list[list[int]], batch_tokens: int, generator: torch.Generator) -> list[list[int]]:
-    """Rows of like length together, at most ``batch_tokens`` tokens with padding, batches shuffled."""
-    jitter = (torch.rand(len(rows), generator=generator) * 8).tolist()
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]) + jitter[i])
-    batches: list[list[int]] = [[]]
-    for i in order:
-        # Rows come by about rising length, so this one sets the width, within the jitter.
-        width = max([len(rows[i])] + [len(rows[j]) for j in batches[-1]])
-        if batches[-1] and width * (len(batches[-1]) + 1) > batch_tokens:
-            batches.append([])
-        batches[-1].append(i)
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-
-
-def _pad(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens (0 where padded), mask, and labels (-100 where padded), each of shape (rows, longest)."""
-    width = max(len(row) for row in rows)
-    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    return tokens, mask, tokens.masked_fill(mask == 0, IGNORED)

@@ -1,12 +1,16 @@
 """What influence is judged by: effects that are measured on the model itself. No Ray, no files."""
 
-from raylux.evaluate.datamodel import Estimate, Judgement, correlations, judge
+from raylux.evaluate.datamodel import Estimate, Judgement, ceiling, correlations, judge, mean_of_each
 from raylux.evaluate.doses import Doses, Effect, Measured, Questions, effect, measure
 from raylux.evaluate.proximal import Optimum, ProximalObjective
+from raylux.evaluate.retrieval import Detection, detection, ranked, recall, reciprocal_ranks
 from raylux.evaluate.sizes import Agreement, agreement, slope, whole
+from raylux.evaluate.training import Answers, Recipe, train
 
 __all__ = [
     "Agreement",
+    "Answers",
+    "Detection",
     "Doses",
     "Effect",
     "Estimate",
@@ -15,11 +19,19 @@ __all__ = [
     "Optimum",
     "ProximalObjective",
     "Questions",
+    "Recipe",
     "agreement",
+    "ceiling",
     "correlations",
+    "detection",
     "effect",
     "judge",
+    "mean_of_each",
     "measure",
+    "ranked",
+    "recall",
+    "reciprocal_ranks",
     "slope",
+    "train",
     "whole",
 ]

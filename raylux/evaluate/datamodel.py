@@ -99,14 +99,54 @@ def judge(
             found = spearman(predicted[np.ix_(subsets, queries)], measured[np.ix_(subsets, queries)])
             drawn[name].append(_mean(found))
     value = {name: _mean(spearman(predicted, measured)) for name, predicted in sums.items()}
-    tails = [(1 - level) / 2, (1 + level) / 2]
-
-    def estimate(middle: float, values: np.ndarray) -> Estimate:
-        low, high = np.nanquantile(values, tails)
-        return Estimate(middle, float(low), float(high))
-
     base = np.array(drawn[against])
     return Judgement(
-        {name: estimate(value[name], np.array(drawn[name])) for name in methods},
-        {name: estimate(value[name] - value[against], np.array(drawn[name]) - base) for name in methods},
+        {name: interval(value[name], np.array(drawn[name]), level) for name in methods},
+        {name: interval(value[name] - value[against], np.array(drawn[name]) - base, level) for name in methods},
     )
+
+
+def mean_of_each(
+    values: Mapping[str, np.ndarray], against: str, level: float = 0.9, draws: int = 2000, seed: int = 0
+) -> Judgement:
+    """Mean over the queries of what each method reached, with percentile intervals of a bootstrap over queries.
+
+    Args:
+        values: name -> [Q]; NaN where a query says nothing.
+        against: as of ``judge``.
+        level: as of ``judge``.
+        draws: as of ``judge``.
+        seed: as of ``judge``.
+    """
+    count = len(values[against])
+    places = np.random.default_rng(seed).integers(0, count, (draws, count))
+    drawn = {name: np.array([_mean(one[row]) for row in places]) for name, one in values.items()}
+    value = {name: _mean(one) for name, one in values.items()}
+    return Judgement(
+        {name: interval(value[name], drawn[name], level) for name in values},
+        {name: interval(value[name] - value[against], drawn[name] - drawn[against], level) for name in values},
+    )
+
+
+def interval(middle: float, drawn: np.ndarray, level: float) -> Estimate:
+    """A figure with the percentiles of what a bootstrap made of it; NaN where no draw had it."""
+    known = drawn[np.isfinite(drawn)]
+    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2]) if len(known) else (np.nan, np.nan)
+    return Estimate(middle, float(low), float(high))
+
+
+def agreement_of_repeats(measured: np.ndarray) -> float:
+    """Mean over queries of Spearman's ρ between two models of the same subset; NaN where there is one for each.
+
+    Args:
+        measured: [S, repeats, Q].
+    """
+    if measured.shape[1] < 2:
+        return float("nan")
+    return _mean(spearman(measured[:, 0], measured[:, 1]))
+
+
+def ceiling(measured: np.ndarray) -> float:
+    """The correlation that the subset's true effect itself would have with the mean of the repeats (Spearman-Brown)."""
+    one, repeats = agreement_of_repeats(measured), measured.shape[1]
+    return float(np.sqrt(repeats * one / (1 + (repeats - 1) * one))) if one > 0 else float("nan")

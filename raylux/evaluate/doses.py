@@ -16,6 +16,7 @@ from torch import Tensor
 
 from raylux.batches import TokenRow
 from raylux.evaluate.proximal import Optimum, ProximalObjective
+from raylux.evaluate.training import Answers
 
 # The search ends at this share of the first gradient, then goes on to the second: by how much f moves meanwhile is
 # more than what is left to be found.
@@ -101,9 +102,9 @@ class Questions:
         self._ends = np.cumsum([len(own) for own in rows])[:-1]
         self._weights = torch.tensor([weight for own in weights for weight in own], dtype=torch.float64)
 
-    def at(self, objective: ProximalObjective, weights: Mapping[str, Tensor] | None = None) -> np.ndarray:
-        """f [Q] in nats."""
-        values = (objective.logprobs(self._rows, weights).double().cpu() * self._weights).numpy()
+    def at(self, model: ProximalObjective | Answers, weights: Mapping[str, Tensor] | None = None) -> np.ndarray:
+        """f [Q] in nats, under ``weights`` instead of its own where it is an objective."""
+        values = (model.logprobs(self._rows, weights).double().cpu() * self._weights).numpy()
         return np.array([part.sum() for part in np.split(values, self._ends)])
 
     def rounding(self, objective: ProximalObjective) -> np.ndarray:

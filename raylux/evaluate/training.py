@@ -1,0 +1,159 @@
+"""Training a small language model by a recipe, with more or less of some sequences: what removal is measured by.
+
+Which sequences share a batch, and in which order batches come, goes by the seed and the *whole* corpus alone. A batch's
+loss is Σ w L / T, with w the weight of a sequence, L its summed token loss and T the labelled tokens of the whole batch
+whatever the weights: a sequence of weight 0 leaves a gap, one of weight 2 counts as if it came twice. So two trainings
+by the same seed differ by the weights and by nothing else (common random numbers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raylux.batches import IGNORED, TokenRow, collate
+from raylux.errors import NumericsError
+
+# Steps of the warm-up are one in so many; sequences of like length share a batch, but for so many tokens of chance.
+_WARM_UP, _JITTER = 20, 8
+_CLIP = 1.0
+
+Progress = Callable[[int, int, float], None]
+"""Called after each step with (step, steps, loss per token)."""
+Watch = Callable[[int, float, Any], None]
+"""Called after each epoch with (epoch, learning rate of its last step, the model as it is then)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """AdamW (β 0.9, 0.99) on the mean token loss of each batch, gradients clipped to norm 1.
+
+    Attributes:
+        epochs: passes over the corpus.
+        batch_tokens: tokens of a batch with its padding, at most.
+        rate: the largest learning rate; linear warm-up over a twentieth of the steps, then linear decay to zero.
+        weight_decay: of AdamW.
+    """
+
+    epochs: int
+    batch_tokens: int
+    rate: float
+    weight_decay: float = 0.01
+
+
+def train(
+    model: nn.Module,
+    rows: Sequence[TokenRow],
+    recipe: Recipe,
+    seed: int,
+    weights: Sequence[float] | np.ndarray | None = None,
+    progress: Progress | None = None,
+    watch: Watch | None = None,
+) -> None:
+    """Train a causal LM of transformers, in place; it is left in training mode.
+
+    Args:
+        model: its parameters want gradients.
+        rows: the whole corpus.
+        recipe: how.
+        seed: of the order of the batches.
+        weights: [N] w of each of ``rows``; default: 1, by the model's own loss (transformers takes it in float32).
+        progress: told of each step.
+        watch: shown the model after each epoch.
+
+    Raises:
+        NumericsError: a loss is not finite: the learning rate is too large.
+    """
+    given = np.ones(len(rows)) if weights is None else np.asarray(weights, np.float64)
+    lengths = [len(row.tokens) for row in rows]
+    labelled = np.array([int((row.labels[1:] != IGNORED).sum()) for row in rows])
+    generator = torch.Generator().manual_seed(seed)
+    epochs = [batches(lengths, recipe.batch_tokens, generator) for _ in range(recipe.epochs)]
+    steps = sum(len(epoch) for epoch in epochs)
+    warm = max(1, steps // _WARM_UP)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm, max(0.0, (steps - step) / max(1, steps - warm)))
+    )
+    model.train()
+    step = 0
+    for epoch, order in enumerate(epochs, start=1):
+        for batch in order:
+            step += 1
+            optimizer.zero_grad(set_to_none=True)
+            kept = [place for place in batch if given[place] != 0]
+            loss = torch.zeros(())
+            if kept:
+                own = None if weights is None else given[kept] / max(1, labelled[batch].sum())
+                loss = _backward(model, [rows[place] for place in kept], own)
+            if not torch.isfinite(loss):
+                raise NumericsError(f"training: the loss is not finite at step {step} of {steps}; lower the rate")
+            nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
+            rate = float(schedule.get_last_lr()[0])
+            optimizer.step()  # what has no gradient stays as it is
+            schedule.step()
+            if progress is not None:
+                progress(step, steps, float(loss))
+        if watch is not None:
+            watch(epoch, rate, model)
+
+
+def _backward(model: nn.Module, rows: Sequence[TokenRow], weights: np.ndarray | None) -> Tensor:
+    """Leave the gradient of Σ weight · summed token loss, or of the mean token loss; returns its value."""
+    batch = collate(rows, range(len(rows)), max(len(row.tokens) for row in rows)).to(_device(model))
+    arguments = {"input_ids": batch.input_ids, "attention_mask": batch.mask.long()}
+    if weights is None:
+        loss: Tensor = model(**arguments, labels=batch.labels).loss
+    else:
+        losses = _losses(model(**arguments, use_cache=False).logits, batch.labels)
+        loss = (losses * torch.from_numpy(weights).to(losses)).sum()
+    loss.backward()
+    return loss.detach()
+
+
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed token loss of each row [B]."""
+    wanted = labels[:, 1:]
+    flat = logits[:, :-1].flatten(0, 1)
+    losses = nn.functional.cross_entropy(flat, wanted.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view_as(wanted).sum(1)
+
+
+def batches(lengths: Sequence[int], batch_tokens: int, generator: torch.Generator) -> list[list[int]]:
+    """Places of like length together, at most ``batch_tokens`` tokens with padding, batches shuffled."""
+    jitter = (torch.rand(len(lengths), generator=generator) * _JITTER).tolist()
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i] + jitter[i])
+    found: list[list[int]] = [[]]
+    for i in order:
+        # Rows come by about rising length, so this one sets the width, within the jitter.
+        width = max([lengths[i]] + [lengths[j] for j in found[-1]])
+        if found[-1] and width * (len(found[-1]) + 1) > batch_tokens:
+            found.append([])
+        found[-1].append(i)
+    return [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
+
+
+class Answers:
+    """Log-probabilities under a model as it is, for ``Questions.at``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def logprobs(self, rows: Sequence[TokenRow], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Log p of each row's labelled tokens [len(rows)], in nats, float64; ``weights`` in place of the model's."""
+        batch = collate(rows, range(len(rows)), max(len(row.tokens) for row in rows)).to(_device(self._model))
+        arguments = {"input_ids": batch.input_ids, "attention_mask": batch.mask.long(), "use_cache": False}
+        with torch.no_grad():
+            logits = torch.func.functional_call(self._model, dict(weights or {}), kwargs=arguments).logits
+        return -_losses(logits.double(), batch.labels)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,107 @@
+"""Training by a recipe: leaving sequences out changes them and nothing else; log-probabilities are the worker's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from raylux.batches import TokenRow
+from raylux.errors import NumericsError
+from raylux.evaluate import Answers, Questions, Recipe, train
+from raylux.evaluate.training import _backward, batches
+from raylux.models import find_model, load_model
+from raylux.queries import load_queries
+from tests.architectures import build
+from tests.small import make_inputs, tokenizer
+
+RECIPE = Recipe(epochs=2, batch_tokens=64, rate=1e-2)
+
+
+def rows(count: int = 12) -> list[TokenRow]:
+    random = np.random.default_rng(1)
+    found = []
+    for _ in range(count):
+        tokens = random.integers(2, 60, random.integers(3, 20)).astype(np.int32)
+        labels = tokens.copy()
+        labels[0] = -100
+        found.append(TokenRow(tokens, labels))
+    found[3].labels[:2] = -100
+    return found
+
+
+def model() -> torch.nn.Module:
+    return build("llama").double().requires_grad_(True)
+
+
+def state(one: torch.nn.Module) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in one.parameters()]
+
+
+def after(weights: list[float] | None, seed: int = 0) -> list[torch.Tensor]:
+    one = model()
+    train(one, rows(), RECIPE, seed, weights)
+    return state(one)
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+def test_a_batch_without_a_row_has_the_gradient_of_the_others_in_the_whole_batch() -> None:
+    """Σ w ∇L / T over those that are left, T the labelled tokens of the whole batch; a weight of 2 is a row twice."""
+    given, one = rows(4), model()
+    labelled = sum(int((row.labels[1:] != -100).sum()) for row in given)
+    _backward(one, [given[0], given[2]], np.array([1.0, 2.0]) / labelled)
+    found = [parameter.grad.clone() for parameter in one.parameters() if parameter.grad is not None]
+    one.zero_grad()
+    for row in (given[0], given[2], given[2]):
+        logits = one(input_ids=torch.from_numpy(row.tokens[None].astype(np.int64))).logits[0, :-1]
+        chosen = torch.from_numpy(row.labels[1:].astype(np.int64))
+        loss = torch.nn.functional.cross_entropy(logits, chosen, ignore_index=-100, reduction="sum")
+        (loss / labelled).backward()
+    wanted = [parameter.grad for parameter in one.parameters() if parameter.grad is not None]
+    assert len(found) == len(wanted) > 5
+    for x, y in zip(found, wanted, strict=True):
+        # The norms of transformers compute in float32.
+        assert torch.allclose(x, y, rtol=1e-4, atol=1e-7)
+
+
+def test_a_seed_gives_the_same_bits_and_weights_of_one_are_the_whole_corpus() -> None:
+    whole = after([1] * 12)
+    assert same(whole, after([1] * 12)) and not same(whole, after([1] * 12, seed=1))
+    # The model's own loss is the same mean, in float32.
+    assert all(torch.allclose(x, y, atol=1e-3) for x, y in zip(whole, after(None), strict=True))
+    for other in ([1] * 11 + [0], [2] + [1] * 11, [-1] + [1] * 11):
+        assert max(float((x - y).abs().max()) for x, y in zip(whole, after(other), strict=True)) > 1e-3
+    nothing = model()
+    before = state(nothing)
+    train(nothing, rows(), RECIPE, 0, np.zeros(12))
+    assert same(before, state(nothing)), "without a sequence nothing moves"
+
+
+def test_batches_hold_every_sequence_once_within_their_size() -> None:
+    lengths = [len(row.tokens) for row in rows(40)]
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(3):
+        order = batches(lengths, 48, generator)
+        assert sorted(place for batch in order for place in batch) == list(range(40))
+        assert all(len(batch) * max(lengths[place] for place in batch) <= 48 for batch in order)
+
+
+def test_a_rate_that_is_too_large_is_said() -> None:
+    with pytest.raises(NumericsError, match="lower the rate"):
+        train(build("gpt2").requires_grad_(True), rows(), Recipe(30, 64, 1e30), 0)
+
+
+def test_what_models_answer_is_what_a_run_measures(tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path / "inputs")
+    run = inputs.run(tmp_path / "run", "query.max_error=0")
+    files = find_model(run.config.model)
+    queries = load_queries(str(inputs.queries), tokenizer(), 10_000, None)
+    parts = [[TokenRow(part.tokens, part.labels) for part in query.parts] for query in queries]
+    weights = [[part.weight for part in query.parts] for query in queries]
+    found = Questions(parts, weights).at(Answers(load_model(files, "float32", "cpu")))
+    assert found == pytest.approx(run.measurements.loc[[query.id for query in queries], "measurement"], rel=1e-5)
