@@ -51,12 +51,15 @@ def _listed(value: Any) -> Any:
 
 
 Auto = Literal["auto"]
+Test = Literal["lds", "removal", "loo", "planted", "mislabelled", "prefilter"]
 Name = Annotated[str, AfterValidator(_name)]  # of a file, a folder, a field
 Names = Annotated[tuple[Name, ...], BeforeValidator(_listed)]
 Count = Annotated[int, Field(ge=1, le=10**15)]
 Actors = Annotated[int, Field(ge=1, le=100_000)]
 # Ray's labels of a node, as it takes them; a value that it would read as a condition is none.
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._/-]{0,250}[A-Za-z0-9])?$")]
+# Names a folder, too.
+EstimatorName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ,._+-]{0,59}$")]
 LabelValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$")]
 Labels = dict[Label, LabelValue]
 Real = Annotated[float, BeforeValidator(_exponent)]
@@ -198,6 +201,36 @@ class EngineSection(Section):
     timeout: Real = Field(600.0, gt=0, le=10**9, description="seconds without any unit done before giving up")
 
 
+class EvaluateSection(Section):
+    folder: Name | None = Field(None, description="where results go; default: run.folder with -evaluate behind it")
+    estimators: dict[EstimatorName, Names] = Field(
+        {}, description="what is compared: a name for each, and its overrides (or bm25, idf, tfidf, random)"
+    )
+    tests: Annotated[tuple[Test, ...], BeforeValidator(_listed)] = Field(
+        ("lds",), min_length=1, description="what they are held against"
+    )
+    against: Name | None = Field(None, description="the estimator that differences are taken from; default: the first")
+    scored: Literal["given", "trained"] = Field(
+        "given", description="given: model.path as it is; trained: what the recipe makes of the whole corpus"
+    )
+    start: Name | None = Field(None, description="weights that training starts from; default: random ones by the seed")
+    epochs: Count = Field(12, description="of training, over the whole corpus")
+    warm_epochs: Count | Auto = Field("auto", description="of going on from the scored model; auto: half of epochs")
+    batch_tokens: Count = Field(1024, description="tokens of a training batch with its padding, at most")
+    rate: Positive = Field(2e-3, description="largest learning rate, of AdamW")
+    weight_decay: NotNegative = 0.01
+    seeds: int = Field(2, ge=1, le=1000, description="models trained for each set; what they say is averaged")
+    seed: int = Field(0, ge=0, lt=2**31, description="the first of them, and of everything that is drawn")
+    subsets: int = Field(64, ge=4, le=10**6, description="random subsets of lds")
+    share: Real = Field(0.5, gt=0, lt=1, description="of the corpus in a subset")
+    remove: Count = Field(10, description="sequences with the largest (and least) scores that removal leaves out")
+    queries: Count | None = Field(None, description="queries of removal, the first so many; default: all")
+    sequences: int = Field(8, ge=3, le=10**6, description="sequences that loo leaves out one by one")
+    marks: Name | None = Field(None, description="field of the corpus that marks planted or mislabelled sequences")
+    top: Count = Field(10, description="best sequences that count in planted and prefilter")
+    draws: int = Field(2000, ge=100, le=10**6, description="of the bootstrap that intervals come from")
+
+
 class Config(Section):
     """A whole config. ``Config.load(path, overrides)`` reads one; ``config.dump()`` is what run.yaml keeps."""
 
@@ -211,6 +244,7 @@ class Config(Section):
     query: QuerySection = QuerySection()
     score: ScoreSection = ScoreSection()
     engine: EngineSection = EngineSection()
+    evaluate: EvaluateSection = EvaluateSection()
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Config:

@@ -16,7 +16,17 @@ from raylux.modelfiles import TOKENIZER_FILES, ModelFiles
 from raylux.queries import Query
 from raylux.weights import tensor_hashes
 
-__all__ = ["ModelPrint", "digest", "of_file", "of_model", "of_query", "of_source", "of_tokenizer", "of_weights"]
+__all__ = [
+    "ModelPrint",
+    "digest",
+    "of_config",
+    "of_file",
+    "of_model",
+    "of_query",
+    "of_source",
+    "of_tokenizer",
+    "of_weights",
+]
 
 # What config.json, of a model or an adapter, says of where and by what it was written does not reach the numbers.
 _ASIDE = ("_name_or_path", "transformers_version", "base_model_name_or_path", "peft_version", "revision")
@@ -77,11 +87,11 @@ def of_model(files: ModelFiles) -> ModelPrint:
         UserError: a file cannot be read.
     """
     folder = Path(files.folder)
-    tensors, config = tensor_hashes(folder), _of_config(folder)
+    tensors, config = tensor_hashes(folder), of_config(folder)
     if files.adapter is not None:
         adapter = Path(files.adapter)
         tensors |= {f"adapter {name}": value for name, value in tensor_hashes(adapter).items()}
-        config = digest({"model": config, "adapter": _of_config(adapter, "adapter_config.json")})
+        config = digest({"model": config, "adapter": of_config(adapter, "adapter_config.json")})
     return ModelPrint(tensors, config, _of_code(folder), of_tokenizer(files.tokenizer))
 
 
@@ -95,9 +105,9 @@ def of_weights(folder: str, adapter: str | None = None) -> str:
         UserError: a file cannot be read.
     """
     path = Path(folder)
-    parts = [tensor_hashes(path), {"config.json": _of_config(path)}, _of_code(path)]
+    parts = [tensor_hashes(path), {"config.json": of_config(path)}, _of_code(path)]
     if adapter is not None:
-        parts += [tensor_hashes(Path(adapter)), {"adapter": _of_config(Path(adapter), "adapter_config.json")}]
+        parts += [tensor_hashes(Path(adapter)), {"adapter": of_config(Path(adapter), "adapter_config.json")}]
     return digest(*parts)
 
 
@@ -137,7 +147,8 @@ def of_query(query: Query) -> str:
     return folded.hexdigest()
 
 
-def _of_config(folder: Path, name: str = "config.json") -> str:
+def of_config(folder: Path, name: str = "config.json") -> str:
+    """What config.json, of a model or an adapter, says that reaches its numbers: 16 hexadecimal digits."""
     path = folder / name
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

@@ -94,7 +94,7 @@ _FREE = frozenset(
 _OWN = {"model.tokenizer": "corpus", "model.task": "corpus"} | {
     f"curvature.{key}": "query" for key in ("damping", "solver", "iterations", "tolerance", "scale", "step", "batch")
 }
-_SECTIONS = {"corpus": "corpus", "query": "query", "score": "score"}
+_SECTIONS = {"corpus": "corpus", "query": "query", "score": "score", "evaluate": None}
 
 
 def stage_of(key: str) -> str | None:

@@ -20,7 +20,7 @@ from raylux.cache import build_once, entry_name
 from raylux.classes import TaskName
 from raylux.config import ModelSection
 from raylux.errors import UserError
-from raylux.modelcheck import check_folder
+from raylux.modelcheck import check_folder, read_config, task_of_config
 from raylux.sources import is_url, one_line, resolve
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "*.jinja", "*.tiktoken")
@@ -69,6 +69,22 @@ def find_model(config: ModelSection) -> ModelFiles:
         adapter if is_url(adapter) else "",
         task,
     )
+
+
+def find_described(config: ModelSection) -> tuple[ModelFiles, bool]:
+    """As ``find_model``, where a folder that holds config.json alone will do; and whether there are weights.
+
+    Raises:
+        UserError: as ``find_model``.
+    """
+    local = Path(config.path).expanduser()
+    if not (local / "config.json").is_file() or list(local.glob("*.safetensors")):
+        return find_model(config), True
+    task = task_of_config(read_config(local, config.path), config.path, config.task)
+    tokenizer = local
+    if config.tokenizer is not None:
+        tokenizer = _bring(config.tokenizer, (*TOKENIZER_FILES, "config.json"), "model.tokenizer")
+    return ModelFiles(str(local), str(tokenizer), find_adapter(config), task=task), False
 
 
 def find_adapter(config: ModelSection) -> str | None:

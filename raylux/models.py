@@ -28,7 +28,7 @@ from raylux.errors import UserError
 from raylux.experts import split_experts
 from raylux.layers import Coverage, SkippedLayer, TrackedLayer, coverage
 from raylux.modelcheck import check_shapes
-from raylux.modelfiles import ModelFiles, find_adapter, find_model, first_line, on_this_node, quiet
+from raylux.modelfiles import ModelFiles, find_adapter, find_described, find_model, first_line, on_this_node, quiet
 
 __all__ = [
     "Coverage",
@@ -40,6 +40,7 @@ __all__ = [
     "context_length",
     "coverage",
     "find_adapter",
+    "find_described",
     "find_model",
     "load_config",
     "load_model",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -22,7 +21,6 @@ from raylux.curvature import KINDS, check_blocks, check_words, joint
 from raylux.curvature.solvers import Rule
 from raylux.engine.kept import kept_bytes
 from raylux.engine.plan import Plan, make_plan, probe_count
-from raylux.modelcheck import read_config, task_of_config
 from raylux.queries import load_queries
 from raylux.store import CorpusReader, RunFolder
 
@@ -51,14 +49,7 @@ def find_shape(config: Config) -> tuple[ModelShape, models.ModelFiles, int | Non
         UserError: the model cannot be found or built.
     """
     setting = config.model
-    local = Path(setting.path).expanduser()
-    weights = bool(list(local.glob("*.safetensors"))) or not (local / "config.json").is_file()
-    if not weights:
-        task = task_of_config(read_config(local, setting.path), setting.path, setting.task)
-        adapter = models.find_adapter(setting)
-        files = models.ModelFiles(str(local), setting.tokenizer or str(local), adapter, task=task)
-    else:
-        files = models.find_model(setting)
+    files, weights = models.find_described(setting)
     structure = models.load_structure(files, setting.trust_remote_code, weights)
     covered = models.coverage(structure, setting.layers, setting.strict)
     kind = KINDS[config.curvature.kind]

@@ -93,7 +93,7 @@ def _documents(rows: Iterator[_Row], config: CorpusSection, where: str) -> Itera
         missing -= row.data.keys()
         yield document
     if missing and number >= 0:
-        raise UserError(f"{where}: no row has the field '{min(missing)}' that corpus.keep names")
+        raise UserError(f"{where}: no row has the field '{min(missing)}' that corpus.keep or evaluate.marks names")
 
 
 def _document(row: _Row, number: int, config: CorpusSection) -> Document:

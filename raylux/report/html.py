@@ -58,16 +58,7 @@ def render(
     run: Run, k: int = 20, negative: int = 3, across: Across | None = None, queries: Sequence[str] | None = None
 ) -> str:
     """The page as text, arguments as ``write_html``. Everything that comes from model, corpus or queries is escaped."""
-    environment = Environment(
-        loader=PackageLoader("raylux.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["visible"] = visible
-    environment.filters["place"] = lambda text: visible(redacted(text))
-    template = environment.get_template("page.html.j2")
+    template = templates().get_template("page.html.j2")
     records = run.query_records
     names = list(run.queries if queries is None else queries)
     return template.render(
@@ -82,6 +73,20 @@ def render(
         calibration=run.calibration if run.unit in ("nats", "raw") else None,
         verified=_verified(run),
     )
+
+
+def templates() -> Environment:
+    """The pages' templates; what is put into them is escaped."""
+    environment = Environment(
+        loader=PackageLoader("raylux.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["visible"] = visible
+    environment.filters["place"] = lambda text: visible(redacted(text))
+    return environment
 
 
 def visible(text: Any, limit: int = _TEXT_LIMIT) -> str:

@@ -13,7 +13,7 @@ from raylux.profiling import KINDS, Spent
 # Of the run's work, below which a kind is not named in a bar.
 _NAMED = 0.03
 # Hues that stay apart for most eyes, on white and on black; the kinds of ``KINDS`` take them in turn.
-_COLOURS = (
+COLOURS = (
     "#b07aa1", "#9c755f", "#4e79a7", "#76b7b2", "#f28e2b", "#e15759", "#edc948", "#59a14f", "#86bc86",
     "#3b5b92", "#ff9da7", "#8c564b", "#17a2a2", "#c5b0d5", "#7f7f7f", "#bab0ac", "#aaaa55", "#555599", "#d37295",
     "#6b8e23",
@@ -130,7 +130,7 @@ def bars(stages: Sequence[StageTime]) -> list[dict[str, Any]]:
                     "cpu": cpu,
                     "share": wall / whole,
                     "width": 100 * wall / widest,
-                    "colour": _COLOURS[KINDS.index(kind)],
+                    "colour": COLOURS[KINDS.index(kind)],
                     "named": wall >= _NAMED * whole,
                 }
                 for kind, wall, cpu in by_size(stage.work)

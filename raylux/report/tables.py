@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from raylux.calibrated import Calibration
     from raylux.evaluate import Agreement
+    from raylux.evaluation.outcome import Verdict
     from raylux.layers import Coverage, TrackedLayer
     from raylux.report.across import Across
     from raylux.report.profile import StageTime
@@ -266,6 +267,24 @@ def agreement_table(found: Mapping[str, Agreement]) -> Table:
             name, f"{one.pairs:,}", f"{slope.value:.3f}", f"{slope.low:.3f} to {slope.high:.3f}", f"{one.r_squared:.3f}"
         )
     return table
+
+
+def evaluation_table(verdict: Verdict, against: str) -> Table:
+    """A figure of every estimator of an evaluation, the best first."""
+    table = _table(f"{verdict.test}: {verdict.figure}")
+    for heading in ("estimator", "90 %", f"above {against}"):
+        table.add_column(Text(plain(heading)), justify="left" if heading == "estimator" else "right")
+    for name in verdict.order():
+        table.add_row(Text(plain(name)), *verdict_cells(verdict, name, against))
+    table.caption, table.caption_justify = Text(verdict.what), "left"
+    return table
+
+
+def verdict_cells(verdict: Verdict, name: str, against: str) -> tuple[str, str]:
+    """An estimator's figure with its interval, and the difference to the one that others are compared with."""
+    above = verdict.found.above[name]
+    signed = "" if name == against else f"{above.value:+.3f} ({above.low:+.3f} to {above.high:+.3f})"
+    return str(verdict.found.lds[name]), signed
 
 
 def clock(seconds: float) -> str:
