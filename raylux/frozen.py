@@ -146,12 +146,11 @@ class Frozen:
     def check_config(self, config: Config) -> None:
         """Raises UserError where a key differs that may not."""
         before = self._known["config"]
-        fields = type(config).model_fields
         for section, keys in redacted_values(config.dump()).items():
             for key, value in keys.items():
                 stage, was = stage_of(f"{section}.{key}"), before.get(section, {}).get(key)
                 if key not in before.get(section, {}):  # a folder that was made before the key was known
-                    was = getattr(fields[section].default, key, None)
+                    was = type(getattr(config, section)).model_fields[key].get_default(call_default_factory=True)
                 if stage is not None and was != value:
                     self._refuse(stage, f"{section}.{key} is {was!r} there and {value!r} here", "set it back")
 

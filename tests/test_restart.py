@@ -148,6 +148,22 @@ def test_a_restart_makes_its_stage_and_what_rests_on_it_anew(inputs: Inputs, sta
     assert differing(contents(run), before) == []
 
 
+def test_a_run_that_was_made_before_a_key_was_known_goes_on(inputs: Inputs) -> None:
+    """The key had its default then, in sections that every config has, too; another value is another run."""
+    run = inputs.base / "run"
+    store = RunFolder(str(run))
+    settings = store.settings()
+    for section, key in (("model", "task"), ("fit", "labels"), ("curvature", "blocks")):
+        del settings["config"][section][key]
+    store.write_settings(settings)
+    before = objects(run)
+    inputs.run(run, *FILTER)
+    assert objects(run) == before, "nothing was computed"
+    store.write_settings(settings)
+    with pytest.raises(UserError, match=r"curvature\.blocks is 1 there and 2 here"):
+        inputs.run(run, *FILTER, "curvature.blocks=2")
+
+
 def _keys(store: RunFolder) -> dict[str, set[str]]:
     """Stage -> the objects that its manifests name."""
     return {
