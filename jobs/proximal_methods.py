@@ -30,7 +30,9 @@ from raylux.errors import RayluxError
 
 def kept(settings: Settings, family: str, seed: int, folder: Path) -> Outcome:
     """The outcome of a family and seed, measured unless the folder has it."""
-    name = hashlib.blake2b(json.dumps(asdict(settings)).encode(), digest_size=8).hexdigest()
+    # One seed's numbers know nothing of how many there are.
+    own = {key: value for key, value in asdict(settings).items() if key != "seeds"}
+    name = hashlib.blake2b(json.dumps(own).encode(), digest_size=8).hexdigest()
     place = folder / name / f"{family}-{seed}.npz"
     if not place.exists():
         runs = folder / name / f"{family}-{seed}"
@@ -58,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     outcomes = []
     try:
-        for family in families:
-            for seed in range(settings.seeds):
+        for seed in range(settings.seeds):
+            for family in families:
                 outcomes.append(kept(settings, family, seed, folder))
                 figures = ", ".join(
                     f"{name} {np.mean(outcomes[-1].pearson(name)):.3f}" for name in outcomes[-1].predicted
