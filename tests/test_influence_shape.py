@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from scipy.stats import pareto
 from jobs import influence_shape
 from jobs.shape import page
 from jobs.shape.tails import tail, top_share
+from raylux.errors import UserError
 
 
 def test_a_power_law_is_known_by_its_exponent_and_its_tail() -> None:
@@ -69,6 +71,10 @@ def test_layers_add_up_and_shares_too(measured: page.Found) -> None:
 def test_the_page_and_the_plot_come_of_it(measured: page.Found, tmp_path: Path) -> None:
     text = page.page(influence_shape.Settings(train=300, queries=2).drawn(), measured, "python jobs/influence_shape.py")
     assert "| 32 | 1.00000 |" in text and "nan" not in text
+    if find_spec("matplotlib") is None:
+        with pytest.raises(UserError, match="matplotlib"):
+            page.plot(measured, tmp_path / "shape.png")
+        return
     page.plot(measured, tmp_path / "shape.png")
     assert (tmp_path / "shape.png").stat().st_size > 10_000
 

@@ -20,12 +20,12 @@ from raylux.layers import coverage
 from raylux.queries import parse_queries
 from raylux.store import CorpusReader, RunFolder
 
-EKFAC, DOT = "EK-FAC", "dot product"
+EKFAC, DOT, FEW = "EK-FAC", "dot product", "EK-FAC, then 5 products (`pcg`)"
 METHODS: dict[str, tuple[str, ...]] = {
     DOT: ("curvature.kind=identity",),
     "K-FAC": ("curvature.kind=kfac",),
     EKFAC: (),
-    "EK-FAC, then 5 products (`pcg`)": ("curvature.solver=pcg", "curvature.iterations=5"),
+    FEW: ("curvature.solver=pcg", "curvature.iterations=5"),
     "EK-FAC, then 30 products (`pcg`)": ("curvature.solver=pcg", "curvature.iterations=30"),
     "LiSSA, 100 products": ("curvature.solver=lissa", "curvature.iterations=100"),
     "LiSSA, 500 products": ("curvature.solver=lissa", "curvature.iterations=500"),
