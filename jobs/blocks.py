@@ -26,7 +26,7 @@ from jobs.lds.retrain import FIRST_SEED
 from jobs.lds.study import Settings, Study
 from raylux.demo.training import train_model
 from raylux.errors import RayluxError
-from raylux.evaluate.datamodel import spearman
+from raylux.evaluate.datamodel import pearson, spearman
 
 SIZES = ("train", "queries", "layers", "width", "epochs")
 BLOCKS = (1, 2, 4)
@@ -37,22 +37,22 @@ BEST = 10
 
 def agreement(found: np.ndarray, wanted: np.ndarray) -> tuple[float, float, float, float]:
     """Of scores [Q, N] with others: means over queries of Pearson's r and Spearman's ρ, the least r, shared best."""
-    pearson = [float(np.corrcoef(mine, its)[0, 1]) for mine, its in zip(found, wanted, strict=True)]
+    own = pearson(found.T, wanted.T)
     ranked = float(np.mean(spearman(found.T, wanted.T)))
     best = [set(np.argsort(-row)[:BEST]) for row in (*found, *wanted)]
     shared = [len(mine & its) / BEST for mine, its in zip(best[: len(found)], best[len(found) :], strict=True)]
-    return float(np.mean(pearson)), ranked, min(pearson), float(np.mean(shared))
+    return float(own.mean()), ranked, float(own.min()), float(np.mean(shared))
 
 
 def page(settings: Settings, scores: Mapping[tuple[str, int], np.ndarray], command: str) -> str:
     """docs/results/blocks.md."""
     rows = []
     for (kind, blocks), found in scores.items():
-        pearson, ranked, least, shared = agreement(found, scores[kind, 1])
+        linear, ranked, least, shared = agreement(found, scores[kind, 1])
         size = float(np.linalg.norm(found) / np.linalg.norm(scores[kind, 1]))
-        rows.append(f"| {kind} | {blocks} | {pearson:.4f} | {ranked:.4f} | {least:.4f} | {shared:.2f} | {size:.3f} |")
+        rows.append(f"| {kind} | {blocks} | {linear:.4f} | {ranked:.4f} | {least:.4f} | {shared:.2f} | {size:.3f} |")
     dots = scores["identity", 1]
-    pearson, ranked, least, shared = agreement(dots, scores["ekfac", 1])
+    linear, ranked, least, shared = agreement(dots, scores["ekfac", 1])
     table = "\n".join(row for row in rows if not row.startswith("| identity"))
     return f"""# What blocks cost: scores of `curvature.blocks` 2 and 4 against whole factors
 
@@ -67,7 +67,7 @@ scores with one, then means over the queries; the best are its {BEST} highest sc
 | --- | --: | --: | --: | --: | --: | --: |
 {table}
 
-For comparison, gradient dot products against `ekfac` with whole factors: Pearson {pearson:.4f}, Spearman {ranked:.4f},
+For comparison, gradient dot products against `ekfac` with whole factors: Pearson {linear:.4f}, Spearman {ranked:.4f},
 least {least:.4f}, best shared {shared:.2f}.
 """
 

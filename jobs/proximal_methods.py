@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -23,24 +23,24 @@ import numpy as np
 import torch
 
 from jobs import calibration, pages
+from jobs.kept import Arrays, kept
 from jobs.proximal.page import page
 from jobs.proximal.study import Outcome, Settings, outcome
 from raylux.errors import RayluxError
 
 
-def kept(settings: Settings, family: str, seed: int, folder: Path) -> Outcome:
+def found(settings: Settings, family: str, seed: int, folder: Path) -> Outcome:
     """The outcome of a family and seed, measured unless the folder has it."""
     # One seed's numbers know nothing of how many there are.
     own = {key: value for key, value in asdict(settings).items() if key != "seeds"}
-    name = hashlib.blake2b(json.dumps(own).encode(), digest_size=8).hexdigest()
-    place = folder / name / f"{family}-{seed}.npz"
-    if not place.exists():
-        runs = folder / name / f"{family}-{seed}"
+    place = folder / hashlib.blake2b(json.dumps(own).encode(), digest_size=8).hexdigest()
+
+    def measure() -> Arrays:
         # Half a run would go on where it was, with a profile that counts its time twice.
-        shutil.rmtree(runs, ignore_errors=True)
-        outcome(settings, family, seed, runs).save(place)
-        shutil.rmtree(runs)
-    return Outcome.open(place, family, seed)
+        with tempfile.TemporaryDirectory(prefix="raylux-methods-") as runs:
+            return outcome(settings, family, seed, Path(runs)).arrays()
+
+    return Outcome.of(kept(place / f"{family}-{seed}.npz", measure), family, seed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for seed in range(settings.seeds):
             for family in families:
-                outcomes.append(kept(settings, family, seed, folder))
+                outcomes.append(found(settings, family, seed, folder))
                 figures = ", ".join(
                     f"{name} {np.mean(outcomes[-1].pearson(name)):.3f}" for name in outcomes[-1].predicted
                 )

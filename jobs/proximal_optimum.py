@@ -28,6 +28,7 @@ from raylux.batches import TokenRow
 from raylux.demo.corpus import read_leads
 from raylux.engine.records import QUERY
 from raylux.evaluate import Optimum, ProximalObjective
+from raylux.evaluate.datamodel import pearson
 from raylux.layers import coverage
 from raylux.queries import parse_queries
 from raylux.store import CorpusReader, RunFolder
@@ -101,8 +102,7 @@ class Outcome:
 
     def pearson_by_query(self, kind: str, copies: float) -> np.ndarray:
         """Over the sequences of each query [queries]."""
-        pairs = zip(self.predicted[kind], self.measured[copies], strict=True)
-        return np.array([np.corrcoef(x, y)[0, 1] for x, y in pairs])
+        return pearson(self.predicted[kind].T, self.measured[copies].T)
 
     def slope(self, kind: str, copies: float) -> float:
         """Measured per predicted: least squares through the origin."""

@@ -5,25 +5,24 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from raylux import calibrated, health, normalised, ranking, status
+from raylux import calibrated, health, normalised, ranking, shares, status
 from raylux.calibrated import Calibration
 from raylux.config import Config
 from raylux.curvature import KINDS
 from raylux.engine.records import QUERY
 from raylux.engine.stages import answers
-from raylux.engine.stages.prefilter import candidates
 from raylux.engine.stages.queries import records
-from raylux.engine.stages.score import token_rows
 from raylux.errors import MissingStageError, UserError
 from raylux.evaluate import Agreement
 from raylux.health import Quarantined
 from raylux.normalised import Normalise
+from raylux.ranking import Rows
 from raylux.report.across import Across, across
 from raylux.report.profile import StageTime, parsed, stage_times
 from raylux.report.watching import Seen, seen
@@ -160,7 +159,7 @@ class Run:
     @cached_property
     def rows(self) -> np.ndarray:
         """Corpus rows that have a score for some query, ascending."""
-        blocks = [block.rows for block in self._blocks]
+        blocks = [block.rows for block in self.blocks]
         return np.unique(np.concatenate(blocks)) if blocks else np.zeros(0, np.int64)
 
     def scores(self, normalise: Normalise = "none") -> xr.DataArray:
@@ -175,9 +174,9 @@ class Run:
             UserError: there is no such way, or the scores are cosines.
             MissingStageError: the lengths were not measured (``score.self_influence``).
         """
-        return self._lazy(self.queries, self.rows, self._blocks, normalise)
+        return self.lazy(self.queries, self.rows, self.blocks, normalise)
 
-    def _lazy(
+    def lazy(
         self, queries: Sequence[str], rows: np.ndarray, blocks: Sequence[ScoreBlock], normalise: Normalise
     ) -> xr.DataArray:
         """``scores`` of some queries on some corpus rows, as they stand in some blocks."""
@@ -217,7 +216,7 @@ class Run:
         self,
         query: str,
         k: int = 10,
-        by: Literal["sequence", "document"] = "sequence",
+        by: Rows = "sequence",
         normalise: Normalise = "none",
     ) -> pd.DataFrame:
         """The k sequences (or documents, summed) with the largest influence on a query.
@@ -246,19 +245,9 @@ class Run:
                 frames.append(self.top(entry["id"], answers.BEST).assign(query=entry["id"]))
         for answer in self.answers:
             if answer.unit not in self._best:
-                self._best[answer.unit] = self._best_of(answer)
+                self._best[answer.unit] = ranking.best_of(self, answer)
             frames.append(self._best[answer.unit])
         return pd.concat([frame[["query", "sequence", "influence"]] for frame in frames if len(frame)] or frames)
-
-    def _best_of(self, answer: Manifest) -> pd.DataFrame:
-        rows, values = answers.best(self.store, answer)
-        places, _ = np.nonzero(rows >= 0)
-        ids = np.asarray(answer.meta["ids"], object)[places]
-        influence = values[rows >= 0] * self.scale
-        if self.unit == "cosine":
-            influence = influence / self.measurements["norm"].loc[ids].to_numpy()
-        names = self.sequences["sequence"].to_numpy()[rows[rows >= 0]]
-        return pd.DataFrame({"query": ids, "sequence": names, "influence": influence})
 
     def across(self, k: int = 10) -> Across:
         """What the queries have in common: sequences among the ``k`` best of many, and queries that share them."""
@@ -270,20 +259,7 @@ class Run:
         Raises:
             MissingStageError: no per-layer scores were kept.
         """
-        self._known(query)
-        layers = self.settings["model"]["layers"]
-        values = np.full((len(layers), len(self.rows)), np.nan)
-        blocks = [block for block in self._blocks if block.layers and query in block.queries]
-        if not blocks:
-            raise MissingStageError(
-                f"{self.folder}: no per-layer scores of '{query}'; run `{self.command('score')} score.layers=true`"
-            )
-        for block in blocks:
-            part = self.store.group(block.key).read("layers", block.queries.index(query))
-            values[:, np.searchsorted(self.rows, block.rows)] = part * self.scale
-        names = self.sequences["sequence"].to_numpy()[self.rows]
-        coords = {"layer": np.asarray(layers, object), "sequence": names}
-        return xr.DataArray(values, coords, ("layer", "sequence"), name="influence", attrs=self.meaning())
+        return shares.by_layer(self, query)
 
     def token_scores(self, query: str, sequence: str) -> pd.DataFrame:
         """Influence by token of one sequence: position, token_id, token, influence; tokens sum to the total.
@@ -294,30 +270,7 @@ class Run:
             UserError: no such sequence.
             MissingStageError: none were kept for this pair.
         """
-        self._known(query)
-        names = self.sequences["sequence"]
-        found = np.flatnonzero(names.to_numpy() == sequence)
-        if not len(found):
-            raise UserError(f"{self.folder}: no sequence '{sequence}'")
-        answer = self._answer(query)
-        kept = answers.token_rows(answer, query) if answer else token_rows(self.store, query)
-        place = kept.get(int(found[0]))
-        if place is None:
-            top = self.config.score.token_top
-            raise MissingStageError(
-                f"{self.folder}: no per-token scores of '{sequence}' for '{query}' (kept for the {top} best); "
-                f"run `{self.command('score')} score.token_top={max(2 * top, 10)}`"
-            )
-        key, index = place
-        group = self.store.group(key)
-        start, stop = group.read("offsets")[index : index + 2]
-        tokens = group.read("tokens", slice(start, stop))
-        shares = group.read("shares", slice(start, stop)) * self.scale
-        result = pd.DataFrame(
-            {"position": np.arange(len(tokens)), "token_id": tokens, "token": self._decode(tokens), "influence": shares}
-        )
-        result.attrs.update(self.meaning())
-        return result
+        return shares.by_token(self, query, sequence)
 
     def word_scores(self, query: str, sequence: str) -> pd.DataFrame:
         """Influence by word of one sequence, largest first: token_id, token, count, influence; words sum to the total.
@@ -330,13 +283,7 @@ class Run:
             UserError: as ``token_scores``.
             MissingStageError: as ``token_scores``.
         """
-        tokens = self.token_scores(query, sequence)
-        found = tokens.groupby("token_id", sort=False).agg(
-            token=("token", "first"), count=("position", "size"), influence=("influence", "sum")
-        )
-        result = found.reset_index().sort_values("influence", ascending=False, kind="stable", ignore_index=True)
-        result.attrs.update(tokens.attrs)
-        return result
+        return shares.by_word(self, query, sequence)
 
     # how far it can be trusted
 
@@ -404,17 +351,18 @@ class Run:
     def answers(self) -> list[Manifest]:
         return answers.answers(self.store, self._answered)
 
-    def _answer(self, query: str) -> Manifest | None:
+    def answer(self, query: str) -> Manifest | None:
         """The answer that a query is of; None for one of the run's own."""
         return next((answer for answer in self.answers if query in answer.meta["ids"]), None)
 
     @cached_property
-    def _blocks(self) -> list[ScoreBlock]:
-        """Of the run's own queries (and of files that are not answered yet), then of all answers."""
-        return [*self._own_blocks, *answer_blocks(self.store, self.answers)]
+    def blocks(self) -> list[ScoreBlock]:
+        """``own_blocks``, then those of all answers."""
+        return [*self.own_blocks, *answer_blocks(self.store, self.answers)]
 
     @cached_property
-    def _own_blocks(self) -> list[ScoreBlock]:
+    def own_blocks(self) -> list[ScoreBlock]:
+        """Of the run's own queries (and of files that are not answered yet)."""
         return score_blocks(self.store)
 
     def meaning(self, normalise: Normalise = "none") -> dict[str, Any]:
@@ -429,51 +377,16 @@ class Run:
     def command(self, stage: str) -> str:
         return f"raylux {stage} {self.settings.get('config_path') or 'CONFIG'}"
 
-    def _known(self, query: str) -> None:
+    def known(self, query: str) -> None:
+        """Raises UserError where the run has no such query."""
         if query not in self.query_records:
             raise UserError(f"{self.folder}: no query '{query}'; it has {', '.join(self.queries[:10]) or 'none'}")
 
-    def scored(
-        self, query: str, by: Literal["sequence", "document"] = "sequence", normalise: Normalise = "none"
-    ) -> pd.DataFrame:
+    def scored(self, query: str, by: Rows = "sequence", normalise: Normalise = "none") -> pd.DataFrame:
         """Every scored sequence (or document) of a query, in corpus order: the columns of ``top`` without the rank.
 
         Raises:
             UserError: as ``top``.
             MissingStageError: as ``top``.
         """
-        if by == "document" and self.config.corpus.pack:
-            raise UserError(f"{self.folder}: a packed corpus has no scores per document (corpus.pack is true)")
-        if by == "document" and normalise != "none":
-            raise UserError(f"{self.folder}: what a document's scores are divided by is known of its sequences alone")
-        self._known(query)
-        answer = self._answer(query)
-        # A query of a batch's file has its scores in the answer, and there alone.
-        blocks = answer_blocks(self.store, [answer]) if answer else self._own_blocks
-        scored = np.unique(np.concatenate([np.zeros(0, np.int64), *(block.rows for block in blocks)]))
-        values = self._lazy([query], scored, blocks, normalise).to_numpy()[0] if len(scored) else np.zeros(0)
-        there = ~np.isnan(values)
-        if not there.any():
-            raise MissingStageError(f"{self.folder}: no scores of '{query}'; run `{self.command('score')}`")
-        rows = scored[there]
-        table = self.sequences.iloc[rows]
-        prefilter = np.full(len(self.sequences), np.nan)
-        setting = self.config.prefilter
-        if answer:
-            found, similarity = answers.own_candidates(self.store, answer, query)
-        else:
-            found, similarity = candidates(self.store, setting.kind, setting.top).get(query, (rows[:0], np.zeros(0)))
-        prefilter[found] = similarity
-        kept = [name for name in table.columns if name not in ("sequence", "document", "text")]
-        columns = {"sequence": table["sequence"], "influence": values[there], "prefilter": prefilter[rows]}
-        columns |= {name: table[name] for name in kept} | {"document": table["document"], "text": table["text"]}
-        frame = pd.DataFrame({name: np.asarray(column) for name, column in columns.items()})
-        frame = frame if (frame["document"] != frame["sequence"]).any() else frame.drop(columns="document")
-        return ranking.by_document(frame) if by == "document" else frame
-
-    def _decode(self, tokens: np.ndarray) -> list[str]:
-        from raylux.models import ModelFiles, load_tokenizer
-
-        files = ModelFiles(self.settings["model"]["folder"], self.settings["model"]["tokenizer_folder"])
-        tokenizer = load_tokenizer(files)
-        return [str(tokenizer.decode([int(token)])) for token in tokens]
+        return ranking.scored(self, query, by, normalise)

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 import raylux
@@ -23,6 +22,7 @@ from raylux.batches import TokenRow
 from raylux.classes import class_labels
 from raylux.engine.records import query_files, read_layer_queries
 from raylux.evaluate import ProximalObjective
+from raylux.evaluate.datamodel import pearson, spearman
 from raylux.layers import coverage
 from raylux.modulecheck import features_read
 from raylux.modules import marked
@@ -91,14 +91,13 @@ class Gaps:
 
     def correlation(self, truth: str) -> tuple[float, float]:
         """Pearson and Spearman, the mean over questions."""
-        pairs = list(zip(self.predicted, self.measured[truth], strict=True))
-        pearson = np.mean([np.corrcoef(a, b)[0, 1] for a, b in pairs])
-        return float(pearson), float(np.mean([spearmanr(a, b).statistic for a, b in pairs]))
+        pairs = self.predicted.T, self.measured[truth].T
+        return float(pearson(*pairs).mean()), float(spearman(*pairs).mean())
 
     def pooled(self, truth: str) -> tuple[float, float]:
         """The same over all pairs of questions and removals together."""
         a, b = self.predicted.ravel(), self.measured[truth].ravel()
-        return float(np.corrcoef(a, b)[0, 1]), float(spearmanr(a, b).statistic)
+        return float(pearson(a, b)), float(spearman(a, b))
 
 
 def study(settings: Settings, seed: int, folder: Path) -> Gaps:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import raylux
 from jobs.digits.data import CLASSES, Digits
+from raylux.evaluate.datamodel import pearson
 
 # Name in the page -> what it changes in a run.
 ESTIMATORS = {
@@ -149,13 +150,7 @@ def _with_one(x: Tensor) -> Tensor:
 
 def correlations(found: Sequence[Removals], name: str) -> np.ndarray:
     """Pearson correlation of an estimator with what was measured, for each question of each split."""
-    return np.array(
-        [
-            np.corrcoef(predicted, measured)[0, 1]
-            for one in found
-            for predicted, measured in zip(one.predicted[name], one.measured, strict=True)
-        ]
-    )
+    return np.concatenate([pearson(one.predicted[name].T, one.measured.T) for one in found])
 
 
 def slopes(found: Sequence[Removals], name: str) -> np.ndarray:

@@ -11,10 +11,12 @@ import numpy as np
 import raylux
 from jobs import calibration
 from jobs import proximal_optimum as small
+from jobs.kept import Arrays
 from raylux.batches import TokenRow
 from raylux.engine.records import QUERY
 from raylux.errors import UserError
 from raylux.evaluate import ProximalObjective
+from raylux.evaluate.datamodel import pearson
 from raylux.evaluate.exact import exact_norms
 from raylux.layers import coverage
 from raylux.queries import parse_queries
@@ -106,31 +108,24 @@ class Outcome:
 
     def pearson(self, method: str) -> np.ndarray:
         """[queries] over the sequences of each query."""
-        pairs = zip(self.predicted[method].scores, self.measured, strict=True)
-        return np.array([np.corrcoef(x, y)[0, 1] for x, y in pairs])
+        return pearson(self.predicted[method].scores.T, self.measured.T)
 
-    def save(self, path: Path) -> None:
-        """Whole or not at all."""
+    def arrays(self) -> Arrays:
+        """As ``jobs.kept`` has it."""
         found = list(self.predicted.values())
-        arrays = {
+        return {
             "scores": np.stack([one.scores for one in found]),
             "times": np.array([(one.fit, one.solve, one.scale) for one in found]),
             "measured": self.measured,
             "left": np.array(self.left),
         }
-        partial = path.with_suffix(".partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)
-        partial.replace(path)
 
     @classmethod
-    def open(cls, path: Path, family: str, seed: int) -> Outcome:
-        """What ``save`` wrote."""
-        with np.load(path, allow_pickle=False) as kept:
-            rows = zip(METHODS, kept["scores"], kept["times"], strict=True)
-            predicted = {method: Predicted(scores, *map(float, times)) for method, scores, times in rows}
-            return cls(family, seed, predicted, kept["measured"], float(kept["left"]))
+    def of(cls, arrays: Arrays, family: str, seed: int) -> Outcome:
+        """What ``arrays`` gave."""
+        rows = zip(METHODS, arrays["scores"], arrays["times"], strict=True)
+        predicted = {method: Predicted(scores, *map(float, times)) for method, scores, times in rows}
+        return cls(family, seed, predicted, arrays["measured"], float(arrays["left"]))
 
 
 def outcome(settings: Settings, family: str, seed: int, folder: Path) -> Outcome:

@@ -11,6 +11,7 @@ import numpy as np
 from jobs.lds.study import Settings
 from jobs.plots import pyplot
 from jobs.shape.tails import Tail, tail, top_share
+from raylux.evaluate.datamodel import pearson
 
 # The tail: this part of all sequences.
 TAIL = 0.01
@@ -56,9 +57,7 @@ class Found:
     def correlations(self) -> np.ndarray:
         """[ranks, Q] Pearson's r of the scores at a rank with those of all of s_test."""
         whole = self.ranked[-1]
-        return np.array(
-            [[np.corrcoef(a, b)[0, 1] for a, b in zip(one, whole, strict=True)] for one in self.ranked[:-1]]
-        )
+        return np.array([pearson(one.T, whole.T) for one in self.ranked[:-1]])
 
     def shared(self, other: np.ndarray, best: int, among: int) -> np.ndarray:
         """[Q] share of the ``best`` by influence that are among the best by other scores."""

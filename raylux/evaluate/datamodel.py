@@ -43,13 +43,17 @@ def correlations(scores: Scores, members: np.ndarray, measured: np.ndarray) -> n
     return spearman(members.astype(np.float64) @ scores.T, measured)
 
 
+def pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """r of each column of x with that of y [columns]; NaN where one of them is constant."""
+    x, y = (values - values.mean(0) for values in (x, y))
+    sizes = np.sqrt((x**2).sum(0) * (y**2).sum(0))
+    with np.errstate(invalid="ignore"):
+        return (x * y).sum(0) / sizes
+
+
 def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """ρ of each column of x with that of y [columns]; NaN where one of them is constant."""
-    ranks = [rankdata(values, axis=0) for values in (x, y)]
-    centred = [one - one.mean(0) for one in ranks]
-    sizes = np.sqrt((centred[0] ** 2).sum(0) * (centred[1] ** 2).sum(0))
-    with np.errstate(invalid="ignore"):
-        return (centred[0] * centred[1]).sum(0) / sizes
+    return pearson(*(rankdata(values, axis=0) for values in (x, y)))
 
 
 def _mean(values: np.ndarray) -> float:
