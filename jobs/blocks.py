@@ -8,25 +8,25 @@ A small Llama is trained on Wikipedia leads (the study of ``jobs/datamodel.py``,
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
-import torch
 
 from jobs import pages
 from jobs.lds import methods
 from jobs.lds.retrain import FIRST_SEED
 from jobs.lds.study import Settings, Study
 from raylux.demo.training import train_model
-from raylux.errors import RayluxError
 from raylux.evaluate.datamodel import pearson, spearman
+
+NAME = "blocks"
 
 SIZES = ("train", "queries", "layers", "width", "epochs")
 BLOCKS = (1, 2, 4)
@@ -72,34 +72,25 @@ least {least:.4f}, best shared {shared:.2f}.
 """
 
 
+def measured(options: dict[str, Any], command: str) -> pages.Page:
+    """Train, score, compare."""
+    study = Study.of(Settings(**options))
+    model = train_model(study.texts, study.tokenizer, study.settings.training(FIRST_SEED))
+    with tempfile.TemporaryDirectory() as folder:
+        cases = [("identity", 1), *((kind, blocks) for kind in KINDS for blocks in BLOCKS)]
+        scores = {
+            (kind, blocks): methods.scores(
+                study, model, Path(folder) / f"{kind}-{blocks}", kind, [f"curvature.blocks={blocks}"]
+            )
+            for kind, blocks in cases
+        }
+    return pages.Page(page(study.settings, scores, command))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train, score, compare; print the page, write it where that was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write docs/results/blocks.md")
-    pages.add_settings(parser, [field for field in fields(Settings) if field.name in SIZES])
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = vars(parser.parse_args(given))
-    write = options.pop("write")
-    torch.set_num_threads(1)
-    try:
-        study = Study.of(Settings(**options))
-        model = train_model(study.texts, study.tokenizer, study.settings.training(FIRST_SEED))
-        with tempfile.TemporaryDirectory() as folder:
-            cases = [("identity", 1), *((kind, blocks) for kind in KINDS for blocks in BLOCKS)]
-            scores = {
-                (kind, blocks): methods.scores(
-                    study, model, Path(folder) / f"{kind}-{blocks}", kind, [f"curvature.blocks={blocks}"]
-                )
-                for kind, blocks in cases
-            }
-    except RayluxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    text = page(study.settings, scores, pages.command("blocks.py", given))
-    print(text)
-    if write:
-        pages.write(text, "blocks.md")
-    return 0
+    """The study as a program."""
+    own = [field for field in fields(Settings) if field.name in SIZES]
+    return pages.run(pages.parser(__doc__, NAME, own), arguments, NAME, measured)
 
 
 if __name__ == "__main__":

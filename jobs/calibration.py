@@ -9,11 +9,11 @@ optimum, and each kind of prediction is held against that. What is done is kept 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -31,9 +31,10 @@ import raylux
 from jobs import pages
 from jobs import proximal_optimum as small
 from raylux.calibrated import Calibration, agreements
-from raylux.errors import RayluxError
 from raylux.evaluate import Agreement
 from raylux.verification import CalibrationOptions, VerifyOptions
+
+NAME = "calibration"
 
 KINDS = {
     "predicted": "EK-FAC, uncalibrated",
@@ -221,36 +222,21 @@ queries and sequences together. R² is the square of Pearson's correlation. Want
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options."""
-    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
-    pages.add_settings(found, fields(Settings))
-    found.add_argument("--folder", type=Path, required=True, help="run folders go here")
-    found.add_argument("--write", action="store_true", help="write docs/results/calibration.md")
-    return found
+def measured(options: dict[str, Any], command: str) -> pages.Page:
+    """Run the families."""
+    folder, families = options.pop("folder"), options.pop("families")
+    settings, outcomes = Settings(**options), []
+    for family in families:
+        outcomes.append(study(settings, family, folder))
+        print(table(outcomes[-1:]), runs(outcomes[-1:]), sep="\n", flush=True)
+    return pages.Page(page(settings, outcomes, command))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the families, print the page, write it where that was asked for."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = vars(parser().parse_args(given))
-    folder, write, families = options.pop("folder").absolute(), options.pop("write"), options.pop("families")
-    settings = Settings(**options)
-    torch.set_num_threads(1)
-    outcomes = []
-    try:
-        for family in families:
-            outcomes.append(study(settings, family, folder))
-            print(table(outcomes[-1:]), runs(outcomes[-1:]), sep="\n", flush=True)
-    except RayluxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    text = page(settings, outcomes, pages.command("calibration.py", given, folder))
-    print(text)
-    if write:
-        pages.write(text, "calibration.md")
-    return 0
+    """The study as a program."""
+    parser = pages.parser(__doc__, NAME, fields(Settings), folder="run folders go here")
+    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
+    return pages.run(parser, arguments, NAME, measured)
 
 
 if __name__ == "__main__":

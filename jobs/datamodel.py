@@ -9,57 +9,43 @@ on where it was.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
 
 from jobs import pages
 from jobs.lds import methods, page, retrain
 from jobs.lds.study import Settings, Study
-from raylux.errors import RayluxError
 from raylux.evaluate import judge
 
+NAME = "datamodel"
 
-def parser() -> argparse.ArgumentParser:
-    """The options."""
-    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    pages.add_settings(found, fields(Settings))
-    found.add_argument("--folder", type=Path, required=True, help="trained models' answers and run folders go here")
-    found.add_argument("--write", action="store_true", help="write docs/results/datamodel.md and .png")
-    return found
+
+def measured(options: dict[str, Any], command: str) -> pages.Page:
+    """Train, score, judge."""
+    folder, settings = options.pop("folder"), Settings(**options)
+    pages.require(
+        min(settings.queries, settings.train, settings.repeats) >= 1 and settings.subsets >= 4,
+        "--train, --queries and --repeats are at least 1, --subsets at least 4",
+    )
+    study = Study.of(settings)
+    place = folder / settings.name
+    found = retrain.measured(study, place / "subsets")
+    made = methods.all_methods(study, place / "runs")
+    judged = judge({method.name: method.scores for method in made}, study.members, found.mean(1), against=methods.EKFAC)
+    return pages.Page(page.page(settings, made, judged, found, command), partial(page.plot, judged))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train, score, judge; print the page, write it where that was asked for."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = vars(parser().parse_args(given))
-    if min(options["subsets"], options["queries"], options["train"], options["repeats"]) < 1 or options["subsets"] < 4:
-        print("error: --train, --queries and --repeats are at least 1, --subsets at least 4", file=sys.stderr)
-        return 2
-    folder, write = options.pop("folder").absolute(), options.pop("write")
-    torch.set_num_threads(1)
-    try:
-        study = Study.of(Settings(**options))
-        place = folder / study.settings.name
-        measured = retrain.measured(study, place / "subsets")
-        found = methods.all_methods(study, place / "runs")
-    except RayluxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    scores = {method.name: method.scores for method in found}
-    judged = judge(scores, study.members, measured.mean(1), against=methods.EKFAC)
-    text = page.page(study.settings, found, judged, measured, pages.command("datamodel.py", given, folder))
-    print(text)
-    if write:
-        pages.write(text, "datamodel.md")
-        page.plot(judged, pages.RESULTS / "datamodel.png")
-    return 0
+    """The study as a program."""
+    kept = "trained models' answers and run folders go here"
+    return pages.run(pages.parser(__doc__, NAME, fields(Settings), kept), arguments, NAME, measured)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,15 @@ kept: interrupted, the same command goes on where it was.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
 
 from jobs import pages
 from jobs.dose import choose, page
@@ -26,19 +26,9 @@ from jobs.dose.judge import Outcome, Sets
 from jobs.dose.plot import plot
 from jobs.dose.retrain import measured
 from jobs.dose.study import DOSES, Settings, Study
-from raylux.errors import RayluxError, UserError
+from raylux.errors import UserError
 
-
-def parser() -> argparse.ArgumentParser:
-    """The options."""
-    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    pages.add_settings(found, fields(Settings))
-    found.add_argument("--methods", nargs="+", choices=list(choose.KINDS), default=list(choose.KINDS))
-    found.add_argument("--ways", nargs="+", choices=list(DOSES), default=list(DOSES), help="to measure")
-    found.add_argument("--folder", type=Path, required=True, help="models' answers, scores and run folders go here")
-    found.add_argument("--backend", choices=["ray", "local"], default="ray", help="local: models in this process")
-    found.add_argument("--write", action="store_true", help="write docs/results/dose-curve.md and .png")
-    return found
+NAME = "dose-curve"
 
 
 def check(settings: Settings) -> None:
@@ -64,26 +54,22 @@ def outcome(settings: Settings, methods: Sequence[str], ways: Sequence[str], fol
     return Outcome(found, sets, what)
 
 
+def made(options: dict[str, Any], command: str) -> pages.Page:
+    """The study's page and plot."""
+    folder, methods, ways, backend = (options.pop(name) for name in ("folder", "methods", "ways", "backend"))
+    settings = Settings(**options)
+    check(settings)
+    found = outcome(settings, [name for name in choose.KINDS if name in methods], ways, folder, backend)
+    return pages.Page(page.page(settings, found, command), partial(plot, found))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the study; print the page, write it where that was asked for."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = vars(parser().parse_args(given))
-    folder, write, methods = options.pop("folder").absolute(), options.pop("write"), options.pop("methods")
-    backend, ways = options.pop("backend"), options.pop("ways")
-    torch.set_num_threads(1)
-    try:
-        settings = Settings(**options)
-        check(settings)
-        found = outcome(settings, [name for name in choose.KINDS if name in methods], ways, folder, backend)
-        text = page.page(settings, found, pages.command("dose_curve.py", given, folder))
-        print(text)
-        if write:
-            pages.write(text, "dose-curve.md")
-            plot(found, pages.RESULTS / "dose-curve.png")
-    except RayluxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    """The study as a program."""
+    parser = pages.parser(__doc__, NAME, fields(Settings), "models' answers, scores and run folders go here")
+    parser.add_argument("--methods", nargs="+", choices=list(choose.KINDS), default=list(choose.KINDS))
+    parser.add_argument("--ways", nargs="+", choices=list(DOSES), default=list(DOSES), help="to measure")
+    parser.add_argument("--backend", choices=["ray", "local"], default="ray", help="local: models in this process")
+    return pages.run(parser, arguments, NAME, made)
 
 
 if __name__ == "__main__":

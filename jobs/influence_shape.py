@@ -9,17 +9,17 @@ power law, where in the model the influence lies, what a rank keeps, and what a 
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
-import torch
 
 from jobs import pages
 from jobs.lds import methods
@@ -29,7 +29,8 @@ from jobs.lds.study import Study
 from jobs.shape import page
 from jobs.shape.ranks import rank_scores
 from raylux.demo.training import train_model
-from raylux.errors import RayluxError
+
+NAME = "influence-shape"
 
 RANKS = (1, 2, 4, 8, 16, 32)
 CONTEXT = Drawn().training(FIRST_SEED).context
@@ -102,31 +103,21 @@ def _uncut(study: Study) -> Study:
     return replace(study, texts=texts)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure; print the page, write it where that was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write docs/results/influence-shape.md and .png")
-    pages.add_settings(parser, fields(Settings))
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = vars(parser.parse_args(given))
-    write = options.pop("write")
+def measured(options: dict[str, Any], command: str) -> pages.Page:
+    """The study's page and plot."""
     settings = Settings(**options)
-    if settings.queries < 1 or settings.train < 300 or not 2 <= settings.ranked <= settings.train:
-        print("error: --queries is at least 1, --train at least 300, --ranked from 2 to --train", file=sys.stderr)
-        return 2
-    torch.set_num_threads(1)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            found = measure(settings, Path(folder))
-        text = page.page(settings.drawn(), found, pages.command("influence_shape.py", given))
-        print(text)
-        if write:
-            pages.write(text, "influence-shape.md")
-            page.plot(found, pages.RESULTS / "influence-shape.png")
-    except RayluxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    pages.require(
+        settings.queries >= 1 and settings.train >= 300 and 2 <= settings.ranked <= settings.train,
+        "--queries is at least 1, --train at least 300, --ranked from 2 to --train",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(settings, Path(folder))
+    return pages.Page(page.page(settings.drawn(), found, command), partial(page.plot, found))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The study as a program."""
+    return pages.run(pages.parser(__doc__, NAME, fields(Settings)), arguments, NAME, measured)
 
 
 if __name__ == "__main__":

@@ -7,20 +7,20 @@ Koh and Liang 2017 on scikit-learn's digits, through ``raylux.attribute``.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
 
 from jobs import pages
 from jobs.digits.removals import ESTIMATORS, Removals, Settings, correlations, slopes, study
-from raylux.errors import RayluxError
+
+NAME = "leave-one-out"
 
 # Pearson correlation of the exact influence with what was measured, at least.
 WANTED = 0.99
@@ -60,33 +60,24 @@ up to {products} products with the Hessian. What is left of the slope is second 
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Fit, predict, remove; print the page, write it where that was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write docs/results/leave-one-out.md")
-    pages.add_settings(parser, fields(Settings))
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = vars(parser.parse_args(given))
-    write = options.pop("write")
+def measured(options: dict[str, Any], command: str) -> pages.Page:
+    """Fit, predict, remove."""
     settings = Settings(**options)
-    if min(settings.seeds, settings.questions) < 1 or not 2 <= settings.removed < settings.train:
-        print("error: --seeds and --questions are at least 1, --removed 2 to less than --train", file=sys.stderr)
-        return 2
-    torch.set_num_threads(1)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            found = [
-                study(settings, seed, Path(folder) / str(seed))
-                for seed in range(settings.first, settings.first + settings.seeds)
-            ]
-    except RayluxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    text = page(settings, found, pages.command("leave_one_out.py", given))
-    print(text)
-    if write:
-        pages.write(text, "leave-one-out.md")
-    return 0
+    pages.require(
+        min(settings.seeds, settings.questions) >= 1 and 2 <= settings.removed < settings.train,
+        "--seeds and --questions are at least 1, --removed 2 to less than --train",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        found = [
+            study(settings, seed, Path(folder) / str(seed))
+            for seed in range(settings.first, settings.first + settings.seeds)
+        ]
+    return pages.Page(page(settings, found, command))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The study as a program."""
+    return pages.run(pages.parser(__doc__, NAME, fields(Settings)), arguments, NAME, measured)
 
 
 if __name__ == "__main__":

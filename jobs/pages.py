@@ -1,22 +1,97 @@
-"""What the studies' programs have in common: options from their settings, the command as a page shows it, the page."""
+"""What the studies' programs have in common: options from their settings, the command as a page shows it, the page.
+
+A study named ``word-order`` is ``jobs/word_order.py``, and writes docs/results/word-order.md (and .png).
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
-from dataclasses import Field
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import Field, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from raylux.errors import RayluxError, UserError
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 # What people have written below a page begins with this.
 NOTES = "## What was missed, and why"
 
 
-def add_settings(parser: argparse.ArgumentParser, fields: Iterable[Field[Any]]) -> None:
-    """An option for each field of a study's settings, with its default."""
+@dataclass(frozen=True)
+class Page:
+    """What a study found.
+
+    Attributes:
+        text: of its page.
+        plot: draws its figure into a file; None: it has none.
+    """
+
+    text: str
+    plot: Callable[[Path], None] | None = None
+
+
+def parser(
+    doc: str | None, name: str, fields: Iterable[Field[Any]], folder: str | None = None
+) -> argparse.ArgumentParser:
+    """The options of a study.
+
+    Args:
+        doc: of the program.
+        name: of the study.
+        fields: of its settings, an option each.
+        folder: what goes into ``--folder``, which must be given then; None: there is no such option.
+    """
+    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields:
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+        found.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+    if folder is not None:
+        found.add_argument("--folder", type=Path, required=True, help=folder)
+    found.add_argument("--write", action="store_true", help=f"write docs/results/{name}.md")
+    return found
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    name: str,
+    study: Callable[[dict[str, Any], str], Page],
+) -> int:
+    """Run a study on one thread; print its page, write it where that was asked for. The exit code.
+
+    Args:
+        parser: from ``parser``.
+        arguments: of the command line; None: the program's own.
+        name: of the study.
+        study: makes the page of the options and the command as the page shows it. A mistake of its user, which it
+            raises, is one line.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = vars(parser.parse_args(given))
+    write_it, folder = options.pop("write"), options.get("folder")
+    if folder is not None:
+        folder = options["folder"] = folder.absolute()
+    torch.set_num_threads(1)
+    try:
+        page = study(options, command(f"{name.replace('-', '_')}.py", given, folder))
+        print(page.text)
+        if write_it:
+            write(page.text, f"{name}.md")
+            if page.plot is not None:
+                page.plot(RESULTS / f"{name}.png")
+    except RayluxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def require(holds: bool, what: str) -> None:
+    """Raises UserError with ``what`` where an option is out of its bounds."""
+    if not holds:
+        raise UserError(what)
 
 
 def command(program: str, given: Sequence[str], folder: Path | None = None) -> str:

@@ -8,7 +8,6 @@ influence by raylux's iterative solver, and networks that were trained without e
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -25,7 +25,8 @@ import torch
 
 from jobs import pages
 from jobs.digits.gaps import GAPS, TRUTHS, Gaps, Settings, study
-from raylux.errors import RayluxError
+
+NAME = "pbrf"
 
 # Spearman at the proximal optimum at least, and with another seed at most, for the claim to have reproduced.
 FOLLOWS, FORGETS = 0.95, 0.2
@@ -123,34 +124,28 @@ products of conjugate gradients; these two for {settings.linearised} of the remo
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Train, predict, remove; print the page, write it where that was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write docs/results/pbrf.md")
-    parser.add_argument("--processes", type=int, default=1, help="repetitions at a time; changes no number")
-    pages.add_settings(parser, fields(Settings))
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = vars(parser.parse_args(given))
-    write, processes = options.pop("write"), max(1, options.pop("processes"))
+def measured(options: dict[str, Any], command: str) -> pages.Page:
+    """Train, predict, remove."""
+    processes = max(1, options.pop("processes"))
     settings = Settings(**options)
-    if min(settings.seeds, settings.questions, settings.epochs) < 1 or not 3 <= settings.removed <= settings.train:
-        print("error: --seeds, --questions and --epochs are at least 1, --removed 3 to --train", file=sys.stderr)
-        return 2
+    pages.require(
+        min(settings.seeds, settings.questions, settings.epochs) >= 1 and 3 <= settings.removed <= settings.train,
+        "--seeds, --questions and --epochs are at least 1, --removed 3 to --train",
+    )
     seeds = range(settings.first, settings.first + settings.seeds)
-    try:
-        if processes == 1:
-            found = [repetition(settings, seed) for seed in seeds]
-        else:
-            with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-                found = list(pool.map(partial(repetition, settings), seeds))
-    except RayluxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    text = page(settings, found, pages.command("pbrf.py", given))
-    print(text)
-    if write:
-        pages.write(text, "pbrf.md")
-    return 0
+    if processes == 1:
+        found = [repetition(settings, seed) for seed in seeds]
+    else:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            found = list(pool.map(partial(repetition, settings), seeds))
+    return pages.Page(page(settings, found, command))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The study as a program."""
+    parser = pages.parser(__doc__, NAME, fields(Settings))
+    parser.add_argument("--processes", type=int, default=1, help="repetitions at a time; changes no number")
+    return pages.run(parser, arguments, NAME, measured)
 
 
 if __name__ == "__main__":

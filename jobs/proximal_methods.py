@@ -8,7 +8,6 @@ Here the three tasks are language models of three families. What is done is kept
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
@@ -16,17 +15,18 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
-import torch
 
 from jobs import calibration, pages
 from jobs.kept import Arrays, kept
 from jobs.proximal.page import page
 from jobs.proximal.study import Outcome, Settings, outcome
-from raylux.errors import RayluxError
+
+NAME = "proximal-methods"
 
 
 def found(settings: Settings, family: str, seed: int, folder: Path) -> Outcome:
@@ -43,38 +43,28 @@ def found(settings: Settings, family: str, seed: int, folder: Path) -> Outcome:
     return Outcome.of(kept(place / f"{family}-{seed}.npz", measure), family, seed)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what the folder lacks; print the page, write it where that was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", nargs="+", choices=list(calibration.FAMILIES), default=list(calibration.FAMILIES))
-    pages.add_settings(parser, fields(Settings))
-    parser.add_argument("--folder", type=Path, required=True, help="what is measured is kept here")
-    parser.add_argument("--write", action="store_true", help="write docs/results/proximal-methods.md")
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = vars(parser.parse_args(given))
-    folder, write, families = options.pop("folder").absolute(), options.pop("write"), options.pop("families")
+def measured(options: dict[str, Any], command: str) -> pages.Page:
+    """Measure what the folder lacks."""
+    folder, families = options.pop("folder"), options.pop("families")
     settings = Settings(**options)
-    if min(settings.queries, settings.seeds) < 1 or not 3 <= settings.added <= settings.train:
-        print("error: --queries and --seeds are at least 1, --added from 3 to --train", file=sys.stderr)
-        return 2
-    torch.set_num_threads(1)
+    pages.require(
+        min(settings.queries, settings.seeds) >= 1 and 3 <= settings.added <= settings.train,
+        "--queries and --seeds are at least 1, --added from 3 to --train",
+    )
     outcomes = []
-    try:
-        for seed in range(settings.seeds):
-            for family in families:
-                outcomes.append(found(settings, family, seed, folder))
-                figures = ", ".join(
-                    f"{name} {np.mean(outcomes[-1].pearson(name)):.3f}" for name in outcomes[-1].predicted
-                )
-                print(f"{family}, seed {seed}: {figures}", file=sys.stderr, flush=True)
-    except RayluxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    text = page(settings, outcomes, pages.command("proximal_methods.py", given, folder))
-    print(text)
-    if write:
-        pages.write(text, "proximal-methods.md")
-    return 0
+    for seed in range(settings.seeds):
+        for family in families:
+            outcomes.append(found(settings, family, seed, folder))
+            figures = ", ".join(f"{name} {np.mean(outcomes[-1].pearson(name)):.3f}" for name in outcomes[-1].predicted)
+            print(f"{family}, seed {seed}: {figures}", file=sys.stderr, flush=True)
+    return pages.Page(page(settings, outcomes, command))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The study as a program."""
+    parser = pages.parser(__doc__, NAME, fields(Settings), folder="what is measured is kept here")
+    parser.add_argument("--families", nargs="+", choices=list(calibration.FAMILIES), default=list(calibration.FAMILIES))
+    return pages.run(parser, arguments, NAME, measured)
 
 
 if __name__ == "__main__":

@@ -8,23 +8,23 @@ influence of one in the same order. Here every variant holds the same words, so 
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
-import torch
 
 from jobs import pages
 from jobs.order.facts import FORMS, VARIANTS
 from jobs.order.study import GROUPS, Outcome, Settings, outcome
-from raylux.errors import RayluxError
 from raylux.evaluate.datamodel import Estimate
+
+NAME = "word-order"
 
 # The largest share of the same order's influence that the flipped one may have, for the claim to have reproduced.
 BOUND = 0.2
@@ -95,30 +95,21 @@ def _table(group: str, outcomes: Sequence[Outcome]) -> str:
 """ + "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Train, score, compare; print the page, write it where that was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write docs/results/word-order.md")
-    pages.add_settings(parser, fields(Settings))
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = vars(parser.parse_args(given))
-    write = options.pop("write")
+def measured(options: dict[str, Any], command: str) -> pages.Page:
+    """Train, score, compare."""
     settings = Settings(**options)
-    if min(settings.queries, settings.repeats) < 1 or settings.facts < len(FORMS) * settings.queries:
-        print("error: --queries and --repeats are at least 1, --facts at least 3 times --queries", file=sys.stderr)
-        return 2
-    torch.set_num_threads(1)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            outcomes = [outcome(settings, seed, Path(folder) / str(seed)) for seed in range(settings.repeats)]
-    except RayluxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    text = page(settings, outcomes, pages.command("word_order.py", given))
-    print(text)
-    if write:
-        pages.write(text, "word-order.md")
-    return 0
+    pages.require(
+        min(settings.queries, settings.repeats) >= 1 and settings.facts >= len(FORMS) * settings.queries,
+        "--queries and --repeats are at least 1, --facts at least 3 times --queries",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        outcomes = [outcome(settings, seed, Path(folder) / str(seed)) for seed in range(settings.repeats)]
+    return pages.Page(page(settings, outcomes, command))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The study as a program."""
+    return pages.run(pages.parser(__doc__, NAME, fields(Settings)), arguments, NAME, measured)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,14 +27,41 @@ def test_a_command_hides_where_results_are_kept(tmp_path: Path) -> None:
     assert pages.command("study.py", ["--seed", "1"]) == "python jobs/study.py --seed 1"
 
 
-def test_settings_are_options_of_their_own_type() -> None:
-    @dataclass(frozen=True)
-    class Settings:
-        steps: int = 4
-        dose: float = 0.5
+@dataclass(frozen=True)
+class Settings:
+    steps: int = 4
+    dose: float = 0.5
 
-    parser = argparse.ArgumentParser()
-    pages.add_settings(parser, fields(Settings))
-    assert Settings(**vars(parser.parse_args([]))) == Settings()
-    found = vars(parser.parse_args(["--steps", "7", "--dose", "2"]))
-    assert found == {"steps": 7, "dose": 2.0} and isinstance(found["dose"], float)
+
+def study(options: dict[str, Any], command: str) -> pages.Page:
+    folder = options.pop("folder")
+    settings = Settings(**options)
+    pages.require(settings.steps > 0, "--steps is at least 1")
+    assert folder.is_absolute()
+    return pages.Page(f"# {settings.steps} {settings.dose}\n\n    {command}\n", lambda path: path.write_bytes(b"drawn"))
+
+
+def run(*given: str) -> int:
+    return pages.run(pages.parser("What.", "some-study", fields(Settings), "kept here"), given, "some-study", study)
+
+
+def test_a_study_is_run_and_its_page_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    place = str(tmp_path / "kept")
+    assert run("--folder", place, "--steps", "7") == 0
+    text = "# 7 0.5\n\n    python jobs/some_study.py --folder RESULTS --steps 7\n"
+    assert capsys.readouterr().out == f"{text}\n" and not list(tmp_path.iterdir())
+    assert run("--folder", place, "--dose", "2", "--write") == 0
+    assert (tmp_path / "some-study.md").read_text(encoding="utf-8").startswith("# 4 2.0\n")
+    assert (tmp_path / "some-study.png").read_bytes() == b"drawn"
+
+
+def test_a_mistake_is_one_line_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    assert run("--folder", str(tmp_path), "--steps", "0", "--write") == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "error: --steps is at least 1\n") and not list(tmp_path.iterdir())
