@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Arrays = dict[str, np.ndarray]
 """A result: arrays by name."""
@@ -22,3 +29,9 @@ def kept(path: Path, make: Callable[[], Arrays]) -> Arrays:
         partial.replace(path)
     with np.load(path) as found:
         return dict(found)
+
+
+def folder_name(settings: DataclassInstance, without: str = "") -> str:
+    """Of the folder of a study's results: other settings, other results; but for the field ``without``."""
+    own = {name: value for name, value in asdict(settings).items() if name != without}
+    return hashlib.blake2b(json.dumps(own).encode(), digest_size=8).hexdigest()

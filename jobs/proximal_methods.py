@@ -8,12 +8,10 @@ Here the three tasks are language models of three families. What is done is kept
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 
 from jobs import calibration, pages
-from jobs.kept import Arrays, kept
+from jobs.kept import Arrays, folder_name, kept
 from jobs.proximal.page import page
 from jobs.proximal.study import Outcome, Settings, outcome
 
@@ -32,8 +30,7 @@ NAME = "proximal-methods"
 def found(settings: Settings, family: str, seed: int, folder: Path) -> Outcome:
     """The outcome of a family and seed, measured unless the folder has it."""
     # One seed's numbers know nothing of how many there are.
-    own = {key: value for key, value in asdict(settings).items() if key != "seeds"}
-    place = folder / hashlib.blake2b(json.dumps(own).encode(), digest_size=8).hexdigest()
+    place = folder / folder_name(settings, without="seeds")
 
     def measure() -> Arrays:
         # Half a run would go on where it was, with a profile that counts its time twice.

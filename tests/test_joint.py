@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 import raylux
+from raylux.capture import input_groups
+from raylux.config import EngineSection
 from raylux.curvature.joint import MOST, Joint
+from raylux.engine.demand import demand_of
 from raylux.engine.records import MOMENTS
 from raylux.engine.worker import GradientWorker
 from raylux.errors import NumericsError, UserError
+from raylux.layers import coverage
 from tests import reference
 from tests import test_exact as exact
 from tests.architectures import build
@@ -174,6 +178,20 @@ def test_what_it_cannot_serve(inputs: Inputs, tmp_path: Path, overrides: tuple[s
         large.run(tmp_path / "run", JOINT, *overrides)
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
     assert MOST == 8192
+
+
+def test_memory_for_the_matrix_is_asked_for() -> None:
+    model = build("gpt2")
+    layers = coverage(model).tracked
+    groups, total = input_groups(model, layers), sum(layer.parameters for layer in layers)
+    usual, joint = (
+        demand_of(EngineSection(), "float32", "cpu", layers, groups, coverage(model).parameters, 1, joint=joint)
+        for joint in (False, True)
+    )
+    matrix = 8 * total**2
+    # A worker sums one; a shard reads one beside the symmetric one that is taken apart.
+    assert joint.worker_bytes - usual.worker_bytes >= matrix
+    assert joint.shards_bytes - usual.shards_bytes >= 3 * matrix
 
 
 def test_experts_are_refused(tmp_path: Path) -> None:

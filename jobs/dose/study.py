@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from jobs.kept import folder_name
 from jobs.lds import study as lds
 from raylux.batches import IGNORED, TokenRow
 from raylux.demo.training import TrainingSettings, initial_model
@@ -85,7 +84,7 @@ class Settings:
     @property
     def name(self) -> str:
         """Of the folder of its results: other settings, other results."""
-        return hashlib.blake2b(json.dumps(asdict(self)).encode(), digest_size=8).hexdigest()
+        return folder_name(self)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from jobs.kept import folder_name
 from raylux.batches import TokenRow
 from raylux.demo.corpus import read_leads
 from raylux.demo.training import TrainingSettings, train_tokenizer
@@ -58,7 +57,7 @@ class Settings:
     @property
     def name(self) -> str:
         """Of the folder of its results: other settings, other results."""
-        return hashlib.blake2b(json.dumps(asdict(self)).encode(), digest_size=8).hexdigest()
+        return folder_name(self)
 
 
 @dataclass(frozen=True)

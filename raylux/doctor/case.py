@@ -93,12 +93,17 @@ class Case:
 
     @property
     def demand(self) -> Demand:
-        """What the run asks of its machines, by the engine's own figures."""
+        """What the run asks of this machine, by the engine's own figures."""
+        return self.demand_on(self.device)
+
+    def demand_on(self, device: str) -> Demand:
+        """What the run asks of machines whose workers have such a device, cpu or cuda."""
         model, config = self.model, self.config
         layers, parameters = model.coverage.tracked, model.coverage.parameters
         return demand_of(
-            config.engine, config.model.dtype, self.device, layers, model.groups, parameters, len(self.queries),
+            config.engine, config.model.dtype, device, layers, model.groups, parameters, len(self.queries),
             config.curvature.solver != "direct", config.fit.passes, config.curvature.blocks,
+            KINDS[config.curvature.kind].joint,
         )  # fmt: skip
 
     def lose(self, name: str) -> None:

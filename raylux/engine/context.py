@@ -144,6 +144,7 @@ class Context:
         return demand_of(
             engine, self.plan.dtype, self.plan.device, layers, self.groups, self.coverage.parameters, queries,
             self.config.curvature.solver != "direct", self.config.fit.passes, self.config.curvature.blocks,
+            self.kind.joint,
         )  # fmt: skip
 
     def _on_device(self, demand: Demand) -> Demand:

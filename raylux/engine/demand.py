@@ -16,6 +16,10 @@ from raylux.engine.plan import GIB, shards_bytes, worker_bytes
 from raylux.errors import UserError
 from raylux.layers import TrackedLayer
 
+# A joint matrix and what is made of it, in float64: a worker sums it, or holds its factor while that is read from it;
+# of the shards one sums, one reads it all, makes it symmetric and takes it apart.
+_OF_WORKER, _OF_SHARDS = 2, 4
+
 
 def demand_of(
     engine: EngineSection,
@@ -28,6 +32,7 @@ def demand_of(
     iterative: bool = False,
     passes: int | str = 1,
     blocks: int = 1,
+    joint: bool = False,
 ) -> Demand:
     """What a run asks for.
 
@@ -42,10 +47,22 @@ def demand_of(
         iterative: they are solved by products with the Gauss-Newton matrix.
         passes: ``fit.passes`` of the config.
         blocks: of A and S.
+        joint: the curvature is one exact matrix over all tracked weights.
     """
     itemsize = 8 if dtype == "float64" else 4
+    matrix = 8 * sum(layer.parameters for layer in layers) ** 2 if joint else 0
     sized = partial(
-        _in_passes, engine, itemsize, device, tuple(layers), dict(groups), parameters, queries, iterative, blocks
+        _in_passes,
+        engine,
+        itemsize,
+        device,
+        tuple(layers),
+        dict(groups),
+        parameters,
+        queries,
+        iterative,
+        blocks,
+        matrix,
     )
     if isinstance(passes, int):
         return sized(Passes(passes, passes))
@@ -63,6 +80,7 @@ def _in_passes(
     queries: int,
     iterative: bool,
     blocks: int,
+    matrix: int,
     passes: Passes,
 ) -> Demand:
     return Demand(
@@ -70,8 +88,8 @@ def _in_passes(
         engine.shards,
         engine.threads,
         device == "cuda",
-        worker_bytes(layers, groups, parameters, itemsize, queries, iterative, passes, blocks),
-        shards_bytes(layers, groups, itemsize, queries, iterative, passes, blocks),
+        worker_bytes(layers, groups, parameters, itemsize, queries, iterative, passes, blocks) + _OF_WORKER * matrix,
+        shards_bytes(layers, groups, itemsize, queries, iterative, passes, blocks) + _OF_SHARDS * matrix,
         engine.worker_labels,
         engine.shard_labels,
         passes,

@@ -40,7 +40,10 @@ def check(
     def size(demand: Demand) -> tuple[int, int]:
         return fit_nodes(demand, nodes)
 
-    size(settled(_demand(config_path, overrides, "cuda" if gpu else "cpu"), size))
+    # It loads torch: only once CPUs and GPUs are found to be enough.
+    from raylux.doctor.case import Case
+
+    size(settled(Case(config_path, overrides).demand_on("cuda" if gpu else "cpu"), size))
 
 
 def _here(place: str) -> bool:
@@ -50,18 +53,3 @@ def _here(place: str) -> bool:
     except UserError:  # a package that only the cluster has
         return False
     return path.is_absolute() and path.is_dir()
-
-
-def _demand(config_path: str, overrides: Sequence[str], device: str) -> Demand:
-    # They load torch: only once CPUs and GPUs are found to be enough.
-    from raylux.doctor.case import Case
-    from raylux.engine.demand import demand_of
-
-    case = Case(config_path, overrides)
-    model, config = case.model, case.config
-    layers, parameters = model.coverage.tracked, model.coverage.parameters
-    iterative = config.curvature.solver != "direct"
-    return demand_of(
-        config.engine, config.model.dtype, device, layers, model.groups, parameters, len(case.queries), iterative,
-        config.fit.passes, config.curvature.blocks,
-    )  # fmt: skip
