@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from raylux.engine.context import Context
-from raylux.engine.quarantine import Pairs, give_up, lost_pairs
+from raylux.engine.quarantine import lost_pairs
 from raylux.engine.records import SCORE, TOKENS, FactorFiles, factor_files, query_files
 from raylux.engine.scorer import LoadedQueries
 from raylux.engine.stages import precision, prefilter, squares
 from raylux.engine.stages.query import answerable
-from raylux.engine.stages.units import cut, keepers_of
-from raylux.engine.work import Job, Result, ids_at, results
+from raylux.engine.stages.units import cut, keepers_of, settle
+from raylux.engine.work import Job, results
 from raylux.store import RunFolder, ScoreBlock, score_blocks
 
 
@@ -49,24 +49,11 @@ def _score(ctx: Context, jobs: Sequence[ScoreJob]) -> bool:
     with ctx.reporter.task("score", sum(len(job.rows) for job in jobs), "sequences") as task:
         for result in results(ctx.backend, "score_unit", calls):
             job: ScoreJob = result.job.item
-            if result.failure is not None and job.near is not None:
-                through = False
-                continue
-            if result.failure is not None:
-                _quarantine(ctx, SCORE, result, job.queries, job.rows)
+            about = {"queries": list(job.queries), "layers": layers}
+            if settle(ctx, SCORE, result, job.rows, job.queries, about):
+                task.advance(len(job.rows))
             else:
-                key, objects = result.value
-                ctx.folder.commit(
-                    SCORE,
-                    job.name,
-                    objects,
-                    key=key,
-                    queries=list(job.queries),
-                    rows=job.rows.tolist(),
-                    layers=layers,
-                    numerics=[dict(result.numerics)],
-                )
-            task.advance(len(job.rows))
+                through = False
     return through
 
 
@@ -75,13 +62,6 @@ def _loaded(ctx: Context, wanted: set[str]) -> Any:
     ids = tuple(query.id for query in ctx.queries if query.id in wanted)
     basis = factor_files(ctx.folder) if ctx.plan.query_basis == "eigen" else FactorFiles()
     return ctx.backend.share(LoadedQueries(tuple(query_files(ctx.folder)), ids, precision.resolve(ctx), basis))
-
-
-def _quarantine(ctx: Context, stage: str, result: Result, queries: Sequence[str], rows: np.ndarray) -> None:
-    assert result.failure is not None
-    pairs = Pairs(tuple(queries), tuple(rows.tolist()))
-    give_up(ctx.folder, stage, result.job.name, ids_at(ctx.ids, rows), result.failure, pairs)
-    ctx.reporter.say(f"{stage}: unit {result.job.name} is quarantined ({result.failure.reason})")
 
 
 def missing(ctx: Context, keepers: np.ndarray | None = None) -> list[ScoreJob]:
@@ -155,14 +135,7 @@ def _tokens(ctx: Context) -> None:
     with ctx.reporter.task("tokens", len(jobs), "queries") as task:
         for result in results(ctx.backend, "token_unit", calls):
             query, rows = result.job.item
-            if result.failure is not None:
-                _quarantine(ctx, TOKENS, result, [query], rows)
-            else:
-                key, objects = result.value
-                numerics = [dict(result.numerics)]
-                ctx.folder.commit(
-                    TOKENS, result.job.name, objects, key=key, query=query, rows=rows.tolist(), numerics=numerics
-                )
+            settle(ctx, TOKENS, result, rows, [query], {"query": query})
             task.advance()
 
 

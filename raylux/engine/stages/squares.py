@@ -11,12 +11,12 @@ import numpy as np
 
 from raylux.cost.passes import split
 from raylux.engine.context import Context
-from raylux.engine.quarantine import Pairs, give_up, lost_pairs
+from raylux.engine.quarantine import lost_pairs
 from raylux.engine.records import SQUARES, LoadedCurvature
 from raylux.engine.stages import precision, prefilter
 from raylux.engine.stages.fit import fitted
-from raylux.engine.stages.units import cut, keepers_of
-from raylux.engine.work import Job, ids_at, results
+from raylux.engine.stages.units import cut, keepers_of, settle
+from raylux.engine.work import Job, results
 
 
 @dataclass(frozen=True)
@@ -61,20 +61,10 @@ def _run(ctx: Context, units: Sequence[_Unit]) -> bool:
     with ctx.reporter.task("self-influence", sum(len(unit.rows) for unit in units), "sequences") as task:
         for result in results(ctx.backend, "squares_unit", calls):
             unit: _Unit = result.job.item
-            if result.failure is not None and unit.near is not None:
-                through = False
-                continue
-            if result.failure is not None:
-                pairs = Pairs((), tuple(unit.rows.tolist()))
-                give_up(ctx.folder, SQUARES, unit.name, ids_at(ctx.ids, unit.rows), result.failure, pairs)
-                ctx.reporter.say(f"self-influence: unit {unit.name} is quarantined ({result.failure.reason})")
+            if settle(ctx, SQUARES, result, unit.rows):
+                task.advance(len(unit.rows))
             else:
-                key, objects = result.value
-                numerics = [dict(result.numerics)]
-                ctx.folder.commit(
-                    SQUARES, unit.name, objects, key=key, rows=unit.rows.tolist(), numerics=numerics
-                )  # fmt: skip
-            task.advance(len(unit.rows))
+                through = False
     return through
 
 

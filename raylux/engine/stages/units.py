@@ -1,12 +1,16 @@
-"""How corpus rows that are to be run are cut into units."""
+"""Units of corpus rows: how they are cut, and what becomes of them when they have run."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from raylux.engine.context import Context
 from raylux.engine.plan import score_units
+from raylux.engine.quarantine import Pairs, give_up
 from raylux.engine.stages.layers import FitUnits
+from raylux.engine.work import Result, ids_at
 
 
 def keepers_of(ctx: Context) -> np.ndarray | None:
@@ -52,3 +56,40 @@ def _units_by_keeper(
         found[kept] = first + score_units(lengths[kept], size) * len(workers) + place
         near |= dict.fromkeys(np.unique(found[kept]).tolist(), worker)
     return found, near
+
+
+def settle(
+    ctx: Context,
+    stage: str,
+    result: Result,
+    rows: np.ndarray,
+    queries: Sequence[str] = (),
+    about: Mapping[str, object] | None = None,
+) -> bool:
+    """Commit what a unit found, or give up what it could not.
+
+    Args:
+        ctx: the run.
+        stage: of the ledger.
+        result: of a method that returns a key and its objects.
+        rows: of the corpus that it ran.
+        queries: that they were run for, if any.
+        about: said of what is committed, beside its key, rows and numerics.
+
+    Returns:
+        False where it failed among rows that a worker keeps, and is neither: those are to be tried in smaller company.
+    """
+    failure = result.failure
+    if failure is None:
+        key, objects = result.value
+        numerics = [dict(result.numerics)]
+        ctx.folder.commit(
+            stage, result.job.name, objects, key=key, **(about or {}), rows=rows.tolist(), numerics=numerics
+        )  # fmt: skip
+        return True
+    if result.job.near is not None:
+        return False
+    pairs = Pairs(tuple(queries), tuple(rows.tolist()))
+    give_up(ctx.folder, stage, result.job.name, ids_at(ctx.ids, rows), failure, pairs)
+    ctx.reporter.say(f"{stage}: unit {result.job.name} is quarantined ({failure.reason})")
+    return True
