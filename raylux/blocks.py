@@ -105,6 +105,11 @@ class RoundedBasis:
         parts = basis.parts if isinstance(basis, Blocks) else (basis,)
         return cls(basis.to(kind), tuple(_leaks(part, kind) for part in parts))
 
+    @property
+    def kind(self) -> dtype:
+        """The dtype of the products."""
+        return self.leaks[0].dtype
+
 
 def _leaks(basis: Tensor, kind: dtype) -> Tensor:
     leading = basis[:, -LEADING:]

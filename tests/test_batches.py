@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from raylux.batches import (
     IGNORED,
+    MOST_PADDING,
     MOST_ROWS,
     Batch,
     TokenRow,
@@ -65,6 +66,19 @@ def test_fit_batches_hold_every_sequence_once(lengths: list[int], batch_tokens: 
         if batch.input_ids.shape[1] != longest:
             assert is_scored_so(batch, batch_tokens)
             assert batch.input_ids.numel() <= 1.05 * batch.tokens
+
+
+def test_fit_batches_pad_little() -> None:
+    """Texts of all lengths in a unit of some thousand tokens."""
+    lengths = np.clip(np.random.default_rng(0).lognormal(4.3, 0.5, 48), 12, 256).astype(int)
+    for batch_tokens, limit in ((128, 0.03), (1024, 0.08)):
+        batches = fit_batches(rows_of(lengths), batch_tokens, most=longest(lengths, None))
+        assert sum(batch.input_ids.numel() for batch in batches) <= (1 + limit) * lengths.sum()
+    # Where scoring follows for sure, more padding makes most batches those of the scores.
+    most = longest(lengths, None)
+    batches = fit_batches(rows_of(lengths), 128, most=most, padding=MOST_PADDING)
+    assert sum(batch.input_ids.numel() for batch in batches) <= 1.08 * lengths.sum()
+    assert sum(batch.tokens for batch in batches if is_scored_so(batch, 128, most)) > 0.8 * lengths.sum()
 
 
 @settings(max_examples=60, deadline=None)
@@ -137,8 +151,9 @@ def test_padding_stands_on_the_side_asked_for() -> None:
 
 
 def test_the_longest_come_first_in_a_fit_unit() -> None:
-    batches = fit_batches(rows_of([3, 9, 5, 9, 1]), 18)
-    assert [batch.rows for batch in batches] == [(1, 3), (2, 0, 4)]
+    batches = fit_batches(rows_of([30, 90, 50, 90, 10]), 180)
+    # 50 tokens are enough to be busy with: what follows goes without padding to 50.
+    assert [batch.rows for batch in batches] == [(1, 3), (2,), (0, 4)]
 
 
 def test_queries_fill_batches_of_a_shape_that_follows_from_their_length() -> None:

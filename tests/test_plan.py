@@ -103,6 +103,9 @@ def test_query_blocks_keep_within_memory() -> None:
     assert plan.query_block(wide, 4) == 4
     assert plan.query_block(wide, 8) == 2
     assert plan.query_block([_layer("l", 2**16, 2**15)], 4) == 1  # always one
+    # Dense ones only their tokens wait: in whole sixteens, 64 at most, in a quarter of a GiB.
+    assert [plan.query_block(GATED, 4, waiting) for waiting in (1.0, 2**22, 2**23, 2**25)] == [64, 64, 32, 16]
+    assert plan.query_block(wide, 4, 1.0) == 4
 
 
 # ---------------------------------------------------------------------------------------- make_plan

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from raylux.blocks import block_entries
 from raylux.cost import contraction, costs, solving
-from raylux.cost.contraction import Form
+from raylux.cost.contraction import Form, captured_width
 from raylux.cost.costs import Choice, StageCost, Work
 from raylux.cost.fit import (
     LAYER_OPERATIONS,
@@ -58,7 +58,9 @@ def query(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
         Work("eigendecomposition", count * sum(map(eigh_flops, grams)), 0.0,
              count * sum(map(device.eigh_seconds, grams)))
     )  # fmt: skip
-    block = query_block(layers, work.stored)
+    rounded = 2 if work.contraction == "bfloat16" else work.stored
+    waiting = 0.0 if low else rounded * tokens * sum(captured_width(layer, model.groups) for layer in layers)
+    block = query_block(layers, work.stored, waiting)
     blocks = 1 if costs.LAYERWISE in can else math.ceil(count / block)
     if low:
         works += _probes(work, device, blocks)
@@ -68,11 +70,11 @@ def query(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     bases = blocks * (covariance_bytes(layers, model.groups, work.stored, work.blocks) if work.basis else 0)
     works.append(store(disk + bases, cluster))
     dense = count * layer_bytes(layers, work.stored)
-    held = min(block, count) * layer_bytes(layers, work.stored)
+    held = min(block, count) * (layer_bytes(layers, work.stored) if low else waiting)
     # Per layer Q_A, Q_S and Λ; the block's s_test, its factors, and what the probes are measured with.
     largest = work.stored * max(
         2 * (block_entries(layer.inputs, work.blocks) + block_entries(layer.outputs, work.blocks))
-        + 3 * layer.parameters
+        + (3 if low else 3 + min(block, count)) * layer.parameters
         for layer in layers
     )
     parallel = min(cluster.workers, len(model.leaders))

@@ -15,6 +15,8 @@ GIB = 1 << 30
 PROCESS_BYTES = 5 * GIB // 8
 QUERY_BLOCK = 16
 _BLOCK_BYTES = 2 * GIB
+# Dense queries of a block, at most, and what their tokens may take.
+_DENSE_BLOCK, _WAITING_BYTES = 64, GIB // 4
 # Solution, residual, direction, G times it, the residual preconditioned, and the product's sum in float64: by their
 # size those of so many gradients.
 SOLVE_STATE = 7
@@ -103,9 +105,20 @@ def shards_bytes(
     return max(sums, solving)
 
 
-def query_block(layers: Sequence[TrackedLayer], itemsize: int) -> int:
-    """Queries that are solved together."""
-    return int(max(1, min(QUERY_BLOCK, _BLOCK_BYTES // max(1, layer_bytes(layers, itemsize)))))
+def query_block(layers: Sequence[TrackedLayer], itemsize: int, waiting: float = 0.0) -> int:
+    """Queries that are solved together.
+
+    Args:
+        layers: tracked.
+        itemsize: of an entry of s_test.
+        waiting: bytes of a query's tokens, which wait for its block's turn at each layer, where s_test is dense and is
+            written layer by layer; 0: all of it is held. More queries share the reading of a layer's bases then.
+    """
+    room = _BLOCK_BYTES // max(1, layer_bytes(layers, itemsize))
+    usual = min(QUERY_BLOCK, room)
+    if waiting:
+        usual = max(usual, QUERY_BLOCK * int(min(_DENSE_BLOCK, room, _WAITING_BYTES // waiting) // QUERY_BLOCK))
+    return int(max(1, usual))
 
 
 def solve_block(layers: Sequence[TrackedLayer], itemsize: int) -> int:

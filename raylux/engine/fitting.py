@@ -177,7 +177,8 @@ class FitSums(ABC):
         return (None, *parts)
 
     def _fit_batches(self, sequences: Sequence[TokenRow]) -> list[Batch]:
-        return fit_batches(sequences, self.spec.plan.batch_tokens, most=self.spec.plan.longest)
+        plan = self.spec.plan
+        return fit_batches(sequences, plan.batch_tokens, most=plan.longest, padding=plan.fit_padding)
 
     def _summed(self, captured: Captured) -> tuple[dict[str, Rows], dict[str, Rows]]:
         """a and g as their covariances are summed: widened, but for bf16 on a GPU, which multiplies it exactly."""

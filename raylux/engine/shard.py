@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,6 @@ from raylux.engine import numerics
 from raylux.engine.iterating import IterativeSolves
 from raylux.engine.jointly import JointSolves
 from raylux.engine.records import (
-    Contraction,
     Fitted,
     each_query,
     input_matrix,
@@ -33,7 +32,7 @@ from raylux.engine.records import (
     tensor,
     word_query_arrays,
 )
-from raylux.engine.solve import solve_layer, solve_words
+from raylux.engine.solve import Form, solve_layer, solve_words
 from raylux.errors import NumericsError
 from raylux.influence.dots import sequence_gradients
 from raylux.influence.lowrank import component_scores, factorise
@@ -213,10 +212,10 @@ class FactorShard(IterativeSolves, JointSolves):
         self,
         fitted: Fitted,
         rank_limit: Mapping[str, int],
-        contraction: Contraction,
-        eigen: bool,
+        form: Form,
         block: str,
         solutions: Mapping[str, str] | None,
+        checked: bool,
         *parts: Sequence[Mapping[str, Any]],
     ) -> tuple[dict[str, float], dict[str, list[float]], np.ndarray]:
         """s_test of a block of queries in every layer of this shard, kept until ``write_block``.
@@ -224,11 +223,11 @@ class FactorShard(IterativeSolves, JointSolves):
         Args:
             fitted: what the fit left.
             rank_limit: layer -> largest rank to try; 0: dense only.
-            contraction: how products with sequences will be taken; layers that may be compressed keep full precision.
-            eigen: leave s_test in the eigenbases.
+            form: how they are solved; layers that may be compressed keep full precision.
             block: its name; layers that cannot be compressed are written under it at once, so that s_test of one
                 layer is held at a time.
             solutions: layer -> key of the state that an iterative solve ended with; None: the kind's own inverse.
+            checked: take some scores both ways.
             *parts: lists of queries' ``inputs`` [T, M] by group and ``grads`` [T, P] by layer.
 
         Returns:
@@ -241,18 +240,18 @@ class FactorShard(IterativeSolves, JointSolves):
         queries = each_query(parts)
         for name in self.layers:
             if self.layers[name].words:
-                words = solve_words([self._tokens(query, name) for query in queries], contraction.torch_dtype)
+                words = solve_words([self._tokens(query, name) for query in queries], form.dtype)
                 damping[name], squares[name] = 0.0, words.squares
                 pairs.append(words.pairs)
                 self._words[name] = words.s_test
                 continue
-            dtype = self.compute if rank_limit[name] else contraction.torch_dtype
+            own = replace(form, dtype=self.compute) if rank_limit[name] else form
             curvature, damping[name] = self._curvature(name, fitted)
-            tokens = [self._tokens(query, name) for query in queries]
+            tokens = [self._tokens(query, name, rounded=True) for query in queries]
             given = None if solutions is None else self.solutions(solutions[name])
             try:
                 with profiling.of("solve"):
-                    found = solve_layer(curvature, tokens, damping[name], dtype, eigen, given)
+                    found = solve_layer(curvature, tokens, damping[name], own, given, checked)
             except NumericsError as error:
                 raise NumericsError(f"layer '{name}': {error}") from None
             squares[name] = found.squares
@@ -332,10 +331,13 @@ class FactorShard(IterativeSolves, JointSolves):
         )  # fmt: skip
         return curvature, curvature.damping(spec.damping, fitted.least.get(name, 0.0))
 
-    def _tokens(self, part: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
-        """a [T, M] and g [T, P]; of the word embedding token ids [T, 1]."""
-        inputs = part["inputs"][self.spec.groups[name]]
-        g = tensor(part["grads"][name], self.compute, self.spec.device)
+    def _tokens(self, part: Mapping[str, Any], name: str, rounded: bool = False) -> tuple[Tensor, Tensor]:
+        """a [T, M] and g [T, P]; of the word embedding token ids [T, 1]. ``rounded``: what came in bf16 stays so."""
+        inputs, grads = part["inputs"][self.spec.groups[name]], part["grads"][name]
+        if rounded and inputs.dtype == grads.dtype == np.int16:
+            a, g = (tensor(x, torch.bfloat16, self.spec.device) for x in (inputs, grads))
+            return a, g
+        g = tensor(grads, self.compute, self.spec.device)
         if inputs.dtype == np.int64:  # in bf16 inputs come as int16
             return torch.from_numpy(inputs.copy()).to(self.spec.device), g
         return tensor(inputs, self.compute, self.spec.device), g

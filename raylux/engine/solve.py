@@ -10,23 +10,46 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raylux.blocks import Rotation
+from raylux.blocks import Rotation, RoundedBasis
 from raylux.cost.contraction import rotate_tokens_first
 from raylux.curvature import Spectral, rotate
 from raylux.engine.records import as_rotation
 from raylux.influence.dots import sequence_gradients
 from raylux.influence.words import WordGradient
-from raylux.products import wide_product
+from raylux.products import rotated, wide_product
 from raylux.routed import whole_blocks
 
-# Scores that are taken both ways: of a block's first query on the sequences of so many queries after it.
-_PAIRS = 3
+# Scores that are taken both ways: of a block's first query on the sequences of so many queries after it, of so many
+# tokens of each.
+_PAIRS, _CHECKED = 3, 32
 # Token rows of a product with a basis; the last one of a block is filled up with zeros. A token's bits depend on the
-# product's shape: so it is the same however many queries stand in the block.
-_ROWS = 256
+# product's shape: so it is the same however many queries stand in the block. Where whole blocks of queries are sure to
+# come, more rows keep the hardware busier: a product is twice as fast by AMX, at 1,024 columns.
+_ROWS, _MANY_ROWS = 256, 1024
 
 Tokens = tuple[Tensor, Tensor]
 """a [T, M] and g [T, P] of a query."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the queries of a run are solved, and left.
+
+    Attributes:
+        dtype: of s_test; where it is bf16, products with tokens are too (see ``RoundedBasis``), those that bring a
+            formed gradient into or out of the eigenbasis never.
+        eigen: leave s_test in the eigenbasis.
+        many: whole blocks of queries are sure to come.
+    """
+
+    dtype: torch.dtype
+    eigen: bool
+    many: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Token rows of a product with a basis."""
+        return _MANY_ROWS if self.many else _ROWS
 
 
 @dataclass(frozen=True)
@@ -36,8 +59,9 @@ class Solved:
     Attributes:
         s_test: [Q, P, M], in the precision of the products.
         squares: ‖∇f‖² of each.
-        pairs: [2, n] scores of the first query on the next ones' sequences (on its own where it is alone): exact,
-            and by s_test and products as they will be; equal where nothing is rounded.
+        pairs: [2, n] scores of some tokens of the first query on some of the next ones (of its own where it is alone):
+            in full precision from the tokens as they came, and by s_test and products as they are taken; n = 0 where
+            nobody asked.
     """
 
     s_test: Tensor
@@ -49,47 +73,41 @@ def solve_layer(
     curvature: Spectral,
     tokens: Sequence[Tokens],
     damping: float,
-    dtype: torch.dtype,
-    eigen: bool,
+    form: Form,
     given: Sequence[Tensor] | None = None,
+    checked: bool = True,
 ) -> Solved:
     """(G + λI)⁻¹ of each query's gradient.
 
     Args:
         curvature: of the layer; its bases are in float32 or better.
-        tokens: per query, in the precision of the bases; the gradient is Σ_t g_t a_tᵀ.
+        tokens: per query, in the precision of the bases or in bf16; the gradient is Σ_t g_t a_tᵀ.
         damping: λ.
-        dtype: of the result; where it is bf16, products with tokens are too (see ``RoundedBasis``), those that bring
-            a formed gradient into or out of the eigenbasis never.
-        eigen: leave the result in the eigenbasis.
+        form: how.
         given: the solution of each query [P, M], where another solver has found it.
+        checked: take some scores both ways.
 
     Raises:
         NumericsError: λ = 0 where Λ has a zero.
     """
-    wide = tokens[0][0].dtype
-    bases = as_rotation(curvature.q_a, dtype), as_rotation(curvature.q_s, dtype)
+    shape = tokens[0][1].shape[1], tokens[0][0].shape[1]
+    bases = as_rotation(curvature.q_a, form.dtype), as_rotation(curvature.q_s, form.dtype)
     inverse = curvature.inverse(damping) if given is None else None
-    some = _compared(tokens)
-    solved = tokens[0][0].new_empty(len(tokens), tokens[0][1].shape[1], tokens[0][0].shape[1], dtype=dtype)
-    squares, exact, rounded = [], [], []
-    first = torch.zeros(0)
-    for place, gradient in enumerate(_gradients(curvature, tokens, bases)):
+    solved = tokens[0][0].new_empty(len(tokens), *shape, dtype=form.dtype)
+    squares = []
+    for place, gradient in enumerate(_gradients(curvature, tokens, bases, form.rows)):
         flat = gradient.flatten()
         squares.append(float(torch.dot(flat, flat)))  # a float64 sum of squares takes fifteen times as long
         if given is not None:
-            divided = curvature.into(given[place])
-        else:
-            divided = gradient if inverse is None else gradient * inverse
-        if eigen:
-            solved[place] = divided
-        else:
-            solved[place] = curvature.back(divided) if given is None else given[place]
-        first = divided if place == 0 else first
-        if place in some:
-            exact.append(float((first * gradient).sum(dtype=torch.float64)))
-            rounded.append(_score(solved[0], tokens[place], bases if eigen else None) if dtype != wide else exact[-1])
-    return Solved(solved, squares, np.array([exact, rounded]))
+            solved[place] = curvature.into(given[place]) if form.eigen else given[place]
+            continue
+        divided = gradient if inverse is None else gradient.mul_(inverse)
+        solved[place] = divided if form.eigen else curvature.back(divided)
+    pairs = np.zeros((2, 0))
+    if checked:
+        first = None if given is None else given[0]
+        pairs = _both_ways(curvature, tokens, damping, first, form, bases)
+    return Solved(solved, squares, pairs)
 
 
 @dataclass(frozen=True)
@@ -110,17 +128,58 @@ def solve_words(tokens: Sequence[Tokens], dtype: torch.dtype) -> SolvedWords:
     """
     gradients = [WordGradient.of(ids, g) for ids, g in tokens]
     rounded = [gradient.to(dtype) for gradient in gradients]
-    pairs = [[each[0].dot(each[place]) for place in _compared(tokens) if place < len(each)]
-             for each in (gradients, rounded)]  # fmt: skip
+    pairs = [[each[0].dot(each[place]) for place in _compared(len(tokens))] for each in (gradients, rounded)]
     return SolvedWords(rounded, [gradient.dot(gradient) for gradient in gradients], np.array(pairs))
 
 
-def _compared(tokens: Sequence[Tokens]) -> range:
-    """Places of the queries on whose sequences the first is scored both ways."""
-    return range(1, _PAIRS + 1) if len(tokens) > 1 else range(1)
+def _compared(count: int) -> range:
+    """Places of the queries on whose sequences the first of a block is scored both ways."""
+    return range(1, min(count, _PAIRS + 1)) if count > 1 else range(1)
 
 
 Bases = tuple[Rotation | None, Rotation | None]
+
+
+def _both_ways(
+    curvature: Spectral, tokens: Sequence[Tokens], damping: float, given: Tensor | None, form: Form, bases: Bases
+) -> np.ndarray:
+    """``Solved.pairs``. What a whole query takes in float32 would be a third of the time of its block.
+
+    Args:
+        curvature: as in ``solve_layer``, like ``tokens``, ``damping`` and ``form``.
+        tokens: see ``curvature``.
+        damping: see ``curvature``.
+        given: the first query's solution, where another solver has found it.
+        form: see ``curvature``.
+        bases: of the curvature, for products of ``form.dtype``.
+    """
+    places = _compared(len(tokens))
+    some = {place: _spread(tokens[place]) for place in {0, *places}}
+
+    def exact(place: int) -> Tensor:
+        a, g = (_wide(x) for x in some[place])
+        turned = (x if q is None else rotated(x, q) for x, q in ((a, curvature.q_a), (g, curvature.q_s)))
+        own_a, own_g = turned
+        return own_g.T @ own_a
+
+    first = curvature.divide(exact(0), damping) if given is None else curvature.into(given)
+    wanted = [float((first * exact(place)).sum(dtype=torch.float64)) for place in places]
+    if given is None:
+        (gradient,) = _gradients(curvature, [some[0]], bases, _CHECKED)
+        first = curvature.divide(gradient, damping)
+    s_test = (first if form.eigen else curvature.back(first)).to(form.dtype)
+    return np.array([wanted, [_score(s_test, some[place], bases if form.eigen else None) for place in places]])
+
+
+def _spread(tokens: Tokens) -> Tokens:
+    """Some tokens of a query, from all over it."""
+    a, g = tokens
+    rows = torch.linspace(0, len(a) - 1, min(len(a), _CHECKED), device=a.device).round().long()
+    return a[rows], g[rows]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def _score(s_test: Tensor, tokens: Tokens, bases: Bases | None) -> float:
@@ -131,32 +190,35 @@ def _score(s_test: Tensor, tokens: Tokens, bases: Bases | None) -> float:
     return float((sequence_gradients(a, g)[0].float() * s_test.float()).sum(dtype=torch.float64))
 
 
-def _gradients(curvature: Spectral, tokens: Sequence[Tokens], bases: Bases) -> Iterator[Tensor]:
-    """Q_Sᵀ G Q_A of each query, in the precision of the tokens.
+def _gradients(curvature: Spectral, tokens: Sequence[Tokens], bases: Bases, rows: int) -> Iterator[Tensor]:
+    """Q_Sᵀ G Q_A of each query, in the precision of the curvature; each may be overwritten.
 
     By the cheaper way: its tokens rotated, or G. Which that is follows from a query's own length, and so do the shapes
     of all products but that with the bases: what stands beside it in the block is not to change its bits.
     """
     short = [place for place, (a, g) in enumerate(tokens) if rotate_tokens_first(len(a), g.shape[1], a.shape[1])]
-    turned = [_rotated([tokens[place][side] for place in short], bases[side]) for side in range(2)]
+    turned = [_rotated([tokens[place][side] for place in short], bases[side], rows) for side in range(2)]
     pairs = dict(zip(short, zip(*turned, strict=True), strict=True))
     for place, (a, g) in enumerate(tokens):
         if place in pairs:
             own_a, own_g = pairs.pop(place)
-            yield wide_product(own_g.T, own_a).to(a.dtype)
+            yield _wide(wide_product(own_g.T, own_a))
         else:
-            yield curvature.into(g.T @ a)
+            yield curvature.into(_wide(g).T @ _wide(a))
 
 
-def _rotated(tokens: Sequence[Tensor], basis: Rotation | None) -> list[Tensor]:
-    """x Q of each x [T, D], those of all queries in products of one shape; rows of zeros behind each, up to whole
+def _rotated(tokens: Sequence[Tensor], basis: Rotation | None, count: int) -> list[Tensor]:
+    """x Q of each x [T, D], those of all queries in products of ``count`` rows; rows of zeros behind each, up to whole
     blocks."""
     if not tokens:
         return []
     sizes = [whole_blocks(len(x)) for x in tokens]
     ends = list(accumulate(sizes))
-    rows = tokens[0].new_zeros(-(-ends[-1] // _ROWS) * _ROWS, tokens[0].shape[1])
+    dtype = basis.kind if isinstance(basis, RoundedBasis) else _wide(tokens[0][:0]).dtype
+    rows = tokens[0].new_empty(-(-ends[-1] // count) * count, tokens[0].shape[1], dtype=dtype)
     for end, size, x in zip(ends, sizes, tokens, strict=True):
         rows[end - size : end - size + len(x)] = x
-    turned = torch.cat([rotate(part, basis) for part in rows.split(_ROWS)])
+        rows[end - size + len(x) : end] = 0
+    rows[ends[-1] :] = 0
+    turned = torch.cat([rotate(part, basis) for part in rows.split(count)])
     return [turned[end - size : end] for end, size in zip(ends, sizes, strict=True)]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from raylux.batches import TokenRow, query_shape
+from raylux.cost.contraction import captured_width
 from raylux.cost.sizes import rank_limit, solve_block
 from raylux.engine.context import Context
 from raylux.engine.numerics import Numerics, distinct
@@ -19,6 +20,7 @@ from raylux.engine.plan import choose_fit_rows, probe_count, query_block
 from raylux.engine.quarantine import give_up, given_up
 from raylux.engine.records import PROBE, QUERY, Contraction
 from raylux.engine.shard import Measured
+from raylux.engine.solve import Form
 from raylux.engine.stages import jointly, precision, prefilter, solving
 from raylux.engine.stages.fit import fitted
 from raylux.engine.work import Job, ShardLostError, every_shard, ids_at, results
@@ -41,12 +43,32 @@ def run(ctx: Context) -> None:
     if ctx.plan.query_tokens:
         todo.sort(key=lambda query: _shapes(ctx, query))  # those that fill a batch together
     solving.tidy(ctx)
-    size = (solve_block if _iterative(ctx) else query_block)(matrices(ctx.coverage.tracked), ctx.itemsize)
+    size = _block_size(ctx, todo)
     with ctx.reporter.task("query", len(todo), "queries") as task:
         for start in range(0, len(todo), size):
             block = todo[start : start + size]
-            _solve(ctx, ctx.folder.unused(QUERY, "b"), block)
+            _solve(ctx, ctx.folder.unused(QUERY, "b"), block, _is_checked(start // size, precision.resolve(ctx)))
             task.advance(len(block))
+
+
+def _block_size(ctx: Context, queries: Sequence[Query]) -> int:
+    """Queries of a block."""
+    layers = matrices(ctx.coverage.tracked)
+    if _iterative(ctx):
+        return solve_block(layers, ctx.itemsize)
+    if ctx.kind.joint or any(_rank_limits(ctx).values()):
+        return query_block(layers, ctx.itemsize)
+    tokens = sum(len(part.tokens) for query in queries for part in query.parts) / len(queries)
+    width = sum(captured_width(layer, ctx.groups) for layer in layers)
+    return query_block(layers, ctx.itemsize, tokens * width * precision.resolve(ctx).torch_dtype.itemsize)
+
+
+def _is_checked(place: int, contraction: Contraction) -> bool:
+    """Whether a block measures what rounding does to scores: the first, second, fourth … of a command.
+
+    Scores in full precision cost as much as solving some queries.
+    """
+    return contraction.dtype == "bfloat16" and place & (place + 1) == 0
 
 
 def solved_queries(ctx: Context) -> set[str]:
@@ -60,11 +82,11 @@ def answerable(ctx: Context) -> list[Query]:
     return [query for query in ctx.queries if query.id not in out]
 
 
-def _solve(ctx: Context, name: str, queries: Sequence[Query]) -> None:
+def _solve(ctx: Context, name: str, queries: Sequence[Query], checked: bool) -> None:
     """A block, from its start again where a shard died: what a shard holds of a block lives in it alone."""
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            _block(ctx, name, queries)
+            _block(ctx, name, queries, checked)
             return
         except ShardLostError as lost:
             if attempt == _ATTEMPTS:
@@ -135,7 +157,12 @@ def _together(ctx: Context, queries: Sequence[Query]) -> list[list[Query]]:
     return groups
 
 
-def _block(ctx: Context, name: str, queries: Sequence[Query]) -> None:
+def _form(ctx: Context) -> Form:
+    """How this run's queries are solved, by its plan."""
+    return Form(precision.resolve(ctx).torch_dtype, ctx.plan.query_basis == "eigen", ctx.plan.query_tokens > 0)
+
+
+def _block(ctx: Context, name: str, queries: Sequence[Query], checked: bool) -> None:
     backend = ctx.backend
     gradients = _gradients(ctx, queries)
     if not gradients.queries:
@@ -149,8 +176,7 @@ def _block(ctx: Context, name: str, queries: Sequence[Query]) -> None:
     if ctx.kind.joint and not iterative:
         solution, passing = jointly.solve(ctx, name, gradients.parts)
     handles = [[parts[shard] for parts in gradients.parts] for shard in range(backend.shards)]
-    eigen, keys_found = ctx.plan.query_basis == "eigen", None if solution is None else solution.keys
-    how = fitted(ctx), limits, precision.resolve(ctx), eigen, name, keys_found
+    how = fitted(ctx), limits, _form(ctx), name, None if solution is None else solution.keys, checked
     squares: dict[str, list[float]] = {}
     pairs = []
     for part, own, taken in every_shard(backend, "solve", [(*how, *own) for own in handles]):
@@ -159,7 +185,7 @@ def _block(ctx: Context, name: str, queries: Sequence[Query]) -> None:
         pairs.append(taken)
     # In the order of the layers: the sum's last bits are not to say how they were shared out.
     norms = np.sum([squares[layer.name] for layer in ctx.coverage.tracked], 0)
-    rounding = precision.check(ctx, np.sum(pairs, 0))
+    rounding = {"rounding": precision.check(ctx, np.sum(pairs, 0))} if checked else {}
     heads = [{**head, "norm": float(norm)} for head, norm in zip(gradients.heads, np.sqrt(norms), strict=True)]
     ranks, errors = _choose(ctx, gradients.queries, limits)
     keys: dict[str, str] = {}
@@ -179,8 +205,8 @@ def _block(ctx: Context, name: str, queries: Sequence[Query]) -> None:
         heads=heads,
         ranks=ranks,
         errors=errors,
-        rounding=rounding,
         numerics=distinct(numerics),
+        **rounding,
         **({"solver": solution.facts} if solution and iterative else {}),
     )
     solving.forget(ctx, name)
