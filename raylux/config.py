@@ -128,7 +128,17 @@ class FitSection(Section):
 
 class CurvatureSection(Section):
     kind: Literal[
-        "ekfac", "kfac", "tekfac", "tkfac", "eshampoo", "shampoo", "diagonal", "gauss_newton", "identity", "cosine"
+        "ekfac",
+        "kfac",
+        "tekfac",
+        "tkfac",
+        "eshampoo",
+        "shampoo",
+        "diagonal",
+        "gauss_newton",
+        "hessian",
+        "identity",
+        "cosine",
     ] = "ekfac"
     blocks: Literal[1, 2, 4] = Field(
         1, description="A and S of a layer are kept within so many blocks of its inputs, and of its outputs"

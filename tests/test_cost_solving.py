@@ -93,7 +93,7 @@ def test_a_joint_matrix_is_a_product_for_each_weight_and_self_influence_a_second
         model=shape, dtype="float32", basis=False, tokens=float(TOKENS), fit_sequences=ROWS, unit_tokens=TOKENS
     )
     size = sum(layer.parameters for layer in shape.tracked)
-    stage = plan_run(replace(small, joint=True), _cluster(), costs.ENGINE).stage("gauss-newton")
+    stage = plan_run(replace(small, joint=True), _cluster(), costs.ENGINE).stage("exact matrix")
     product = solving(replace(small, queries=1, solver_products=1, solver_sequences=ROWS), _cluster())
     one, all_of_it = (
         {each.kind: each.flops for each in works}["products: layers"] for works in (product.works, stage.works)

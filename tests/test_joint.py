@@ -149,7 +149,7 @@ def test_bits_over_workers_and_after_an_interruption(
     assert len(over.squares[0]) == 60 and np.array_equal(over.squares[1], first.squares[1])
     inputs.ask("a", "b")
     with monkeypatch.context() as patch:
-        Interrupt(patch, GradientWorker, "gauss_newton_unit", 2, False)
+        Interrupt(patch, GradientWorker, "joint_unit", 2, False)
         with pytest.raises(KeyboardInterrupt):
             inputs.run(tmp_path / "run", *SHORT, "fit.snapshot=0")
     inputs.run(tmp_path / "run", *SHORT, "fit.snapshot=0")
@@ -202,8 +202,8 @@ def test_experts_are_refused(tmp_path: Path) -> None:
 def test_a_singular_matrix_says_what_to_set() -> None:
     panel = torch.ones(2, 2, dtype=torch.float64)
     with pytest.raises(NumericsError, match=r"set curvature\.damping above 0"):
-        Joint.of({"one": (1, 2)}, {"one": panel}, {"one": 0.0})
-    matrix = Joint.of({"one": (1, 2)}, {"one": panel}, {"one": 1.0})
+        Joint.of("gauss_newton", {"one": (1, 2)}, {"one": panel}, {"one": 0.0})
+    matrix = Joint.of("gauss_newton", {"one": (1, 2)}, {"one": panel}, {"one": 1.0})
     torch.testing.assert_close(
         matrix.solve(torch.tensor([1.0, 1.0], dtype=torch.float64)), torch.full((2,), 1 / 3).double()
     )

@@ -83,8 +83,8 @@ def joint(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     matrix = float(size**2)
     units = max(1, math.ceil(work.fit_tokens / work.unit_tokens))
     stage = StageCost(
-        "gauss-newton", taken.works[:-1], units, cluster.workers, cluster.devices,
+        "exact matrix", taken.works[:-1], units, cluster.workers, cluster.devices,
         base_bytes(cluster.worker) + model_bytes(work) + matrix * work.stored + taken.worker, 8 * matrix,
         matrix * work.stored, units * matrix * work.stored,
     )  # fmt: skip
-    return stage, [Choice("gauss-newton", f"dense, {size:,} × {size:,}", f"{8 * matrix / 1e9:,.2f} GB in float64")]
+    return stage, [Choice("exact matrix", f"dense, {size:,} × {size:,}", f"{8 * matrix / 1e9:,.2f} GB in float64")]

@@ -1,13 +1,15 @@
-"""The exact damped Gauss-Newton matrix of small models: one dense matrix over the weights of all tracked layers.
+"""The exact damped curvature of small models: one dense matrix over the weights of all tracked layers.
 
-G = (1/N) Σ_i Σ_t J_itᵀ (diag p − p pᵀ) J_it as in ``raylux.curvature.gauss_newton``, whose products with the unit
-vectors are its columns; with the blocks between layers that every Kronecker kind leaves out, and without the noise of
-drawn labels. G + λ is taken apart once by Cholesky, λ a number for each layer, in float64.
+Of kind ``gauss_newton`` it is G = (1/N) Σ_i Σ_t J_itᵀ (diag p − p pᵀ) J_it as in ``raylux.curvature.gauss_newton``,
+whose products with the unit vectors are its columns; of kind ``hessian`` that of L, ``raylux.curvature.hessian``.
+With the blocks between layers that every Kronecker kind leaves out, and without the noise of drawn labels. With λ, a
+number for each layer, it is taken apart once by Cholesky, in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from raylux.batches import Batch
 from raylux.capture import Capture
+from raylux.curvature import hessian
 from raylux.curvature.gauss_newton import add_products
 from raylux.errors import NumericsError, UserError
 from raylux.layers import TrackedLayer
@@ -37,7 +40,7 @@ def check(kind: str, joint: bool, layers: Sequence[TrackedLayer], dtype: str) ->
     routed = [layer.name for layer in layers if layer.routed]
     why = None
     if routed:
-        why = f"'{routed[0]}' belongs to an expert, and there are no products with G for experts"
+        why = f"'{routed[0]}' belongs to an expert, and there are no products with {_named(kind)} for experts"
     elif dtype == "bfloat16":
         why = "its products need full precision, and model.dtype is bfloat16"
     elif count > MOST:
@@ -65,6 +68,17 @@ def add_columns(capture: Capture, batch: Batch, total: Tensor) -> None:
         add_products(capture, batch, [split(unit, shapes) for unit in units], [split(row, shapes) for row in rows])
 
 
+COLUMNS: Mapping[str, Callable[[Capture, Batch, Tensor], None]] = {
+    "gauss_newton": add_columns,
+    "hessian": hessian.add_columns,
+}
+"""Kind -> what adds the columns of a batch."""
+
+
+def _named(kind: str) -> str:
+    return "the Hessian" if kind == "hessian" else "G"
+
+
 def split(flat: Tensor, shapes: Shapes) -> dict[str, Tensor]:
     """Layer -> [P, M], a view of its part of [D]."""
     parts = flat.split([outputs * inputs for outputs, inputs in shapes.values()])
@@ -78,7 +92,7 @@ def joined(parts: Mapping[str, Tensor], shapes: Shapes) -> Tensor:
 
 @dataclass(frozen=True)
 class Joint:
-    """G + λ, taken apart.
+    """G + λ (or the Hessian with it), taken apart.
 
     Attributes:
         shapes: of the layers.
@@ -91,18 +105,21 @@ class Joint:
     damping: Tensor
 
     @classmethod
-    def of(cls, shapes: Shapes, panels: Mapping[str, Tensor], damping: Mapping[str, float]) -> Joint:
-        """From the rows of G that each layer has, [P · M, D], and its λ.
+    def of(cls, kind: str, shapes: Shapes, panels: Mapping[str, Tensor], damping: Mapping[str, float]) -> Joint:
+        """From the rows of the matrix that each layer has, [P · M, D], and its λ.
 
         Raises:
-            NumericsError: G + λ is not positive definite.
+            UserError: the Hessian with λ is not positive definite.
+            NumericsError: G + λ is not: it is singular.
         """
         matrix = torch.cat([panels[name].double() for name in shapes])
         diagonal = torch.cat([matrix.new_full((outputs * inputs,), damping[name])
                               for name, (outputs, inputs) in shapes.items()])  # fmt: skip
-        matrix = (matrix + matrix.T) / 2 + diagonal.diag()
-        lower, failed = torch.linalg.cholesky_ex(matrix)
+        matrix = (matrix + matrix.T) / 2
+        lower, failed = torch.linalg.cholesky_ex(matrix + diagonal.diag())
         if int(failed):
+            if kind == "hessian":
+                raise UserError(_indefinite(float(torch.linalg.eigvalsh(matrix)[0])))
             raise NumericsError("the damped curvature is singular: set curvature.damping above 0, or to auto")
         return cls(shapes, lower, diagonal)
 
@@ -120,3 +137,15 @@ class Joint:
         inverse = torch.cholesky_inverse(self.lower).diagonal()
         parts = split(1 - self.damping * inverse, self.shapes)
         return {name: float(part.sum()) for name, part in parts.items()}
+
+
+def _indefinite(smallest: float) -> str:
+    """What is said of a Hessian that its damping leaves without an inverse; ``smallest`` of its eigenvalues."""
+    # Rounded up to two digits, of which λ may be any number above.
+    unit = 10.0 ** (math.floor(math.log10(-smallest)) - 1) if smallest < 0 else 0.0
+    least = math.ceil(-smallest / unit) * unit if unit else 0.0
+    return (
+        f"curvature.kind=hessian: with this damping the Hessian is not positive definite (its smallest eigenvalue is "
+        f"{smallest:.2g}); set curvature.damping above {least:.2g}, or take curvature.kind=gauss_newton, which has no "
+        "negative ones"
+    )

@@ -104,6 +104,7 @@ KINDS = {
         Kind("shampoo", basis=True, statistics="sequences"),
         Kind("diagonal", moments=True),
         Kind("gauss_newton", moments=True, joint=True),
+        Kind("hessian", moments=True, joint=True),
         Kind("identity"),
         Kind("cosine", normalised=True),
     )

@@ -13,7 +13,7 @@ from raylux import gpu, profiling
 from raylux.batches import Batch, TokenRow, fit_batches, is_scored_so
 from raylux.capture import Capture, Captured, Labeller
 from raylux.curvature import Covariances, add_second_moments, weighted
-from raylux.curvature.joint import add_columns
+from raylux.curvature.joint import COLUMNS
 from raylux.engine.captures import FIT, CapturedSequences
 from raylux.engine.records import Contraction, FactorFiles
 from raylux.engine.scorer import Bases
@@ -149,15 +149,16 @@ class FitSums(ABC):
         ]
         return (unit.drawn(), *parts)
 
-    def gauss_newton_unit(
-        self, rows: np.ndarray, labels: np.ndarray | None, shards: Sequence[Sequence[str]]
+    def joint_unit(
+        self, rows: np.ndarray, labels: np.ndarray | None, shards: Sequence[Sequence[str]], kind: str
     ) -> tuple[Any, ...]:
-        """Sums of the Gauss-Newton matrix of a fit unit, over all tracked weights together: ``raylux.curvature.joint``.
+        """Sums of the exact matrix of a fit unit, over all tracked weights together: ``raylux.curvature.joint``.
 
         Args:
             rows: corpus rows of the unit.
-            labels: of no use here, the mean over labels being exact.
+            labels: of no use here: G is an exact mean over labels, and the Hessian of the data's own.
             shards: layer names of each shard.
+            kind: of the matrix.
 
         Returns:
             None, then a part per shard with each layer's rows of it [P · M, D] under ``moments``.
@@ -168,7 +169,7 @@ class FitSums(ABC):
         total = torch.zeros(size, size, dtype=self.compute, device=self.device)
         for batch in self._fit_batches(sequences):
             profiling.count(tokens=batch.tokens)
-            add_columns(self._capture, batch.to(self.device), total)
+            COLUMNS[kind](self._capture, batch.to(self.device), total)
         panels = dict(zip((layer.name for layer in layers), total.split([x.parameters for x in layers]), strict=True))
         parts = [
             {"moments": {name: gpu.to_host(panels[name]).numpy() for name in names}, "sequences": len(sequences)}

@@ -143,7 +143,8 @@ class IterativeSolves(ABC):
         """Layer -> Σ Λ/(Λ + λ), its effective degrees of freedom."""
         found = {}
         if KINDS[self.spec.kind].joint:
-            matrix = read_joint(self.folder, fitted, self.spec.shapes, self.spec.damping, self.spec.device)
+            spec = self.spec
+            matrix = read_joint(self.folder, fitted, spec.kind, spec.shapes, spec.damping, spec.device)
             return {name: value for name, value in matrix.freedom().items() if name in self.layers}
         for name in self.layers:
             curvature, damping = self._curvature(name, fitted)

@@ -35,8 +35,8 @@ class JointSolves(ABC):
     def _tokens(self, part: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
         """a [T, M] and g [T, P] of a query in a layer."""
 
-    def write_gauss_newton(self) -> dict[str, tuple[str, Objects, dict[str, Any]]]:
-        """Write each layer's rows of G [P · M, D], the mean over sequences, and its own diagonal [P, M] as its Λ."""
+    def write_joint(self) -> dict[str, tuple[str, Objects, dict[str, Any]]]:
+        """Write each layer's rows of it [P · M, D], the mean over sequences, and its own diagonal [P, M] as its Λ."""
         sizes = [outputs * inputs for outputs, inputs in self.spec.shapes.values()]
         starts = dict(zip(self.spec.shapes, accumulate(sizes, initial=0), strict=False))
         written = {}
@@ -61,11 +61,12 @@ class JointSolves(ABC):
                 by layer.
 
         Raises:
+            UserError: the Hessian with λ is not positive definite.
             NumericsError: G + λ is singular.
         """
         shapes = self.spec.shapes
         with profiling.of("eigendecomposition"):
-            matrix = read_joint(self.folder, fitted, shapes, self.spec.damping, self.spec.device)
+            matrix = read_joint(self.folder, fitted, self.spec.kind, shapes, self.spec.damping, self.spec.device)
         solved = []
         with profiling.of("solve"):
             for start in range(0, len(parts), shards):

@@ -215,11 +215,17 @@ def read_curvature(
 
 
 def read_joint(
-    folder: RunFolder, fitted: Fitted, shapes: Mapping[str, tuple[int, int]], damping: float | str, device: str
+    folder: RunFolder,
+    fitted: Fitted,
+    kind: str,
+    shapes: Mapping[str, tuple[int, int]],
+    damping: float | str,
+    device: str,
 ) -> Joint:
     """The exact matrix of all tracked layers with their damping, of what a fit of a joint kind left.
 
     Raises:
+        UserError: it is the Hessian, and not positive definite.
         NumericsError: it is singular.
     """
     panels, dampings = {}, {}
@@ -228,7 +234,7 @@ def read_joint(
         panels[name] = tensor(group.read("panel"), torch.float64, device)
         values = tensor(group.read("matrix"), torch.float64, device)
         dampings[name] = Spectral(values).damping(damping, fitted.least.get(name, 0.0))
-    return Joint.of(shapes, panels, dampings)
+    return Joint.of(kind, shapes, panels, dampings)
 
 
 def read_layer_queries(

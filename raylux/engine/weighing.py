@@ -80,7 +80,10 @@ class Curvatures:
         """
         if self._joint is None or self._joint[0] != loaded:
             self.drop()
-            self._joint = loaded, read_joint(self._folder, loaded.fitted, self._shapes, loaded.damping, self._device)
+            self._joint = (
+                loaded,
+                read_joint(self._folder, loaded.fitted, loaded.kind, self._shapes, loaded.damping, self._device),
+            )
         return self._joint[1]
 
     def drop(self) -> None:

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +24,8 @@ from raylux.capture import Capture
 from raylux.errors import NumericsError, UserError
 from raylux.influence.dots import sequence_gradients
 from raylux.layers import TrackedLayer
+from raylux.parameters import Weights, called_with, flat, parameters_of, unflat
 from raylux.tasks import task_of
-
-Weights = Mapping[str, Tensor]
-"""Tracked parameters by their names in the model, in the model's own layout."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +88,7 @@ class ProximalObjective:
         self.layers = tuple(layers)
         self.size = len(rows)
         self._task = task_of(model)
-        own = dict(model.named_parameters())
-        self._start = {name: own[name].detach() for layer in layers for name in _names(layer)}
+        self._start = parameters_of(model, layers)
         self._batches: list[tuple[Batch, Tensor]] = []
         with torch.no_grad():
             for batch in fit_batches(rows, batch_tokens):
@@ -216,18 +211,8 @@ class ProximalObjective:
 
     def _weights(self, change: Tensor) -> dict[str, Tensor]:
         """The tracked parameters at sqrt(λ) (θ − θ_s)."""
-        weights = {}
-        flat = change / self._scale
-        sizes = [layer.parameters for layer in self.layers]
-        for layer, part in zip(self.layers, flat.split(sizes), strict=True):
-            change = part.view(layer.shape)
-            if layer.bias:
-                change, bias = change[:, :-1], change[:, -1]
-                weights[f"{layer.name}.bias"] = self._start[f"{layer.name}.bias"] + bias
-            name = f"{layer.name}.weight"
-            start = self._start[name]
-            weights[name] = start + (change.T if layer.conv1d else change.view(start.shape))
-        return weights
+        moved = unflat(self.layers, change / self._scale, self._start)
+        return {name: x + moved[name] for name, x in self._start.items()}
 
     def _gradient_norm(self, u: Tensor, weight: float) -> float:
         """Norm of the gradient by sqrt(λ) θ, from that by u."""
@@ -246,19 +231,9 @@ class ProximalObjective:
         if not torch.isfinite(total):
             raise NumericsError("proximal optimum: the objective is not finite")
         # The way from u to the weights is linear and symmetric but for the scale: once for all of the batches.
-        u.grad = weight * self._power(self._flat_gradient(weights) / self._scale + change / weight**2, -0.5)
+        slopes = flat(self.layers, {name: _gradient(x) for name, x in weights.items()})
+        u.grad = weight * self._power(slopes / self._scale + change / weight**2, -0.5)
         return total
-
-    def _flat_gradient(self, weights: Weights) -> Tensor:
-        """Gradients of the tracked weights, layer after layer as [P, M]."""
-        parts = []
-        for layer in self.layers:
-            part = _gradient(weights[f"{layer.name}.weight"])
-            part = part.T if layer.conv1d else part.flatten(1)
-            if layer.bias:
-                part = torch.cat([part, _gradient(weights[f"{layer.name}.bias"]).unsqueeze(1)], 1)
-            parts.append(part.reshape(-1))
-        return torch.cat(parts)
 
     def _terms(self, weights: Weights, added: Batch, weight: float) -> Iterator[Tensor]:
         for batch, log_p in self._batches:
@@ -270,8 +245,7 @@ class ProximalObjective:
 
     def _logits(self, weights: Weights, batch: Batch) -> Tensor:
         """Logits of the counted positions [n, V]."""
-        call = partial(_called, self.model, dict(weights))
-        logits = self._task.logits(call, batch)
+        logits = self._task.logits(called_with(self.model, weights), batch)
         return logits.reshape(-1, logits.shape[-1])[self._task.targets(batch).reshape(-1) != IGNORED]
 
     def _losses(self, weights: Weights, batch: Batch) -> Tensor:
@@ -284,15 +258,6 @@ class ProximalObjective:
         return torch.zeros(len(labels), dtype=token_losses.dtype, device=token_losses.device).index_add(
             0, sequence, token_losses
         )
-
-
-def _called(model: nn.Module, weights: dict[str, Tensor], *args: Tensor, **kwargs: Any) -> Any:
-    """What a model gives with other weights."""
-    return torch.func.functional_call(model, weights, args, kwargs)
-
-
-def _names(layer: TrackedLayer) -> list[str]:
-    return [f"{layer.name}.{leaf}" for leaf in (("weight", "bias") if layer.bias else ("weight",))]
 
 
 def _gradient(x: Tensor) -> Tensor:

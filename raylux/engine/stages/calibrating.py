@@ -70,6 +70,11 @@ def check(ctx: Context, what: str) -> None:
             f"{what}: curvature.kind={config.curvature.kind} predicts no change in nats, its scores have no size to "
             "be checked; take a run with a fitted kind, as ekfac"
         )
+    if config.curvature.kind == "hessian":
+        raise UserError(
+            f"{what}: better solves are those of the Gauss-Newton matrix, and curvature.kind=hessian is another; "
+            "take a run with curvature.kind=gauss_newton"
+        )
     if config.fit.labels != "sampled":
         raise UserError(
             f"{what}: fit.labels={config.fit.labels} does not estimate the Gauss-Newton matrix that a better solve "

@@ -104,13 +104,12 @@ def _moments(ctx: Context, units: FitUnits) -> None:
 
 
 def _joint(ctx: Context, units: FitUnits) -> None:
-    """G over all tracked weights: of each layer its rows, and its diagonal for Λ. Without labels, and in one pass."""
+    """The matrix over all tracked weights: of each layer its rows, its diagonal for Λ. One pass, nothing drawn."""
     if _layers(ctx) - ctx.folder.committed(MOMENTS):
         size = 8 * sum(layer.parameters for layer in ctx.coverage.tracked)
-        names = ("gauss-newton", "gauss_newton_unit", "write_gauss_newton")
-        sums = LayerSums(
-            MOMENTS, *names, 1, lambda layer: float(size * layer.parameters), lambda _, layer: {layer}, ()
-        )  # fmt: skip
+        names = ("exact matrix", "joint_unit", "write_joint")
+        held, more = lambda layer: float(size * layer.parameters), (ctx.kind.name,)
+        sums = LayerSums(MOMENTS, *names, 1, held, lambda _, layer: {layer}, more)
         sum_layers(ctx, units, sums)
     forget_snapshot(ctx.folder, MOMENTS)
 
