@@ -54,8 +54,9 @@ def agreement(
     """The slope with a percentile interval of a bootstrap that draws queries and sequences again, both at once.
 
     Pairs of one query, and of one sequence, go together: drawn again one by one they would make the interval too
-    narrow. Where there are fewer than three queries (or sequences) they are kept as they are, and the interval is for
-    these very ones.
+    narrow. Of n there are n − 1 drawn (Rao & Wu 1988), which matters where queries are few. Where there are fewer than
+    three queries (or sequences) they are kept as they are, and the interval is for these very ones. No interval can
+    know of rare pairs that outweigh all that were drawn.
 
     Args:
         predicted: [Q, n]; NaN where a pair has none.
@@ -102,10 +103,11 @@ def _pairs(predicted: np.ndarray, measured: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _drawn(count: int, draws: int, random: np.random.Generator) -> np.ndarray:
-    """How often each of ``count`` is drawn, [draws, count]."""
+    """How often each of ``count`` is drawn again, [draws, count]."""
     if count < _FEWEST:
         return np.ones((draws, count))
-    return random.multinomial(count, np.full(count, 1 / count), draws).astype(np.float64)
+    # One less than there are: by as much as a mean's variance over drawn ones falls short of that over new ones.
+    return random.multinomial(count - 1, np.full(count, 1 / count), draws).astype(np.float64)
 
 
 def _r_squared(x: np.ndarray, y: np.ndarray) -> float:
