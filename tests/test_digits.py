@@ -65,7 +65,7 @@ def test_what_influence_predicts(tmp_path: Path) -> None:
     assert spearman >= 0.9 and pearson >= 0.95 and found.optima < 1e-2
     assert spearman > found.correlation("cold, seeds of their own")[1] + 0.3
     assert all(values.shape == (3, 8) for values in found.measured.values())
-    assert found.distances["that to its linearisation"] < found.distances["proximity to proximal Bregman optimum"]
+    assert found.distances["that to its linearisation"] < 0.1 * found.distances["proximity to proximal Bregman optimum"]
     assert found.distances["exact to truncated solve"] < 0.1 * found.distances["that to its linearisation"]
     text = pbrf.page(settings, [found], "command")
     assert all(truth in text for truth in gaps.TRUTHS) and all(gap in text for gap in gaps.GAPS)

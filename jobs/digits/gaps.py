@@ -197,7 +197,8 @@ class _Study:
         for layer in coverage(self._marked()).tracked:
             ids = [one["id"] for one in removed]
             solved: Any = read_layer_queries(store, query_files(store), layer, ids, torch.float64, "cpu")
-            change = -torch.stack(solved) / settings.train
+            # s_test is of a loss: of −log p.
+            change = torch.stack(solved) / settings.train
             states[f"{layer.name}.weight"][:-1] += change[..., :-1]
             states[f"{layer.name}.bias"][:-1] += change[..., -1]
         return -scores[:, self.removed.numpy()], states
