@@ -18,6 +18,7 @@ from raylux.errors import MissingStageError, NumericsError, RayluxError, UserErr
 
 if TYPE_CHECKING:
     from raylux.api import Run, attribute, combine, open_run, run
+    from raylux.perturbing import Perturbation, perturb
     from raylux.verification import CalibrationOptions, VerifyOptions, calibrate, verify
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Config",
     "MissingStageError",
     "NumericsError",
+    "Perturbation",
     "RayluxError",
     "Run",
     "UserError",
@@ -33,6 +35,7 @@ __all__ = [
     "calibrate",
     "combine",
     "open_run",
+    "perturb",
     "run",
     "verify",
 ]
@@ -44,6 +47,10 @@ def __getattr__(name: str) -> Any:
         from raylux import api
 
         return getattr(api, name)
+    if name in ("Perturbation", "perturb"):
+        from raylux import perturbing
+
+        return getattr(perturbing, name)
     if name in ("CalibrationOptions", "VerifyOptions", "calibrate", "verify"):
         from raylux import verification
 

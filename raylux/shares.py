@@ -56,7 +56,7 @@ def by_token(run: Run, query: str, sequence: str) -> pd.DataFrame:
     tokens = group.read("tokens", slice(start, stop))
     shares = group.read("shares", slice(start, stop)) * run.scale
     result = pd.DataFrame(
-        {"position": np.arange(len(tokens)), "token_id": tokens, "token": _decode(run, tokens), "influence": shares}
+        {"position": np.arange(len(tokens)), "token_id": tokens, "token": decoded(run, tokens), "influence": shares}
     )
     result.attrs.update(run.meaning())
     return result
@@ -73,7 +73,8 @@ def by_word(run: Run, query: str, sequence: str) -> pd.DataFrame:
     return result
 
 
-def _decode(run: Run, tokens: np.ndarray) -> list[str]:
+def decoded(run: Run, tokens: np.ndarray) -> list[str]:
+    """Each token as its tokenizer writes it."""
     from raylux.models import ModelFiles, load_tokenizer
 
     tokenizer = load_tokenizer(ModelFiles(run.settings["model"]["folder"], run.settings["model"]["tokenizer_folder"]))

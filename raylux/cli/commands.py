@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from raylux.cli import batching, evaluating, output, planning, stages, submitting, verifying, watching
+from raylux.cli import batching, evaluating, output, perturbing, planning, stages, submitting, verifying, watching
 from raylux.cli.app import ConfigArgument, OverridesArgument, RunArgument, app, manual
 from raylux.cli.codes import EXIT_USER
 from raylux.errors import UserError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from raylux.api import Run
 
 # The stages stand first in the list of commands.
-__all__ = ["app", "batching", "evaluating", "planning", "stages", "submitting", "verifying", "watching"]
+__all__ = ["app", "batching", "evaluating", "perturbing", "planning", "stages", "submitting", "verifying", "watching"]
 
 
 class Format(StrEnum):

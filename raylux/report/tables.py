@@ -256,6 +256,19 @@ def verification_table(frame: pd.DataFrame) -> Table:
     return table
 
 
+def perturbation_table(frame: pd.DataFrame, k: int, title: str) -> Table:
+    """The k inputs that move a score most, of ``Perturbation.table``: tokens by their norm, features by their size."""
+    shown = ("token", "norm", "projection") if "token" in frame.columns else ("value", "gradient")
+    size = frame[shown[1]].abs()
+    table = _table(title)
+    for name in ("position", *shown):
+        table.add_column(name, justify="left" if name == "token" else "right", overflow="fold")
+    for row in frame.loc[size.sort_values(ascending=False, kind="stable").index[:k]].to_dict("records"):
+        cells = [Text(plain(row[name])) if name == "token" else number(row[name], name != "norm") for name in shown]
+        table.add_row(str(row["position"]), *cells)
+    return table
+
+
 def agreement_table(found: Mapping[str, Agreement]) -> Table:
     """How measured changes follow each kind of prediction."""
     table = _table("measured per predicted over all pairs")

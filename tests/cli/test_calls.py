@@ -20,7 +20,7 @@ from tests.cli.stubs import ESCAPES, ROOT, STAGES, StubApi, one_line
 
 COMMANDS = (
     *("run", "fit", "prefilter", "query", "score", "report", "top", "inspect", "models", "demo", "doctor", "plan"),
-    *("submit", "status", "stop", "watch", "batch", "calibrate", "verify", "evaluate"),
+    *("submit", "status", "stop", "watch", "batch", "calibrate", "verify", "evaluate", "perturb"),
 )
 
 
