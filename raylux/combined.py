@@ -1,7 +1,9 @@
 """Several runs over the same corpus and queries read as one: checkpoints, seeds, stages of a training.
 
 The combined influence of a sequence is Σ_k w_k · influence_k. With kind ``identity`` and w_k the learning rates of the
-checkpoints that is TracIn (Pruthi et al. 2020, equation 3); with any kind and equal weights, the mean over models.
+checkpoints that is TracIn (Pruthi et al. 2020, equation 3); with any kind and equal weights, the mean over models. Of
+runs that stand for the segments of one training, each of whose queries were carried back from the next one's
+(``query.carried_from``), the parts add up: that is SOURCE (Bae et al. 2024, equation 11).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ class Combined:
 
     Attributes:
         runs: at least one, in the order given.
-        weights: [K] of each; default: 1/K, the mean.
+        weights: [K] of each; default: 1/K, the mean; 1 where they are the segments of one training.
 
     Raises:
         UserError: other weights than runs, or none that counts; the runs differ in unit, N, sequences or queries.
@@ -41,7 +43,8 @@ class Combined:
         if not runs:
             raise UserError("no run is named; name at least one run folder")
         self.runs = list(runs)
-        self.weights = np.full(len(runs), 1 / len(runs)) if weights is None else np.asarray(weights, np.float64)
+        each = 1.0 if self._segments else 1 / len(runs)
+        self.weights = np.full(len(runs), each) if weights is None else np.asarray(weights, np.float64)
         if len(self.weights) != len(runs):
             raise UserError(
                 f"{len(self.weights)} weights for {len(runs)} runs; give one for each, or none for the mean"
@@ -67,6 +70,12 @@ class Combined:
         if not self._shared(first, other):
             raise UserError(f"{names} have no query in common")
 
+    @property
+    def _segments(self) -> bool:
+        """Whether the runs are segments of one training: the queries of all but the last come from a later one."""
+        ends = [run for run in self.runs if run.config.query.carried_from is None]
+        return len(ends) == 1 and all(run.config.curvature.segment is not None for run in self.runs)
+
     @staticmethod
     def _shared(one: Run, other: Run) -> list[str]:
         return [query for query in one.queries if query in other.query_records]
@@ -83,9 +92,10 @@ class Combined:
 
     @property
     def unit(self) -> str:
-        """That of the runs; weighted where the weights do not sum to 1."""
+        """That of the runs; weighted where the weights neither sum to 1 nor add up segments."""
         unit = self.runs[0].unit
-        return unit if math.isclose(self.weights.sum(), 1.0) else f"weighted {unit}"
+        whole = self.weights == 1 if self._segments else math.isclose(self.weights.sum(), 1.0)
+        return unit if np.all(whole) else f"weighted {unit}"
 
     def top(
         self,

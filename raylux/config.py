@@ -144,6 +144,11 @@ class CurvatureSection(Section):
         1, description="A and S of a layer are kept within so many blocks of its inputs, and of its outputs"
     )
     damping: NotNegative | Auto = Field("auto", description="λ; auto: 0.1 × mean(Λ) of each layer")
+    segment: Positive | None = Field(
+        None,
+        description="the run stands for a segment of training (SOURCE): learning rates summed over its steps, per "
+        "summed loss of a sequence",
+    )
     solver: Literal["direct", "pcg", "astra", "cg", "lissa"] = Field(
         "direct",
         description="how a query is solved: direct by the kind's own inverse; the others by products with the exact "
@@ -178,6 +183,9 @@ class QuerySection(Section):
         "auto", description="eigen: leave s_test in the eigenbases and rotate the candidates; auto: the cheaper way"
     )
     max_rank: Count = Field(256, description="above this rank a layer's s_test is kept dense")
+    carried_from: Name | None = Field(
+        None, description="run folder of the segment of training after this one, whose queries are carried back to it"
+    )
     probes: Count | Auto = Field("auto", description="sequences on which the error is measured; auto: 32 to 128")
 
 

@@ -92,7 +92,8 @@ _FREE = frozenset(
     }
 )
 _OWN = {"model.tokenizer": "corpus", "model.task": "corpus"} | {
-    f"curvature.{key}": "query" for key in ("damping", "solver", "iterations", "tolerance", "scale", "step", "batch")
+    f"curvature.{key}": "query"
+    for key in ("damping", "segment", "solver", "iterations", "tolerance", "scale", "step", "batch")
 }
 _SECTIONS = {"corpus": "corpus", "query": "query", "score": "score", "evaluate": None}
 

@@ -17,7 +17,7 @@ from raylux.cost.machine import Cluster
 from raylux.cost.model import ModelShape
 from raylux.cost.planner import plan_run
 from raylux.cost.workload import Workload
-from raylux.curvature import KINDS, check_blocks, check_words, joint
+from raylux.curvature import KINDS, check_blocks, check_segment, check_words, joint
 from raylux.curvature.solvers import Rule
 from raylux.engine.kept import kept_bytes
 from raylux.engine.plan import Plan, make_plan, probe_count
@@ -85,6 +85,9 @@ def plan_on(config: Config, sizes: Sizes, cluster: Cluster, can: frozenset[str] 
 
 def _workload(config: Config, sizes: Sizes, device: str) -> tuple[Workload, Plan]:
     check_blocks(config.curvature.kind, config.curvature.blocks)
+    check_segment(
+        config.curvature.kind, config.curvature.segment, config.curvature.solver, config.query.carried_from is not None
+    )
     shape, files, context = find_shape(config)
     lengths, query_lengths = _lengths(config, sizes, files, context)
     plan = make_plan(

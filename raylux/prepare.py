@@ -15,13 +15,13 @@ from raylux import examples, fingerprints, models
 from raylux.capture import input_groups
 from raylux.config import Config, CorpusSection
 from raylux.corpus import Sequences, load_corpus
-from raylux.curvature import KINDS, check_blocks, check_words, joint, solvers
+from raylux.curvature import KINDS, check_blocks, check_segment, check_words, joint, solvers
 from raylux.engine import choices
 from raylux.engine.context import Context
 from raylux.engine.plan import Plan, make_plan
 from raylux.engine.progress import Reporter
+from raylux.engine.stages import carrying, fit, queries
 from raylux.engine.stages import corpus as corpus_stage
-from raylux.engine.stages import fit, queries
 from raylux.errors import MissingStageError, UserError
 from raylux.frozen import Frozen, check_stage_name, drop, falls, holds
 from raylux.layers import Coverage, matrices
@@ -140,6 +140,9 @@ def read(config: Config, folder: RunFolder, restart: str | None, asked: Sequence
     """
     check_stage_name(restart)
     check_blocks(config.curvature.kind, config.curvature.blocks)
+    check_segment(
+        config.curvature.kind, config.curvature.segment, config.curvature.solver, config.query.carried_from is not None
+    )
     solvers.check(config.curvature.kind, config.curvature, config.fit.labels, config.model.dtype)
     known = _known(folder)
     if known:
@@ -151,6 +154,7 @@ def read(config: Config, folder: RunFolder, restart: str | None, asked: Sequence
     joint.check(kind.name, kind.joint, model.coverage.tracked, config.model.dtype)
     if asked is None:
         asked = model.questions(config.queries.path)
+    carrying.find(config, model.coverage.tracked, asked)
     source = redacted_values(fingerprints.of_source(config.corpus.path))
     sequences = None
     if not _stored(folder, restart):

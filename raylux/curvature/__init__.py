@@ -5,7 +5,7 @@ such matrices. All kinds are *per sequence*: G = (1/N) Σ_i (pseudo-)gradient of
 """
 
 from raylux.curvature.covariance import Covariances, eigenbasis, square_eigenbasis
-from raylux.curvature.kinds import KINDS, Kind, check_blocks, check_words
+from raylux.curvature.kinds import KINDS, Kind, check_blocks, check_end, check_segment, check_words
 from raylux.curvature.moments import Basis, add_second_moment, add_second_moments, rotate
 from raylux.curvature.spectral import Spectral
 from raylux.curvature.statistics import Statistics, weighted
@@ -20,6 +20,8 @@ __all__ = [
     "add_second_moment",
     "add_second_moments",
     "check_blocks",
+    "check_end",
+    "check_segment",
     "check_words",
     "eigenbasis",
     "rotate",

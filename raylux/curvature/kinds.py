@@ -122,6 +122,43 @@ def check_words(kind: str, layers: Sequence[TrackedLayer]) -> None:
         )
 
 
+def check_segment(kind: str, segment: float | None, solver: str, carried: bool) -> None:
+    """Raises UserError where a run cannot stand for a segment of training (SOURCE).
+
+    Args:
+        kind: of curvature.
+        segment: h; None: it is none.
+        solver: of queries.
+        carried: queries come from the segment after it.
+    """
+    named = ", ".join(name for name, one in KINDS.items() if one.fitted and not one.joint)
+    if segment is None:
+        if carried:
+            raise UserError(
+                "query.carried_from: queries are carried back from one segment of training to the one before; set "
+                "curvature.segment, or leave query.carried_from out"
+            )
+    elif not KINDS[kind].fitted or KINDS[kind].joint:
+        raise UserError(
+            f"curvature.segment={segment}: curvature.kind={kind} has no eigenvalues layer by layer; set one of the "
+            f"kinds {named}, or leave curvature.segment out"
+        )
+    elif solver != "direct":
+        raise UserError(
+            f"curvature.segment={segment}: curvature.solver={solver} solves with the inverse, which a segment does not "
+            "take; set curvature.solver=direct, or leave curvature.segment out"
+        )
+
+
+def check_end(segment: float | None, what: str) -> None:
+    """Raises UserError where ``what``, a command, is about the damped inverse and a run has none."""
+    if segment is not None:
+        raise UserError(
+            f"{what}: curvature.segment={segment} predicts what a segment of training does, not a proximal step that "
+            "could be measured; take a run without curvature.segment"
+        )
+
+
 def check_blocks(kind: str, blocks: int) -> None:
     """Raises UserError where a config asks for blocks of what its kind has not."""
     if blocks > 1 and not KINDS[kind].basis:

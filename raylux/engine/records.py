@@ -49,12 +49,14 @@ class Fitted:
         moments: layer -> key of its Λ.
         rows_per_sequence: layer -> T̄.
         least: expert's layer -> the mean Λ below which that of its own does not count for its damping.
+        segment: h of the segment of training that the run stands for, if it does.
     """
 
     files: FactorFiles
     moments: dict[str, str]
     rows_per_sequence: dict[str, float]
     least: dict[str, float]
+    segment: float | None = None
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,9 @@ def read_curvature(
         values = [read(eigen[matrix], "values") for matrix in (input_matrix(group), output_matrix(layer))]
     lam = read(fitted.moments[layer], "matrix") if fitted.moments else None
     rows = fitted.rows_per_sequence.get(layer, 1.0)
-    return KINDS[kind].assemble(q_a, q_s, values[0], values[1], lam, rows)
+    found = KINDS[kind].assemble(q_a, q_s, values[0], values[1], lam, rows)
+    found.segment = fitted.segment
+    return found
 
 
 def read_joint(

@@ -19,6 +19,7 @@ from raylux import gpu, profiling
 from raylux.blocks import Blocks, block_sizes
 from raylux.curvature import Spectral, square_eigenbasis
 from raylux.engine import numerics
+from raylux.engine.carrying import Later
 from raylux.engine.iterating import IterativeSolves
 from raylux.engine.jointly import JointSolves
 from raylux.engine.records import (
@@ -216,6 +217,7 @@ class FactorShard(IterativeSolves, JointSolves):
         block: str,
         solutions: Mapping[str, str] | None,
         checked: bool,
+        later: Later | None,
         *parts: Sequence[Mapping[str, Any]],
     ) -> tuple[dict[str, float], dict[str, list[float]], np.ndarray]:
         """s_test of a block of queries in every layer of this shard, kept until ``write_block``.
@@ -228,6 +230,7 @@ class FactorShard(IterativeSolves, JointSolves):
                 layer is held at a time.
             solutions: layer -> key of the state that an iterative solve ended with; None: the kind's own inverse.
             checked: take some scores both ways.
+            later: where the block's queries are carried from, for which their own gradients give way; or None.
             *parts: lists of queries' ``inputs`` [T, M] by group and ``grads`` [T, P] by layer.
 
         Returns:
@@ -249,6 +252,9 @@ class FactorShard(IterativeSolves, JointSolves):
             curvature, damping[name] = self._curvature(name, fitted)
             tokens = [self._tokens(query, name, rounded=True) for query in queries]
             given = None if solutions is None else self.solutions(solutions[name])
+            if later is not None:
+                carried = later.carried(self.layers[name], self.compute, self.spec.device)
+                given = [curvature.solve(v, damping[name]) for v in carried]
             try:
                 with profiling.of("solve"):
                     found = solve_layer(curvature, tokens, damping[name], own, given, checked)

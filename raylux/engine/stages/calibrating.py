@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from raylux.cost.sizes import solve_block
+from raylux.curvature import check_end
 from raylux.curvature.solvers import check_layers
 from raylux.engine.context import Context
 from raylux.engine.numerics import Numerics, distinct
@@ -65,6 +66,7 @@ class Solved:
 def check(ctx: Context, what: str) -> None:
     """Raises UserError where a run's scores have no size that better solves could tell; ``what``: the command."""
     config = ctx.config
+    check_end(config.curvature.segment, what)
     if not ctx.kind.predicts:
         raise UserError(
             f"{what}: curvature.kind={config.curvature.kind} predicts no change in nats, its scores have no size to "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from raylux.cost.passes import covariance_held, moments_held
 from raylux.engine.context import Context
@@ -19,7 +20,7 @@ from raylux.engine.records import (
 from raylux.engine.stages import precision
 from raylux.engine.stages.layers import FitUnits, LayerSums, sum_layers
 from raylux.engine.sums import forget_snapshot
-from raylux.store import Manifest
+from raylux.store import Manifest, RunFolder
 
 
 def run(ctx: Context) -> None:
@@ -125,11 +126,20 @@ def rows_per_sequence(units: Mapping[str, Manifest]) -> dict[str, float]:
 
 def fitted(ctx: Context) -> Fitted:
     """What the ledger has of the fit."""
+    return replace(
+        fitted_in(ctx.folder),
+        least=_shared_means(ctx),
+        segment=ctx.config.curvature.segment,
+    )
+
+
+def fitted_in(folder: RunFolder) -> Fitted:
+    """What a run folder's ledger has of its fit, but for what is told by the model and the config."""
     return Fitted(
-        factor_files(ctx.folder),
-        {unit: manifest.meta["key"] for unit, manifest in ctx.folder.units(MOMENTS).items()},
-        rows_per_sequence(ctx.folder.units(COVARIANCE)),
-        _shared_means(ctx),
+        factor_files(folder),
+        {unit: manifest.meta["key"] for unit, manifest in folder.units(MOMENTS).items()},
+        rows_per_sequence(folder.units(COVARIANCE)),
+        {},
     )
 
 

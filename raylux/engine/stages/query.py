@@ -21,7 +21,7 @@ from raylux.engine.quarantine import give_up, given_up
 from raylux.engine.records import PROBE, QUERY, Contraction
 from raylux.engine.shard import Measured
 from raylux.engine.solve import Form
-from raylux.engine.stages import jointly, precision, prefilter, solving
+from raylux.engine.stages import carrying, jointly, precision, prefilter, solving
 from raylux.engine.stages.fit import fitted
 from raylux.engine.work import Job, ShardLostError, every_shard, ids_at, results
 from raylux.engine.worker import QuerySpec
@@ -36,6 +36,8 @@ _ATTEMPTS = 20
 
 def run(ctx: Context) -> None:
     """Solve for every query that has no s_test yet, a block at a time."""
+    if ctx.config.query.carried_from is not None:
+        carrying.check_same(ctx)
     out = solved_queries(ctx) | set(given_up(ctx.folder, QUERY))
     todo = [query for query in ctx.queries if query.id not in out]
     if not todo:
@@ -176,7 +178,8 @@ def _block(ctx: Context, name: str, queries: Sequence[Query], checked: bool) -> 
     if ctx.kind.joint and not iterative:
         solution, passing = jointly.solve(ctx, name, gradients.parts)
     handles = [[parts[shard] for parts in gradients.parts] for shard in range(backend.shards)]
-    how = fitted(ctx), limits, _form(ctx), name, None if solution is None else solution.keys, checked
+    later = carrying.find(ctx.config, ctx.coverage.tracked, gradients.queries)
+    how = fitted(ctx), limits, _form(ctx), name, None if solution is None else solution.keys, checked, later
     squares: dict[str, list[float]] = {}
     pairs = []
     for part, own, taken in every_shard(backend, "solve", [(*how, *own) for own in handles]):
@@ -208,6 +211,7 @@ def _block(ctx: Context, name: str, queries: Sequence[Query], checked: bool) -> 
         numerics=distinct(numerics),
         **rounding,
         **({"solver": solution.facts} if solution and iterative else {}),
+        **({"carried": later.prints} if later else {}),
     )
     solving.forget(ctx, name)
     ctx.folder.delete(passing)

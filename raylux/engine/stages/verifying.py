@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from raylux.curvature import check_end
 from raylux.engine.context import Context
 from raylux.engine.measuring import Measuring
 from raylux.engine.plan import choose_fit_rows
@@ -26,6 +27,7 @@ ASKED = "asked"
 
 def check(ctx: Context) -> None:
     """Raises UserError where nothing can be measured that a run's scores would predict."""
+    check_end(ctx.config.curvature.segment, "verify")
     if not ctx.kind.predicts:
         raise UserError(
             f"verify: curvature.kind={ctx.config.curvature.kind} predicts no change in nats, there is nothing to "
