@@ -94,10 +94,14 @@ def lds(bench: Bench) -> None:
         bench.judged(members, measured.mean(1)),
     )
     bench.found.notes["lds"] = (
-        f"{len(members)} random subsets of {size} of {count} sequences, {measured.shape[1]} seeds each. "
+        f"{len(members)} random subsets of {size} of {count} sequences, {_seeds(measured.shape[1])} each. "
         + _repeats(measured)
         + f" Over the subsets a query's measurement has a standard deviation of {measured.mean(1).std(0).mean():.3g}."
     )
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' * (count != 1)}"
 
 
 def _repeats(measured: np.ndarray) -> str:
