@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 from jobs import pages
-from jobs.lds import methods, page, retrain
+from jobs.lds import compared, page, retrain
+from jobs.lds.methods import EKFAC
 from jobs.lds.study import Settings, Study
 from raylux.evaluate import judge
 
@@ -37,8 +38,8 @@ def measured(options: dict[str, Any], command: str) -> pages.Page:
     study = Study.of(settings)
     place = folder / settings.name
     found = retrain.measured(study, place / "subsets")
-    made = methods.all_methods(study, place / "runs")
-    judged = judge({method.name: method.scores for method in made}, study.members, found.mean(1), against=methods.EKFAC)
+    made = compared.all_methods(study, place / "runs")
+    judged = judge({method.name: method.scores for method in made}, study.members, found.mean(1), against=EKFAC)
     return pages.Page(page.page(settings, made, judged, found, command), partial(page.plot, judged))
 
 

@@ -12,7 +12,9 @@ from scipy.stats import spearmanr
 
 from jobs import datamodel
 from jobs.lds import methods, page, retrain
+from jobs.lds.compared import PEER, Method
 from jobs.lds.study import Settings, Study
+from jobs.lds.trained import train
 from raylux.errors import UserError
 from raylux.evaluate import correlations, judge
 from raylux.evaluate.datamodel import Estimate
@@ -115,7 +117,7 @@ def test_models_that_are_there_are_not_trained_again(study: Study, tmp_path: Pat
 
 
 def test_methods_score_every_text(study: Study, tmp_path: Path) -> None:
-    points = methods.train(study)
+    points = train(study)
     assert len(points) == 1 and points[0].rate > 0
     found = {
         "ekfac": methods.scores(study, points[0].model, tmp_path / "run", "ekfac"),
@@ -125,7 +127,13 @@ def test_methods_score_every_text(study: Study, tmp_path: Path) -> None:
         assert scores.shape == (3, 24) and np.isfinite(scores).all() and scores.std() > 0
     measured = np.random.default_rng(0).normal(size=(4, 2, 3))
     judged = judge(found, study.members, measured.mean(1), "ekfac", draws=50)
-    text = page.page(SMALL, [methods.Method(name, "", x, 1.0) for name, x in found.items()], judged, measured, "cmd")
+    listed = [Method(name, "", x, 1.0) for name, x in found.items()]
+    text = page.page(SMALL, listed, judged, measured, "cmd")
+    left_out = "its row is left out"
+    assert left_out in text
+    listed.append(Method(PEER, "", found["ekfac"], 1.0))
+    judged.lds[PEER], judged.above[PEER] = judged.lds["ekfac"], judged.above["ekfac"]
+    assert left_out not in page.page(SMALL, listed, judged, measured, "cmd")
     for name in found:
         assert f"| {name} |  | {judged.lds[name]} |" in text
     if find_spec("matplotlib") is None:

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
 import raylux
 from jobs.dose.study import Members, Study, members, weights_of
 from jobs.kept import Arrays, kept
 from jobs.lds import methods
+from jobs.lds import peer as peers
 from raylux.demo.training import train_model
 from raylux.engine.records import QUERY
-from raylux.errors import UserError
-from raylux.layers import coverage
 from raylux.store import RunFolder
 
 EKFAC, AVERAGED, PCG, PEER, BM25, DOT = "ekfac", "averaged", "pcg", "kronfluence", "bm25", "dot"
 RANDOM = "random"
 # Epochs whose models the average is taken over: the last ones.
 CHECKPOINTS = 3
-# Sequences that kronfluence takes together.
-_PEER_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -139,21 +134,7 @@ def peer(study: Study, model: PreTrainedModel, folder: Path) -> np.ndarray:
     Raises:
         UserError: kronfluence is not installed.
     """
-    if importlib.util.find_spec("kronfluence") is None:
-        raise UserError("kronfluence is missing: `make peers` installs it, and --methods does without")
-    from jobs.bench.batches import Rows, batch_of
-    from jobs.bench.peer import Kronfluence
-
-    layers = [layer.name for layer in coverage(model).tracked]
-    train, asked = (
-        Rows(batch_of([row.tokens for row in rows], [row.labels for row in rows])) for rows in (study.rows, study.parts)
-    )
-    # It samples labels by torch's global generator.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        found = Kronfluence(model.requires_grad_(True), layers, train, folder, _PEER_BATCH)
-        found.fit()
-    return found.scores(asked, query_batch=_PEER_BATCH)["all_modules"]
+    return peers.scores(model, study.rows, study.parts, folder)
 
 
 def best(scores: np.ndarray, size: int) -> list[Members]:

@@ -11,9 +11,8 @@ from transformers import PreTrainedModel
 
 from jobs.kept import folder_name
 from jobs.lds import study as lds
-from raylux.batches import IGNORED, TokenRow
+from raylux.batches import TokenRow
 from raylux.demo.training import TrainingSettings, initial_model
-from raylux.queries import parse_queries
 
 COLD, WARM, PROXIMAL = "cold", "warm", "proximal"
 RETRAINED = (COLD, WARM)
@@ -115,15 +114,12 @@ class Study:
     @cached_property
     def rows(self) -> list[TokenRow]:
         """The texts [N] as they are trained on: every token but the first has a label."""
-        encoded = self.drawn.tokenizer(self.drawn.texts)["input_ids"]
-        return [TokenRow(np.asarray(tokens), np.asarray([IGNORED, *tokens[1:]])) for tokens in encoded]
+        return self.drawn.rows
 
     @cached_property
     def parts(self) -> list[TokenRow]:
         """The queries [Q]: their completions have labels."""
-        tokenizer = self.drawn.tokenizer
-        queries = parse_queries(self.drawn.asked, tokenizer, len(tokenizer), self.settings.training().context)
-        return [TokenRow(part.tokens, part.labels) for query in queries for part in query.parts]
+        return self.drawn.parts
 
     def model(self, weights: np.ndarray) -> PreTrainedModel:
         """The model with these parameters [P], in their precision and ready to be asked."""

@@ -7,11 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from jobs.lds.methods import EKFAC, Method
+from jobs.lds import segments, trackstar
+from jobs.lds.compared import PEER, Method
+from jobs.lds.methods import EKFAC
 from jobs.lds.study import Settings
 from jobs.plots import pyplot
 from raylux.evaluate import Judgement
 from raylux.evaluate.datamodel import Estimate, agreement_of_repeats, ceiling
+
+_ABSENT = """
+kronfluence was not installed (`make peers`): its row is left out.
+"""
 
 
 def page(settings: Settings, methods: Sequence[Method], judged: Judgement, measured: np.ndarray, command: str) -> str:
@@ -25,6 +31,7 @@ def page(settings: Settings, methods: Sequence[Method], judged: Judgement, measu
     alike = agreement_of_repeats(measured)
     spread = measured.mean(1).std(0).mean()
     table = "\n".join(rows)
+    absent = "" if any(method.name == PEER for method in methods) else _ABSENT
     return f"""# What other training sets would have done: the linear datamodeling score
 
     {command}
@@ -32,17 +39,17 @@ def page(settings: Settings, methods: Sequence[Method], judged: Judgement, measu
 {settings.train:,} Wikipedia leads (their first {settings.characters} characters), {settings.queries} held-out ones as
 queries (f = log p of the last three quarters). A Llama of {settings.layers} layers, width {settings.width}, with a
 vocabulary of {settings.vocabulary:,}, is trained on all of them for {settings.epochs} epochs; and, from
-{settings.repeats} seeds each, on {settings.subsets} random halves. A method predicts f after training on a half by the
-sum of its scores there; LDS is Spearman's correlation over the halves between these sums and f (the mean of the
-{settings.repeats} seeds), averaged over the queries. In brackets 90 % of a bootstrap over halves and queries;
-differences are taken on the same draws.
+{settings.repeats} seed{"s" * (settings.repeats != 1)} each, on {settings.subsets} random halves. A method predicts f
+after training on a half by the sum of its scores there; LDS is Spearman's correlation over the halves between these
+sums and f (the mean over the seeds), averaged over the queries. In brackets 90 % of a bootstrap over halves and
+queries; differences are taken on the same draws.
 
 ![LDS by method](datamodel.png)
 
 | method | what | LDS | above EK-FAC | CPU, s |
 | --- | --- | --- | --- | --- |
 {table}
-
+{absent}
 ## What could be reached
 
 Models of the same half that differ in their seed agree by a Spearman's ρ of {alike:.3f}: even the true
@@ -54,7 +61,16 @@ halves f of a query has a standard deviation of {spread:.2f} nats.
 - Scores are those of one model, trained on all texts with the first of the seeds; only the MLP layers are tracked.
 - An interval of a difference that leaves out 0 is a difference on these texts and this model; other models may
   order methods otherwise.
-- λ is a tenth of the mean eigenvalue of each layer throughout; it was not tuned for any method.
+- λ is a tenth of the mean eigenvalue of each layer throughout, but for SOURCE, which has none; it was not tuned for
+  any method.
+- SOURCE cuts the training into {segments.SEGMENTS} segments of as many epochs, for each of which the model at its end
+  stands, with its own EK-FAC (Bae et al. 2024 average several within a segment). Its theory is about gradient descent
+  by one rate. AdamW has a rate for each weight: one stands for all, the root of the mean of its second moments over the
+  tracked weights dividing it; beside that the formula with AdamW's rates as they are.
+- TrackStar is computed beside raylux: AdamW's own second moments, projections of {trackstar.PROJECTED} by
+  {trackstar.PROJECTED} in each layer, a second moment of these over the training texts alone (the paper may mix in the
+  queries').
+- kronfluence draws labels of its own; its layers and λ are raylux's.
 - CPU seconds are those of scoring, on one thread, without training the model.
 """
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from jobs.kept import folder_name
-from raylux.batches import TokenRow
+from raylux.batches import IGNORED, TokenRow
 from raylux.demo.corpus import read_leads
 from raylux.demo.training import TrainingSettings, train_tokenizer
 from raylux.errors import UserError
@@ -102,8 +103,19 @@ class Study:
         ]
         return cls(settings, texts, asked, members, train_tokenizer(texts, settings.training(0)))
 
+    @cached_property
+    def rows(self) -> list[TokenRow]:
+        """The texts [N] as they are trained on: every token but the first has a label."""
+        encoded = self.tokenizer(self.texts)["input_ids"]
+        return [TokenRow(np.asarray(tokens), np.asarray([IGNORED, *tokens[1:]])) for tokens in encoded]
+
+    @cached_property
+    def parts(self) -> list[TokenRow]:
+        """The queries [Q]: their completions have labels."""
+        context = self.settings.training(0).context
+        queries = parse_queries(self.asked, self.tokenizer, len(self.tokenizer), context)
+        return [TokenRow(part.tokens, part.labels) for query in queries for part in query.parts]
+
     def logprobs(self, model: PreTrainedModel) -> np.ndarray:
         """f of each query: log p of its completion, in nats [Q]."""
-        queries = parse_queries(self.asked, self.tokenizer, len(self.tokenizer), 128)
-        rows = [TokenRow(part.tokens, part.labels) for query in queries for part in query.parts]
-        return Answers(model).logprobs(rows).numpy()
+        return Answers(model).logprobs(self.parts).numpy()

@@ -1,0 +1,145 @@
+"""The study's TrackStar against a dense reference, and what it and SOURCE are told of the training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from jobs.lds import compared, segments, trackstar
+from jobs.lds.study import Settings, Study
+from jobs.lds.trained import Checkpoint, train
+from raylux.batches import TokenRow
+from raylux.layers import coverage
+from tests import reference
+from tests import test_exact as exact
+
+SMALL = Settings(train=24, queries=3, subsets=4, repeats=1, vocabulary=300, layers=1, width=16, epochs=3)
+
+
+def test_it_is_the_dense_formula() -> None:
+    """By autograd and NumPy: divided by √v, projected from both sides, whitened by layer, of unit length."""
+    model, size = exact.gpt2(), 3
+    layers = {layer.name: layer.shape for layer in coverage(model).tracked}
+    random = np.random.default_rng(0)
+    moments = {name: random.random(shape) for name, shape in layers.items()}
+    rows = [exact.encode(text) for text in exact.TEXTS]
+    train_rows = [TokenRow(np.array(row), np.array(row)) for row in rows]
+    parts = [question.parts[0][1] for question in exact.QUESTIONS]
+    asked_rows = [TokenRow(np.array(part.tokens), np.array(part.labels)) for part in parts]
+    sides = trackstar.projections(layers, size)
+    phi = [
+        {name: (left.numpy() @ (-found[name] / (np.sqrt(moments[name]) + 1e-8)) @ right.numpy().T).ravel()
+         for name, (left, right) in sides.items()}
+        for found in (
+            reference.gradients(model, list(layers), example)
+            for example in [*(reference.Example(row, row) for row in rows), *parts]
+        )
+    ]  # fmt: skip
+    columns = []
+    for name in layers:
+        found = np.stack([each[name] for each in phi])
+        second = found[: len(rows)].T @ found[: len(rows)] / len(rows)
+        values, vectors = np.linalg.eigh(second + 0.1 * np.trace(second) / len(second) * np.eye(len(second)))
+        columns.append(found @ vectors @ np.diag(values**-0.5) @ vectors.T)
+    whole = np.hstack(columns)
+    whole /= np.linalg.norm(whole, axis=1, keepdims=True)
+    wanted = whole[len(rows) :] @ whole[: len(rows)].T
+    tensors = {name: torch.from_numpy(v) for name, v in moments.items()}
+    found = trackstar.scores(model, tensors, train_rows, asked_rows, size)
+    assert reference.difference(found, wanted) < 1e-9
+    assert np.abs(found).max() <= 1 + 1e-12
+    itself = trackstar.scores(model, tensors, train_rows, train_rows, size)
+    assert np.diagonal(itself) == pytest.approx(np.ones(len(rows)))
+
+
+def test_projections_keep_products_on_average() -> None:
+    """⟨L X Rᵀ, L Y Rᵀ⟩ over many projections is ⟨X, Y⟩."""
+    shapes = {str(place): (5, 7) for place in range(4000)}
+    random = np.random.default_rng(1)
+    x, y = (torch.from_numpy(random.normal(size=(5, 7))) for _ in range(2))
+    products = [
+        float(((left @ x @ right.T) * (left @ y @ right.T)).sum())
+        for left, right in trackstar.projections(shapes, 4).values()
+    ]
+    spread = np.std(products) / len(products) ** 0.5
+    assert abs(np.mean(products) - float((x * y).sum())) < 4 * spread
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    torch.set_num_threads(1)
+    return Study.of(SMALL)
+
+
+@pytest.fixture(scope="module")
+def trained(study: Study) -> tuple[list[Checkpoint], list[tuple[float, torch.Tensor]]]:
+    """The checkpoints, and of each step its learning rate and its gradient of one layer, as the optimizer has them."""
+    seen = []
+
+    def look(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        # The first matrix of this shape is gate_proj's; vocabulary and attention have others.
+        group = optimizer.param_groups[0]
+        (first, *_rest) = (p for p in group["params"] if tuple(p.shape) == (32, 16))
+        seen.append((float(group["lr"]), first.grad.double().clone()))
+
+    handle = register_optimizer_step_pre_hook(look)
+    try:
+        return train(study), seen
+    finally:
+        handle.remove()
+
+
+def test_what_the_optimizer_had_is_read_after_each_epoch(
+    trained: tuple[list[Checkpoint], list[tuple[float, torch.Tensor]]],
+) -> None:
+    points, steps = trained
+    assert len(points) == SMALL.epochs and len(steps) % SMALL.epochs == 0
+    each = len(steps) // SMALL.epochs
+    moment = torch.zeros(32, 16, dtype=torch.float64)
+    for step, (_, gradient) in enumerate(steps, start=1):
+        moment = 0.99 * moment + 0.01 * gradient**2
+        if step % each == 0:
+            point = points[step // each - 1]
+            assert point.spent == pytest.approx(sum(rate for rate, _ in steps[:step]))
+            assert point.rate == steps[step - 1][0]
+            wanted = moment / (1 - 0.99**step)
+            assert reference.difference(point.moments["model.layers.0.mlp.gate_proj"], wanted) < 1e-4
+    before, after = (point.model.get_submodule("model.layers.0.mlp.up_proj").weight for point in points[1:])
+    assert not torch.equal(before, after), "each is a copy"
+
+
+def test_segments_share_out_the_whole_training(
+    study: Study, trained: tuple[list[Checkpoint], list[tuple[float, torch.Tensor]]]
+) -> None:
+    points, _ = trained
+    assert segments.bounds(12) == [4, 8, 12] and segments.bounds(3) == [1, 2, 3] and segments.bounds(1) == [1]
+    tokens = np.mean([len(row.tokens) - 1 for row in study.rows])
+    plain = segments.lengths(study, points, adapted=False)
+    assert sum(plain) * tokens == pytest.approx(points[-1].spent)
+    weights = [torch.cat([v.flatten().double() for v in point.moments.values()]) for point in points]
+    wanted = [length / float(v.mean()) ** 0.5 for length, v in zip(plain, weights, strict=True)]
+    assert segments.lengths(study, points, adapted=True) == pytest.approx(wanted)
+
+
+def test_without_the_peer_its_row_is_left_out(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compared, "_kept", lambda folder, name, what, make: name)
+    assert compared.PEER in compared.all_methods(study, tmp_path) or not compared.peer.is_installed()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    names = compared.all_methods(study, tmp_path)
+    assert compared.PEER not in names and {"SOURCE", "TrackStar", "ekfac, pcg", "bm25"} <= set(names)
+
+
+def test_what_a_method_took_is_kept_with_its_scores(tmp_path: Path) -> None:
+    calls = []
+
+    def make() -> np.ndarray:
+        calls.append(1)
+        return np.arange(6.0).reshape(2, 3)
+
+    first, again = (compared._kept(tmp_path, "ekfac, pcg", "what", make) for _ in range(2))
+    assert len(calls) == 1 and (again.scores == first.scores).all() and again.seconds == first.seconds
+    assert (again.name, again.what) == ("ekfac, pcg", "what") and (tmp_path / "ekfac-pcg.npz").exists()
