@@ -74,7 +74,7 @@ class Combined:
     def _segments(self) -> bool:
         """Whether the runs are segments of one training: the queries of all but the last come from a later one."""
         ends = [run for run in self.runs if run.config.query.carried_from is None]
-        return len(ends) == 1 and all(run.config.curvature.segment is not None for run in self.runs)
+        return len(ends) == 1 and all(run.segment is not None for run in self.runs)
 
     @staticmethod
     def _shared(one: Run, other: Run) -> list[str]:

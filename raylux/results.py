@@ -134,6 +134,11 @@ class Run:
         return self.config.score.unit if kind.predicts else "dot"
 
     @property
+    def segment(self) -> float | None:
+        """Learning rates of the segment of training that the run stands for, summed; None: it stands for none."""
+        return self.config.curvature.segment
+
+    @property
     def train_size(self) -> int:
         """N: ``score.train_size``, or the number of sequences of the corpus."""
         return self.config.score.train_size or len(self.sequences)

@@ -83,12 +83,13 @@ def all_methods(study: Study, folder: Path) -> list[Method]:
             "the same as if the training had been SGD with AdamW's rates",
             partial(segments.scores, study, epochs, folder / "source-plain", EKFAC, adapted=False),
         ),
-        "TrackStar": (
-            "projected gradients over the roots of AdamW's moments, whitened, of unit length",
-            partial(trackstar.scores, last, points[-1].moments, study.rows, study.parts),
-        ),
         "bm25": ("shared tokens, no model", partial(prefiltered, study, "bm25")),
     }
+    for size in trackstar.SIZES:
+        makers[f"TrackStar, {size}"] = (
+            f"gradients over the roots of AdamW's moments, projected to {size} by {size}, whitened, of unit length",
+            partial(trackstar.scores, last, points[-1].moments, study.rows, study.parts, size),
+        )
     if peer.is_installed():
         theirs = partial(peer.scores, last, study.rows, study.parts, folder / "peer")
         makers[PEER] = ("its own EK-FAC, labels drawn by itself", theirs)

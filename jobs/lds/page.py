@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jobs.lds import segments, trackstar
+from jobs.lds import segments
 from jobs.lds.compared import PEER, Method
 from jobs.lds.methods import EKFAC
 from jobs.lds.study import Settings
@@ -67,9 +67,8 @@ halves f of a query has a standard deviation of {spread:.2f} nats.
   stands, with its own EK-FAC (Bae et al. 2024 average several within a segment). Its theory is about gradient descent
   by one rate. AdamW has a rate for each weight: one stands for all, the root of the mean of its second moments over the
   tracked weights dividing it; beside that the formula with AdamW's rates as they are.
-- TrackStar is computed beside raylux: AdamW's own second moments, projections of {trackstar.PROJECTED} by
-  {trackstar.PROJECTED} in each layer, a second moment of these over the training texts alone (the paper may mix in the
-  queries').
+- TrackStar is computed beside raylux: AdamW's own second moments, a random projection from both sides of each layer,
+  whitened by its second moment over the training texts alone (the paper may mix in the queries').
 - kronfluence draws labels of its own; its layers and λ are raylux's.
 - CPU seconds are those of scoring, on one thread, without training the model.
 """

@@ -22,8 +22,8 @@ from raylux.curvature.spectral import DAMPING_SHARE
 from raylux.influence.dots import sequence_gradients
 from raylux.layers import coverage
 
-# Rows and columns that a layer's gradient is projected to.
-PROJECTED = 16
+# Rows and columns that a layer's gradient is projected to: what is compared.
+SIZES = (16, 32)
 _SEED = 0
 # Of Adam, which keeps it from dividing by nothing.
 _EPSILON = 1e-8
@@ -34,7 +34,7 @@ def scores(
     moments: Mapping[str, Tensor],
     rows: Sequence[TokenRow],
     asked: Sequence[TokenRow],
-    projected: int = PROJECTED,
+    projected: int,
 ) -> np.ndarray:
     """Of every sequence for every query [Q, N], cosines.
 

@@ -91,6 +91,8 @@ def sizes_line(run: Run) -> str:
     """Whether the sizes of a run's scores are calibrated; empty where they have none."""
     if run.unit not in ("nats", "raw"):
         return ""
+    if run.segment is not None:
+        return "one segment of a training: sizes go by curvature.segment, and add up with those of the other segments"
     found = run.calibration
     if found is None:
         return f"not calibrated: sizes may be off by a factor of 2 to 10; raylux calibrate {run.folder}"

@@ -28,6 +28,7 @@ class StubRun:
     queries: list[str] = field(default_factory=lambda: ["boat", "piano"])
     missing: tuple[str, ...] = ()
     calibration: Any = None
+    segment: float | None = None
     quarantined: list[Quarantined] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
     mixed: dict[str, list[str]] = field(default_factory=dict)

@@ -64,6 +64,17 @@ def test_top_table_shows_unit_and_no_escape_sequence(api: StubApi, capsys: pytes
     assert "\x07" not in text
 
 
+def test_a_segment_of_training_is_said_in_the_place_of_calibration(
+    api: StubApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["top", "RUN", "--query", "boat"]) == 0
+    assert "not calibrated" in capsys.readouterr().out
+    api.run.segment = 0.5
+    assert main(["top", "RUN", "--query", "boat"]) == 0
+    text = capsys.readouterr().out
+    assert "calibrated" not in text and "one segment of a training: sizes go by curvature.segment" in text
+
+
 def test_top_says_what_scores_are_divided_by(api: StubApi, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["top", "RUN", "--query", "boat", "--normalise", "step"]) == 0
     text = capsys.readouterr().out
