@@ -125,6 +125,10 @@ def test_methods_score_every_text(study: Study, tmp_path: Path) -> None:
     }
     for scores in found.values():
         assert scores.shape == (3, 24) and np.isfinite(scores).all() and scores.std() > 0
+    plain = methods.scores(study, points[0].model, tmp_path / "plain", "diagonal")
+    lengths = plain / methods.unit_length(study, points[0].model, tmp_path / "unit", "diagonal")
+    assert lengths.min() > 0 and lengths.std(1).min() > 0, "each text by its own"
+    assert np.allclose(lengths, lengths[:1], rtol=1e-4), "whatever is asked"
     measured = np.random.default_rng(0).normal(size=(4, 2, 3))
     judged = judge(found, study.members, measured.mean(1), "ekfac", draws=50)
     listed = [Method(name, "", x, 1.0) for name, x in found.items()]

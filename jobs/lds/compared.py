@@ -12,7 +12,7 @@ import numpy as np
 
 from jobs.kept import Arrays, kept
 from jobs.lds import peer, segments, trackstar
-from jobs.lds.methods import EKFAC, combined, prefiltered, scores
+from jobs.lds.methods import EKFAC, combined, prefiltered, scores, unit_length
 from jobs.lds.study import Study
 from jobs.lds.trained import train
 from raylux.curvature import KINDS
@@ -85,6 +85,9 @@ def all_methods(study: Study, folder: Path) -> list[Method]:
         ),
         "bm25": ("shared tokens, no model", partial(prefiltered, study, "bm25")),
     }
+    for kind in ("diagonal", EKFAC):
+        what = f"{kind}'s scores over the roots of self-influences (RelatIF)"
+        makers[f"{kind}, unit length"] = what, partial(unit_length, study, last, folder / f"{kind}-unit", kind)
     for size in trackstar.SIZES:
         makers[f"TrackStar, {size}"] = (
             f"gradients over the roots of AdamW's moments, projected to {size} by {size}, whitened, of unit length",

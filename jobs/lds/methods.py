@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import xarray as xr
 from transformers import PreTrainedModel
 
 import raylux
@@ -34,17 +35,27 @@ def _id(place: int) -> str:
     return f"{place:06d}"
 
 
+def unit_length(study: Study, model: PreTrainedModel, folder: Path, kind: str) -> np.ndarray:
+    """raylux's scores [Q, N] divided by the roots of the texts' self-influences (ℓ-RelatIF)."""
+    found = run(study, model, folder, kind, ["score.self_influence=true"])
+    return _ordered(study, found.scores("self-influence"))
+
+
 def array(study: Study, found: raylux.Run | Combined) -> np.ndarray:
     """Its scores [Q, N], in the order of the study's queries and texts.
 
     Raises:
         UserError: a text was too long for the model, and was cut in pieces.
     """
+    return _ordered(study, found.scores())
+
+
+def _ordered(study: Study, found: xr.DataArray) -> np.ndarray:
     queries, ids = [query["id"] for query in study.asked], [_id(place) for place in range(len(study.texts))]
-    if found.scores().sizes["sequence"] != len(ids):
+    if found.sizes["sequence"] != len(ids):
         raise UserError(f"lds: some texts have more tokens than the model's context; raise --vocabulary "
                         f"({study.settings.vocabulary})")  # fmt: skip
-    return found.scores().sel(query=queries, sequence=ids).to_numpy().astype(np.float64)
+    return found.sel(query=queries, sequence=ids).to_numpy().astype(np.float64)
 
 
 def combined(
