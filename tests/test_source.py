@@ -197,6 +197,13 @@ def test_what_is_no_segment(
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
+def test_another_model_is_no_checkpoint_of_this_one(later: raylux.Run, tmp_path: Path) -> None:
+    other = make_inputs(tmp_path / "other", "llama", num_hidden_layers=1, intermediate_size=20)
+    with pytest.raises(UserError, match=r"'.*_proj' has the shape \(\d+, \d+\) there and .* checkpoints of one model"):
+        other.run(tmp_path / "run", *SHORT, "curvature.segment=0.2", f"query.carried_from={later.folder}")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_cannot_be_carried(inputs: Inputs, tmp_path: Path) -> None:
     """A run without a segment, other queries, compressed ones, and those that were solved anew since."""
     how = ("curvature.segment=0.2", *SHORT)

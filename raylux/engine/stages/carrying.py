@@ -15,6 +15,7 @@ from raylux.errors import UserError
 from raylux.fingerprints import digest, of_query
 from raylux.layers import TrackedLayer
 from raylux.queries import Query
+from raylux.shown import redacted
 from raylux.store import Manifest, RunFolder
 
 
@@ -27,7 +28,7 @@ def find(config: Config, layers: Sequence[TrackedLayer], queries: Sequence[Query
     path = config.query.carried_from
     if path is None:
         return None
-    where = f"query.carried_from={path}"
+    where = f"query.carried_from={redacted(path)}"
     folder = RunFolder(path)
     settings = folder.settings()
     later = Config.parse(settings["config"], where=f"{path}/run.yaml")
@@ -45,6 +46,11 @@ def find(config: Config, layers: Sequence[TrackedLayer], queries: Sequence[Query
     if any(rank >= 0 for manifest in units.values() for ranks in manifest.meta["ranks"] for rank in ranks.values()):
         raise UserError(f"{where}: its queries are compressed; run it with query.max_error=0")
     files = tuple(QueryFiles(tuple(m.meta["queries"]), m.meta["layers"]) for m in units.values())
+    for layer in layers if files else ():
+        found = folder.group(files[0].layers[layer.name]).shape("dense")[1:]
+        if found != layer.shape:
+            raise UserError(f"{where}: '{layer.name}' has the shape {found} there and {layer.shape} here; only "
+                            "checkpoints of one model follow one another")  # fmt: skip
     factors = _checksums([m for stage in (COVARIANCE, EIGEN, MOMENTS) for m in folder.units(stage).values()])
     return Later(
         folder.files.place,
@@ -66,9 +72,10 @@ def check_same(ctx: Context) -> None:
     later = find(ctx.config, ctx.coverage.tracked, [query for query in ctx.queries if query.id in before])
     for query, now in (later.prints if later else {}).items():
         if before[query] != now:
+            where = redacted(str(ctx.config.query.carried_from))
             raise UserError(
-                f"query.carried_from={ctx.config.query.carried_from}: that run has solved '{query}' anew since this "
-                "one took it from there; add --restart query to take it again"
+                f"query.carried_from={where}: that run has solved '{query}' anew since this one took it from there; "
+                "add --restart query to take it again"
             )
 
 
