@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -126,20 +128,32 @@ def test_segments_share_out_the_whole_training(
 
 
 def test_without_the_peer_its_row_is_left_out(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compared, "_kept", lambda folder, name, what, make: name)
-    assert compared.PEER in compared.all_methods(study, tmp_path) or not compared.peer.is_installed()
+    assert (compared.PEER in compared._makers(study, tmp_path)) == compared.peer.is_installed()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    names = compared.all_methods(study, tmp_path)
+    names = compared._makers(study, tmp_path)
     assert compared.PEER not in names and {"SOURCE", "TrackStar, 32", "ekfac, pcg", "bm25"} <= set(names)
 
 
-def test_what_a_method_took_is_kept_with_its_scores(tmp_path: Path) -> None:
-    calls = []
+def test_what_a_method_took_is_kept_with_its_scores(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing is trained for what is there."""
+    calls: list[str] = []
 
-    def make() -> np.ndarray:
-        calls.append(1)
-        return np.arange(6.0).reshape(2, 3)
+    def trained(study: Study) -> list[Checkpoint]:
+        calls.append("train")
+        return []
 
-    first, again = (compared._kept(tmp_path, "ekfac, pcg", "what", make) for _ in range(2))
-    assert len(calls) == 1 and (again.scores == first.scores).all() and again.seconds == first.seconds
-    assert (again.name, again.what) == ("ekfac, pcg", "what") and (tmp_path / "ekfac-pcg.npz").exists()
+    def make(name: str, epochs: Sequence[Checkpoint]) -> np.ndarray:
+        calls.append(name)
+        return np.full((2, 3), float(len(name)))
+
+    makers = {name: (f"what {name} is", partial(make, name)) for name in ("ekfac", "ekfac, pcg")}
+    monkeypatch.setattr(compared, "train", trained)
+    monkeypatch.setattr(compared, "_makers", lambda study, folder: makers)
+    first, again = (compared.all_methods(study, tmp_path) for _ in range(2))
+    assert calls == ["train", "ekfac", "ekfac, pcg"]
+    for one, other in zip(first, again, strict=True):
+        assert (one.scores == other.scores).all() and one.seconds == other.seconds
+    assert [(one.name, one.what) for one in again] == [(name, what) for name, (what, _) in makers.items()]
+    assert {path.name for path in (tmp_path / "scores").iterdir()} == {"ekfac.npz", "ekfac-pcg.npz"}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,17 @@ from jobs.kept import Arrays, kept
 from jobs.lds import peer, segments, trackstar
 from jobs.lds.methods import EKFAC, combined, prefiltered, scores, unit_length
 from jobs.lds.study import Study
-from jobs.lds.trained import train
+from jobs.lds.trained import Checkpoint, train
 from raylux.curvature import KINDS
 
 PEER = "kronfluence"
 # Epochs whose models TracIn and the average are taken over: the last ones.
 CHECKPOINTS = 4
+
+Epochs = Sequence[Checkpoint]
+"""The model of all texts after each epoch."""
+Make = Callable[[Epochs], np.ndarray]
+"""Scores [Q, N] of it."""
 
 
 @dataclass(frozen=True)
@@ -54,57 +59,71 @@ WHAT = {
 
 def all_methods(study: Study, folder: Path) -> list[Method]:
     """Every kind of curvature on the last model, and the exact solve; three of them over checkpoints; TrackStar; BM25;
-    and where it is installed, kronfluence."""
-    epochs = train(study)
-    points = epochs[-CHECKPOINTS:]
-    last = points[-1].model
+    and where it is installed, kronfluence.
+
+    The model is trained where something is missing that is said of it.
+    """
+    trained = cache(partial(train, study))
+    return [_kept(folder / "scores", name, *made, trained) for name, made in _makers(study, folder).items()]
+
+
+def _makers(study: Study, folder: Path) -> dict[str, tuple[str, Make]]:
+    """Name -> what it is, in a few words, and how its scores are made."""
+    count = min(CHECKPOINTS, study.settings.epochs)
+
+    def of(kind: str, place: str, *overrides: str) -> Make:
+        return lambda epochs: scores(study, epochs[-1].model, folder / place, kind, overrides)
+
+    def over(kind: str, place: str, by_rate: bool) -> Make:
+        def make(epochs: Epochs) -> np.ndarray:
+            points = epochs[-count:]
+            return combined(study, points, folder / place, kind, [point.rate for point in points] if by_rate else None)
+
+        return make
+
+    def source(place: str, adapted: bool) -> Make:
+        return lambda epochs: segments.scores(study, epochs, folder / place, EKFAC, adapted)
+
+    def of_unit_length(kind: str) -> Make:
+        return lambda epochs: unit_length(study, epochs[-1].model, folder / f"{kind}-unit", kind)
+
+    def projected(size: int) -> Make:
+        return lambda epochs: trackstar.scores(epochs[-1].model, epochs[-1].moments, study.rows, study.parts, size)
+
     # A joint kind is for fewer weights than these models have.
     kinds = [kind.name for kind in KINDS.values() if not kind.joint]
-    makers = {kind: (WHAT.get(kind, kind), partial(scores, study, last, folder / kind, kind)) for kind in kinds}
-    rates = [point.rate for point in points]
-    makers |= {
-        "ekfac, pcg": (
-            "the exact Gauss-Newton matrix at the same λ, by preconditioned CG",
-            partial(scores, study, last, folder / "pcg", EKFAC, ["curvature.solver=pcg"]),
-        ),
-        "TracIn": (
-            f"dot products by learning rate over {len(points)} epochs' models",
-            partial(combined, study, points, folder / "tracin", "identity", rates),
-        ),
-        "ekfac, averaged": (
-            f"mean over {len(points)} epochs' models",
-            partial(combined, study, points, folder / "averaged", EKFAC),
-        ),
-        "SOURCE": (
-            f"EK-FAC over {segments.SEGMENTS} segments of the training, one rate for AdamW's of all weights",
-            partial(segments.scores, study, epochs, folder / "source", EKFAC, adapted=True),
-        ),
-        "SOURCE, plain rates": (
-            "the same as if the training had been SGD with AdamW's rates",
-            partial(segments.scores, study, epochs, folder / "source-plain", EKFAC, adapted=False),
-        ),
-        "bm25": ("shared tokens, no model", partial(prefiltered, study, "bm25")),
-    }
+    makers = {kind: (WHAT.get(kind, kind), of(kind, kind)) for kind in kinds}
+    exact = "the exact Gauss-Newton matrix at the same λ, by preconditioned CG"
+    makers["ekfac, pcg"] = exact, of(EKFAC, "pcg", "curvature.solver=pcg")
+    dots = f"dot products by learning rate over {count} epochs' models"
+    makers["TracIn"] = dots, over("identity", "tracin", by_rate=True)
+    makers["ekfac, averaged"] = f"mean over {count} epochs' models", over(EKFAC, "averaged", by_rate=False)
+    parts = f"EK-FAC over {segments.SEGMENTS} segments of the training, one rate for AdamW's of all weights"
+    makers["SOURCE"] = parts, source("source", adapted=True)
+    plain = "the same as if the training had been SGD with AdamW's rates"
+    makers["SOURCE, plain rates"] = plain, source("source-plain", adapted=False)
     for kind in ("diagonal", EKFAC):
-        what = f"{kind}'s scores over the roots of self-influences (RelatIF)"
-        makers[f"{kind}, unit length"] = what, partial(unit_length, study, last, folder / f"{kind}-unit", kind)
+        divided = f"{kind}'s scores over the roots of self-influences (RelatIF)"
+        makers[f"{kind}, unit length"] = divided, of_unit_length(kind)
     for size in trackstar.SIZES:
-        makers[f"TrackStar, {size}"] = (
-            f"gradients over the roots of AdamW's moments, projected to {size} by {size}, whitened, of unit length",
-            partial(trackstar.scores, last, points[-1].moments, study.rows, study.parts, size),
-        )
+        what = f"gradients over the roots of AdamW's moments, projected to {size} by {size}, whitened, of unit length"
+        makers[f"TrackStar, {size}"] = what, projected(size)
+    makers["bm25"] = "shared tokens, no model", lambda _: prefiltered(study, "bm25")
     if peer.is_installed():
-        theirs = partial(peer.scores, last, study.rows, study.parts, folder / "peer")
-        makers[PEER] = ("its own EK-FAC, labels drawn by itself", theirs)
-    return [_kept(folder / "scores", name, *made) for name, made in makers.items()]
+        makers[PEER] = (
+            "its own EK-FAC, labels drawn by itself",
+            lambda epochs: peer.scores(epochs[-1].model, study.rows, study.parts, folder / "peer"),
+        )
+    return makers
 
 
-def _kept(folder: Path, name: str, what: str, make: Callable[[], np.ndarray]) -> Method:
+def _kept(folder: Path, name: str, what: str, make: Make, trained: Callable[[], Epochs]) -> Method:
     """A method, with its scores and what they cost: as ``make`` finds them, or as they lie in the folder."""
 
     def timed() -> Arrays:
+        epochs = trained()
         began = time.process_time()
-        found = make()
+        found = make(epochs)
         return {"scores": found, "seconds": np.float64(time.process_time() - began)}
 
     arrays = kept(folder / f"{name.replace(', ', '-')}.npz", timed)
