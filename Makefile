@@ -35,7 +35,7 @@ install: $(INSTALLED)  ## install raylux and its tools into $(VENV)
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) torch==2.13.0
-	$(PIP) -e ".[dev,gguf,lora,s3]"
+	$(PIP) -e ".[dev,gguf,lora,devices,s3]"
 	@touch $@
 
 demo: install wiki  ## train a small GPT on real text and invented facts, then ask where it knows them from

@@ -8,6 +8,7 @@ Layout, fixed for everything that builds on it:
 - of an expert of a mixture, which sees some tokens of some sequences: a and g as ``Routed``.
 - of a layer above a classifier's pooling, which sees one row for each sequence: a [N, 1, M] and g [N, 1, P].
 - of the word embedding: a [N, T, 1] int64, the token ids themselves, and g the gradient by each position's embedding.
+- of a model over several devices: a and g where their layer is, the loss and the labels where the batch is.
 
 The gradient of sequence n is then ``G_PM = Σ_t g_tP a_tM``, whatever the layer's own storage (``nn.Linear``
 keeps [P, M], GPT-2's ``Conv1D`` [M, P]). Parameters are frozen: no weight gradient is ever formed. The graph begins
@@ -102,7 +103,7 @@ class Captured:
         a[..., width:] = 1
         mask = None if self.mask is None else mask_of_rows(self.mask, tokens)
         if mask is not None:
-            a.masked_fill_(~mask.unsqueeze(-1), 0)
+            a.masked_fill_(~mask.unsqueeze(-1).to(a.device), 0)
         return a
 
 
@@ -219,7 +220,7 @@ class Capture:
                 with of("backward"), repeatable(logits.device.type if self._repeatable else "cpu"):
                     grads = record.gradients(logits, one.gradient, retain=index + 1 < len(losses))
                 taken.append(self._gradients(grads, batch, layers))
-            raw = self._inputs(record, batch, layers)
+            raw = self._inputs(record, batch, taken[0])
         for name, token in self._unlearned.items():
             for found in taken:
                 if name in found:
@@ -286,10 +287,10 @@ class Capture:
             for block in self._blocks:
                 block.mask = block.routing = None
 
-    def _inputs(self, record: Record, batch: Batch, layers: Sequence[TrackedLayer]) -> dict[str, Rows]:
-        """Input group -> a without the bias's coordinate."""
+    def _inputs(self, record: Record, batch: Batch, grads: dict[str, Rows]) -> dict[str, Rows]:
+        """Input group -> a without the bias's coordinate, on the device of its layers' gradients."""
         found: dict[str, Rows] = {}
-        for name in dict.fromkeys(self.groups[layer.name] for layer in layers):
+        for name, device in {self.groups[layer]: g.device for layer, g in grads.items()}.items():
             calls = record.inputs.get(name, [])
             if name in self._experts:
                 found[name] = self._routed(name, calls, self._widths[name])
@@ -297,7 +298,8 @@ class Capture:
                 # Token ids have no axis of coordinates.
                 shaped = [x if x.is_floating_point() else x[..., None] for x in calls]
                 parts = [_by_sequence(x, len(batch.mask), self._patches[name]) for x in shaped]
-                found[name] = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+                # Hooks see what comes before a device's own copy of it.
+                found[name] = (torch.cat(parts, 1) if len(parts) > 1 else parts[0]).to(device)
         return found
 
     def _routed(self, name: str, calls: Sequence[Tensor], width: int) -> Routed:
@@ -326,15 +328,13 @@ class Capture:
                 raise NumericsError(f"layer '{layer.name}' took no part in the loss")
             # A call whose output the loss does not depend on has no gradient, but its inputs are there.
             none = torch.zeros_like(there[0])
-            parts = [
-                _by_place(none if grad is None else grad, count, self._patches[layer.name] is not None)
-                for grad in calls
-            ]
+            convolved = self._patches[layer.name] is not None
+            parts = [_by_place(none if grad is None else grad, count, convolved) for grad in calls]
             joined = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
             # Where padding stands on the left, its own rows attend to themselves and may leak nothing into
             # the loss; a zero there is exact.
             mask = mask_of_rows(batch.mask, joined.shape[1]) if padded else None
-            grads[layer.name] = joined if mask is None else joined * mask.unsqueeze(-1)
+            grads[layer.name] = joined if mask is None else joined * mask.unsqueeze(-1).to(joined.device)
         return grads
 
 

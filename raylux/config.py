@@ -80,6 +80,11 @@ class ModelSection(Section):
     )
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    device_map: Literal["auto", "balanced"] | dict[str, int | Name] | None = Field(
+        None,
+        description="a model over several devices: balanced over a worker's GPUs; auto: what they lack room for is "
+        "read from disk; or module -> GPU number, cpu or disk",
+    )
     checkpointing: bool = Field(
         False, description="keep a block's input alone and compute its activations again in the backward pass"
     )
@@ -208,6 +213,7 @@ class EngineSection(Section):
     shards: Actors | Auto = Field("auto", description="factor shards; auto: as many as workers")
     worker_labels: Labels = Field({}, description="gradient workers run on nodes with these labels alone")
     shard_labels: Labels = Field({}, description="factor shards are spread over nodes with these labels alone")
+    gpus_per_worker: int = Field(1, ge=1, le=1024, description="GPUs of a worker, over which model.device_map goes")
     threads: int = Field(1, ge=1, le=4096, description="CPU threads of a worker (changes bits)")
     batch_tokens: Count | Auto = Field("auto", description="tokens in a batch, at most (changes bits)")
     contraction_dtype: Literal["auto", "float32", "bfloat16"] = Field(

@@ -69,6 +69,7 @@ _FREE = frozenset(
         "model.adapter",  # likewise
         "corpus.path",  # the documents are
         "model.device",  # resolved, then compared
+        "model.device_map",  # the same operations, wherever the weights are
         "model.checkpointing",  # the same operations, some of them twice
         "model.strict",
         "model.trust_remote_code",
@@ -85,6 +86,7 @@ _FREE = frozenset(
         "engine.backend",
         "engine.workers",
         "engine.shards",
+        "engine.gpus_per_worker",
         "engine.worker_labels",
         "engine.shard_labels",
         "engine.timeout",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -212,7 +213,9 @@ def first_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' own progress bars and warnings: what matters in them is checked here and an error."""
-    level = transformers_logging.get_verbosity()
+    level, spreading = transformers_logging.get_verbosity(), logging.getLogger("accelerate")
+    spoken = spreading.level
+    spreading.setLevel(logging.ERROR)
     bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -220,5 +223,6 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(level)
+        spreading.setLevel(spoken)
         if bar:
             transformers_logging.enable_progress_bar()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,6 +30,7 @@ from raylux.experts import split_experts
 from raylux.layers import Coverage, SkippedLayer, TrackedLayer, coverage
 from raylux.modelcheck import check_shapes
 from raylux.modelfiles import ModelFiles, find_adapter, find_described, find_model, first_line, on_this_node, quiet
+from raylux.placement import Placement
 
 __all__ = [
     "Coverage",
@@ -149,13 +151,21 @@ def load_structure(files: ModelFiles, trust_remote_code: bool = False, weights: 
         return _prepared(model, files, weights=False)
 
 
-def load_model(files: ModelFiles, dtype: str, device: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    files: ModelFiles,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool = False,
+    placement: Placement | None = None,
+) -> PreTrainedModel:
     """Load the model for gradients: eval mode (no dropout), frozen, no key-value cache, fused experts taken apart.
 
     Args:
         files: from ``find_model``; the network is not touched.
         dtype: ``float32``, ``float64`` or ``bfloat16``.
         device: ``cpu`` or ``cuda`` (see ``resolve_device``).
+        trust_remote_code: whether code that ships with the model may run.
+        placement: which parts go elsewhere, by accelerate; a weight goes there as it is read, never through ``device``.
 
     Raises:
         UserError: weights missing, broken, or not finite.
@@ -173,6 +183,7 @@ def load_model(files: ModelFiles, dtype: str, device: str, trust_remote_code: bo
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                **({} if placement is None else {"device_map": placement.device_map}),
             )
     except MemoryError:
         raise
@@ -181,7 +192,8 @@ def load_model(files: ModelFiles, dtype: str, device: str, trust_remote_code: bo
     model, report = loaded
     _check_weights(model, report, files.folder)
     model.config.use_cache = False
-    return _prepared(model.eval().requires_grad_(False).to(device), files, weights=True)
+    model = model.eval().requires_grad_(False)
+    return _prepared(model if placement else model.to(device), files, weights=True)
 
 
 def _prepared(model: PreTrainedModel, files: ModelFiles, weights: bool) -> PreTrainedModel:
@@ -246,9 +258,21 @@ def _check_weights(model: PreTrainedModel, report: dict[str, Any], folder: str) 
     beyond = sorted(str(name) for name in report.get("unexpected_keys", ()) if _NUMBER.sub(".0.", str(name)) in own)
     if beyond:  # a model cut short by its config would run, and answer for another one
         raise UserError(f"{folder}: config.json has fewer layers than the checkpoint, which has {_names(beyond)}")
-    bad = [name for name, parameter in model.named_parameters() if not _is_finite(parameter)]
+    held = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.is_meta]
+    bad = [name for name, parameter in held if not _is_finite(parameter)]
+    if len(held) < len(list(model.parameters())):  # the others stayed in their files
+        bad += _unfinite_in(Path(folder))
     if bad:
         raise UserError(f"{folder}: NaN or infinity in the weights of {_names(bad)}")
+
+
+def _unfinite_in(folder: Path) -> list[str]:
+    """Names of tensors in a model's files with a NaN or infinity, one tensor in memory at a time."""
+    found = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found += [name for name in file.keys() if not _is_finite(file.get_tensor(name))]  # noqa: SIM118
+    return found
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

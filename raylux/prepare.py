@@ -18,6 +18,7 @@ from raylux.corpus import Sequences, load_corpus
 from raylux.curvature import KINDS, check_blocks, check_segment, check_words, joint, solvers
 from raylux.engine import choices
 from raylux.engine.context import Context
+from raylux.engine.device import placement_of
 from raylux.engine.plan import Plan, make_plan
 from raylux.engine.progress import Reporter
 from raylux.engine.stages import carrying, fit, queries
@@ -27,6 +28,7 @@ from raylux.frozen import Frozen, check_stage_name, drop, falls, holds
 from raylux.layers import Coverage, matrices
 from raylux.modulecheck import check_module
 from raylux.modules import Features, features_of
+from raylux.placement import Placement
 from raylux.queries import Query, load_queries, parse_queries
 from raylux.shown import redacted_values
 from raylux.store import CorpusReader, Lease, RunFolder
@@ -113,6 +115,7 @@ class Inputs:
         queries: asked for.
         source: what tells one state of the corpus's files from another.
         sequences: the corpus; None where the run folder has it.
+        placement: of the model's parts, where they do not all lie on the one device of a worker.
     """
 
     config: Config
@@ -120,6 +123,7 @@ class Inputs:
     queries: list[Query]
     source: dict[str, Any]
     sequences: Sequences | None
+    placement: Placement | None = None
 
     def lengths(self, folder: RunFolder) -> np.ndarray:
         """[n] tokens of each sequence of the corpus."""
@@ -148,6 +152,7 @@ def read(config: Config, folder: RunFolder, restart: str | None, asked: Sequence
     if known:
         Frozen(folder, known, restart).check_config(config)
     model = Model.find(config)
+    placement = placement_of(config, model.files, models.resolve_device(config.model.device))
     solvers.check_layers(config.curvature.solver, model.coverage.tracked)
     kind = KINDS[config.curvature.kind]
     check_words(kind.name, model.coverage.tracked)
@@ -159,7 +164,7 @@ def read(config: Config, folder: RunFolder, restart: str | None, asked: Sequence
     sequences = None
     if not _stored(folder, restart):
         sequences = model.corpus(config.corpus)
-    inputs = Inputs(config, model, list(asked), source, sequences)
+    inputs = Inputs(config, model, list(asked), source, sequences, placement)
     _check(inputs, folder, known, restart)
     return inputs
 
@@ -184,8 +189,9 @@ def begin(
     corpus_stage.run(folder, inputs.sequences, inputs.source)
     queries.register(folder, inputs.queries)
     return Context(
-        config, folder, model.files, model.coverage, model.groups, model.vocabulary, plan, reporter, inputs.queries
-    )
+        config, folder, model.files, model.coverage, model.groups, model.vocabulary, plan, reporter, inputs.queries,
+        placement=inputs.placement,
+    )  # fmt: skip
 
 
 def reopen(inputs: Inputs, folder: RunFolder, reporter: Reporter) -> Context:
@@ -201,8 +207,9 @@ def reopen(inputs: Inputs, folder: RunFolder, reporter: Reporter) -> Context:
     plan, model = Plan(**known["plan"]), inputs.model
     Frozen(folder, known, None).check_device(plan.device, models.resolve_device(inputs.config.model.device))
     return Context(
-        inputs.config, folder, model.files, model.coverage, known["model"]["groups"], model.vocabulary, plan, reporter
-    )
+        inputs.config, folder, model.files, model.coverage, known["model"]["groups"], model.vocabulary, plan, reporter,
+        placement=inputs.placement,
+    )  # fmt: skip
 
 
 @contextmanager

@@ -57,9 +57,13 @@ class NextToken(Task):
         takes = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in takes
         self.takes_places = "logits_to_keep" in takes
+        self._spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
 
     def logits(self, call: Call, batch: Batch, places: Tensor | slice = slice(None)) -> Tensor:
-        extra = {} if isinstance(places, slice) else {"logits_to_keep": places}
+        # The model picks them of states that may lie on another device than the batch; numbers lie on none.
+        extra: dict[str, Any] = {}
+        if not isinstance(places, slice):
+            extra["logits_to_keep"] = places.tolist() if self._spread else places
         if self._takes_positions:
             extra["position_ids"] = _positions(batch)
         found: Tensor = call(

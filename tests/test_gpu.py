@@ -23,6 +23,7 @@ from tests.reference import difference
 from tests.small import contents, differing, error, make_inputs
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 DENSE = ("query.max_error=0", "engine.contraction_dtype=float32")
 
 
@@ -209,3 +210,24 @@ def test_products_of_a_device(dtype: torch.dtype) -> None:
 def test_large_tensors_come_to_the_host_as_they_are() -> None:
     for x in (normal(700, 800, device="cuda").T, normal(3, 3, device="cuda")):
         assert torch.equal(gpu.to_host(x), x.cpu())
+
+
+@needs_two
+@pytest.mark.parametrize("backend", ["local", "ray"])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "mixtral"])
+def test_two_devices_have_the_bits_of_one(tmp_path: Path, architecture: str, backend: str) -> None:
+    """With blocks that do not fit them on the CPU and on disk, where the model can be read so."""
+    sizes = {"num_hidden_layers": 2} if architecture == "mixtral" else {}
+    inputs = make_inputs(tmp_path / "inputs", architecture, **sizes)
+    how = (*DENSE, "model.dtype=float64", "model.device=cuda")
+    inputs.run(tmp_path / "one", *how)
+    spread = (f"engine.backend={backend}", "engine.workers=1", "engine.gpus_per_worker=2")
+    inputs.run(tmp_path / "two", *how, *spread, "model.device_map=balanced")
+    assert differing(contents(tmp_path / "two"), contents(tmp_path / "one")) == []
+    if architecture != "mixtral":
+        blocks = "model.layers" if architecture == "llama" else "transformer.h"
+        for name, first in (("host", "cpu"), ("disk", "disk")):
+            inputs.run(
+                tmp_path / name, *how, *spread, f'model.device_map={{"": 0, {blocks}.0: {first}, {blocks}.1: 1}}'
+            )
+            assert differing(contents(tmp_path / name), contents(tmp_path / "one")) == []

@@ -25,7 +25,7 @@ from raylux.capture import Capture, input_groups
 from raylux.cost import fit as cost_fit
 from raylux.cost.costs import Passes
 from raylux.cost.machine import USABLE, Cluster, Device
-from raylux.cost.passes import covariance_held, cut, largest, moments_held, split
+from raylux.cost.passes import Rooms, covariance_held, cut, largest, moments_held, split
 from raylux.curvature import KINDS
 from raylux.engine import device
 from raylux.engine.capacity import Demand, settled
@@ -102,7 +102,7 @@ def test_passes_are_as_few_as_fit(shapes: Any, share: float) -> None:
     layers, groups = _layers(shapes)
     held = covariance_held(groups, 4)
     room = share * sum(map(held, layers))
-    blocks = cut(layers, groups, held, room)
+    blocks = cut(layers, groups, held, Rooms.one(room, layers))
     fitting = [n for n in range(1, len(layers) + 1) if largest(split(layers, groups, n), held) <= room]
     assert (None if blocks is None else len(blocks)) == min(fitting, default=None)
 

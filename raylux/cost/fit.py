@@ -10,7 +10,8 @@ from raylux.cost import costs
 from raylux.cost.contraction import rotate_tokens_first
 from raylux.cost.costs import Choice, StageCost, Work
 from raylux.cost.machine import Cluster, Device, eigh_flops
-from raylux.cost.passes import Held, Layers, covariance_held, cut, largest, moments_held, split
+from raylux.cost.model import ModelShape
+from raylux.cost.passes import Held, Layers, Rooms, covariance_held, cut, moments_held, split
 from raylux.cost.sizes import PROCESS_BYTES, covariance_bytes, covariance_products, covariance_sides, layer_bytes
 from raylux.cost.workload import Workload
 from raylux.errors import UserError
@@ -55,10 +56,26 @@ def batch_tokens(work: Workload, wanted: Layers | None = None) -> tuple[int, ...
     return tuple(max(size, math.ceil(work.tokens)) for size in _BATCHES)
 
 
-def room_beside(work: Workload, device: Device, batch: float) -> float:
-    """Bytes of a device that a pass's sums and bases may take beside the model and a batch."""
-    room = device.memory - base_bytes(device) - model_bytes(work)
-    return room - batch * work.model.activation_bytes(work.itemsize, work.model.tracked)
+def rooms(model: ModelShape, itemsize: int, batch: float, memory: float, base: float) -> Rooms:
+    """Bytes of each device of a worker that a pass's sums and bases may take beside the model and a batch.
+
+    Args:
+        model: its shapes.
+        itemsize: bytes of a number in it.
+        batch: tokens.
+        memory: of one device, usable bytes.
+        base: what it holds before the model.
+    """
+    placed, tracked = model.placement, model.tracked
+    if placed is None:
+        taken = base + model.parameters * itemsize + batch * model.activation_bytes(itemsize, tracked)
+        return Rooms.one(float(memory - taken), tracked)
+    found, devices = {}, {layer.name: placed.runs_on(layer.name) for layer in tracked}
+    for where in placed.computing:
+        own = [layer for layer in tracked if devices[layer.name] == where]
+        batches = batch * model.activation_bytes(itemsize, own, placed.blocks_on(where), where == placed.main)
+        found[where] = float(memory - base - placed.held(where) * itemsize - batches)
+    return Rooms(found, devices)
 
 
 def passes(work: Workload, cluster: Cluster, held: Held, sums: float) -> tuple[list[Layers], int]:
@@ -78,11 +95,12 @@ def passes(work: Workload, cluster: Cluster, held: Held, sums: float) -> tuple[l
     least = wanted or math.ceil(sums / shard_room(cluster))
     best: tuple[list[Layers], int] | None = None
     short = math.inf
+    memory = (cluster.device if work.model.placement else device).memory
     for batch in batch_tokens(work):
-        room = room_beside(work, device, batch)
-        blocks = cut(layers, groups, held, room, least)
+        beside = rooms(work.model, work.itemsize, batch, memory, base_bytes(device))
+        blocks = cut(layers, groups, held, beside, least)
         if blocks is None:
-            short = min(short, largest(split(layers, groups, len(groups)), held) - room)
+            short = min(short, beside.short(split(layers, groups, len(groups)), held))
         elif best is None or len(blocks) < len(best[0]):
             best = blocks, batch
     if best is None:

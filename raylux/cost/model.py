@@ -7,7 +7,7 @@ forward pass, twice the entries of its weight, and nothing below the lowest laye
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from raylux.layers import Coverage, TrackedLayer, token_share
 from raylux.models import logit_width
+from raylux.placement import Placement
 
 # How often the numbers of a token are written or read beside the products, by forward and backward together: those
 # of the residual stream (norms, residuals, positions), and those of the MLP's wide outputs (activation, gate).
@@ -42,6 +43,7 @@ class ModelShape:
         vocabulary: V, entries of a row of logits: a classifier's are its classes.
         wide_passes: times that a number of the MLP's wide outputs is read or written beside the products.
         checkpointing: blocks keep their inputs alone, and run again in the backward pass.
+        placement: of its parts, where a worker does not hold them all on one device.
     """
 
     tracked: tuple[TrackedLayer, ...]
@@ -54,6 +56,7 @@ class ModelShape:
     vocabulary: int
     wide_passes: int = _WIDE_PASSES
     checkpointing: bool = False
+    placement: Placement | None = None
 
     @classmethod
     def of(cls, model: nn.Module, covered: Coverage, groups: Mapping[str, str]) -> ModelShape:
@@ -79,6 +82,11 @@ class ModelShape:
             logit_width(model),
             _SPELLED_OUT.get(str(activation), _WIDE_PASSES),
         )
+
+    def run_by(self, checkpointing: bool, placement: Placement | None) -> ModelShape:
+        """The same model, checkpointed or over several devices; what is read anew is checkpointed in any case."""
+        reads = placement is not None and bool(placement.reads)
+        return replace(self, checkpointing=checkpointing or reads, placement=placement)
 
     @cached_property
     def leaders(self) -> frozenset[str]:
@@ -109,15 +117,21 @@ class ModelShape:
         block = _HIDDEN_PASSES * self.hidden + self.wide_passes * wide
         return float(itemsize * self.blocks * block + 4 * _VOCABULARY_PASSES * self.vocabulary)
 
-    def activation_bytes(self, itemsize: int, wanted: Sequence[TrackedLayer]) -> float:
-        """Bytes of a token at the peak of a pass: what backward needs, the logits, and the captured a and g."""
+    def activation_bytes(
+        self, itemsize: int, wanted: Sequence[TrackedLayer], blocks: int | None = None, logits: bool = True
+    ) -> float:
+        """Bytes of a token at the peak of a pass: what backward needs, the logits, and the captured a and g.
+
+        Of one device of several: ``wanted`` and ``blocks`` are those on it, ``logits`` whether they are there.
+        """
+        own = self.blocks if blocks is None else blocks
         block = 8 * self.hidden + 3 * self._wide()
-        saved = (self.blocks * self.hidden + block if self.checkpointing else self.blocks * block) * itemsize
-        logits = self.vocabulary * (itemsize + 8)
+        saved = (own * self.hidden + block if self.checkpointing else own * block) * itemsize
+        heads = self.vocabulary * (itemsize + 8) if logits else 0
         captured = itemsize * sum(
             layer.share * (layer.outputs + (layer.inputs if layer.name in self.leaders else 0)) for layer in wanted
         )
-        return float(saved + logits + captured)
+        return float(saved + heads + captured)
 
     def _wide(self) -> float:
         """Outputs of all tracked layers of a block that are wider than the residual stream, or that stream."""

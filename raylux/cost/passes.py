@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from raylux.blocks import block_entries
 from raylux.layers import TrackedLayer
@@ -49,14 +50,42 @@ def split(layers: Layers, groups: Mapping[str, str], count: int) -> list[Layers]
     return list(reversed(blocks))
 
 
-def cut(layers: Layers, groups: Mapping[str, str], held: Held, room: float, least: int = 1) -> list[Layers] | None:
-    """The fewest runs of layers, at least ``least``, of which each fits into ``room`` bytes; None: they do not."""
-    if largest(split(layers, groups, len(layers)), held) > room:
+@dataclass(frozen=True)
+class Rooms:
+    """Bytes that a pass may take on each device of a worker, and the device on which each layer lies."""
+
+    of: Mapping[str, float]
+    devices: Mapping[str, str]
+
+    @classmethod
+    def one(cls, room: float, layers: Layers) -> Rooms:
+        """Of a worker with a single device."""
+        return cls({"": room}, {layer.name: "" for layer in layers})
+
+    @property
+    def total(self) -> float:
+        return sum(self.of.values())
+
+    def short(self, blocks: Sequence[Layers], held: Held) -> float:
+        """Bytes that some device lacks in one of these passes; none where that is no more than 0."""
+        return max(self._short(block, held) for block in blocks)
+
+    def _short(self, block: Layers, held: Held) -> float:
+        sums: dict[str, float] = {}
+        for layer in block:
+            where = self.devices[layer.name]
+            sums[where] = sums.get(where, 0.0) + held(layer)
+        return max(size - self.of[where] for where, size in sums.items())
+
+
+def cut(layers: Layers, groups: Mapping[str, str], held: Held, rooms: Rooms, least: int = 1) -> list[Layers] | None:
+    """The fewest runs of layers, at least ``least``, of which each fits the worker's devices; None: they do not."""
+    if rooms.short(split(layers, groups, len(layers)), held) > 0:
         return None
-    least = max(least, math.ceil(sum(map(held, layers)) / room))
+    least = max(least, math.ceil(sum(map(held, layers)) / rooms.total))
     for count in range(least, min(MOST_PASSES, len({groups[layer.name] for layer in layers})) + 1):
         blocks = split(layers, groups, count)
-        if largest(blocks, held) <= room:
+        if rooms.short(blocks, held) <= 0:
             return blocks
     return None
 

@@ -50,7 +50,10 @@ class Linearised:
             if layer.name not in reached:
                 raise NumericsError(f"layer '{layer.name}' took no part in the loss")
         self._outputs = [forward.outputs[layer.name][call] for layer, call in self._calls]
-        self._inputs = [self._input(layer, forward.inputs[layer.name][call], mask) for layer, call in self._calls]
+        self._inputs = [
+            self._input(layer, forward.inputs[layer.name][call].to(y.device), mask)
+            for (layer, call), y in zip(self._calls, self._outputs, strict=True)
+        ]
         self._probabilities = forward.logits.detach().softmax(-1)
         self._cotangent = torch.zeros_like(forward.logits, requires_grad=True)
         with of("backward"):
@@ -65,7 +68,7 @@ class Linearised:
         if layer.bias:
             flat = torch.cat([flat, torch.ones_like(flat[:, :1])], 1)
         counts = mask_of_rows(mask, len(flat) // len(mask))
-        return flat if counts is None else flat * counts.reshape(-1, 1)
+        return flat if counts is None else flat * counts.reshape(-1, 1).to(flat.device)
 
     def product(self, vector: Vector) -> dict[str, Tensor]:
         """Σ_it J_itᵀ H_it J_it V over the batch."""

@@ -47,7 +47,7 @@ def add_squares(
         for places, a, g in sequence_parts(inputs[groups[name]], grads[name]):
             of_words = are_words(a)
             found = word_squares(a, g).double() if of_words else _squares(curvature, inverse, a, g)
-            total[:, places.start : places.stop] += found
+            total[:, places.start : places.stop] += found.to(total.device)
 
 
 def add_joint_squares(

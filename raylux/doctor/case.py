@@ -16,6 +16,7 @@ from raylux.curvature import KINDS
 from raylux.doctor.finding import OK, Finding, NotChecked
 from raylux.engine.capacity import Demand
 from raylux.engine.demand import demand_of
+from raylux.engine.device import placement_of
 from raylux.layers import Coverage
 from raylux.queries import Query, load_queries
 from raylux.readers import read_documents
@@ -103,7 +104,7 @@ class Case:
         return demand_of(
             config.engine, config.model.dtype, device, layers, model.groups, parameters, len(self.queries),
             config.curvature.solver != "direct", config.fit.passes, config.curvature.blocks,
-            KINDS[config.curvature.kind].joint,
+            KINDS[config.curvature.kind].joint, placement_of(config, model.files, device),
         )  # fmt: skip
 
     def lose(self, name: str) -> None:

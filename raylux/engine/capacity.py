@@ -20,6 +20,7 @@ class Demand:
         passes: layer passes of the fit, by which the bytes were reckoned.
         most: passes that there may be; 1: no more than these.
         otherwise: the same run in other passes; None: these are settled.
+        gpus: of a worker, all on one node.
     """
 
     workers: int | str
@@ -33,6 +34,7 @@ class Demand:
     passes: Passes = field(default_factory=Passes)
     most: int = 1
     otherwise: Callable[[Passes], Demand] | None = field(default=None, compare=False, repr=False)
+    gpus: int = 1
 
 
 def settle(demand: Demand, fits: Callable[[Demand], bool]) -> Demand:
@@ -77,7 +79,8 @@ def fit_nodes(demand: Demand, nodes: Sequence[Node]) -> tuple[int, int]:
     """
     workers_on = _with_labels(nodes, demand.worker_labels, "engine.worker_labels")
     shards_on = _with_labels(nodes, demand.shard_labels, "engine.shard_labels")
-    supply, beside = _total(workers_on), _total(shards_on)
+    _check_gpus(demand, workers_on)
+    supply, beside = _total(workers_on, demand), _total(shards_on, demand)
     if not demand.worker_labels and not demand.shard_labels:
         return fit(demand, supply)
     if beside.get("memory", 0.0) < demand.shards_bytes:
@@ -90,7 +93,7 @@ def fit_nodes(demand: Demand, nodes: Sequence[Node]) -> tuple[int, int]:
     workers, shards = fit(replace(demand, shards_bytes=0), supply, where)
     # Together they have the memory of the nodes that either may use.
     both = [node for node in nodes if node in workers_on or node in shards_on]
-    together, _ = fit(demand, _total(both), "the nodes for workers and shards")
+    together, _ = fit(demand, _total(both, demand), "the nodes for workers and shards")
     workers = min(workers, together)
     return workers, shards if isinstance(demand.shards, int) else workers
 
@@ -112,10 +115,23 @@ def _text(labels: Mapping[str, str]) -> str:
     return ", ".join(f"{name}={value}" for name, value in labels.items()) or "any labels"
 
 
-def _total(nodes: Sequence[Node]) -> dict[str, float]:
+def _check_gpus(demand: Demand, nodes: Sequence[Node]) -> None:
+    """Raises UserError where no node has the GPUs of one worker."""
+    most = max((node.resources.get("GPU", 0.0) for node in nodes), default=0.0)
+    if demand.gpu and demand.gpus > 1 and most < demand.gpus:
+        raise UserError(
+            f"a worker needs {demand.gpus} GPUs of one node (engine.gpus_per_worker), no node has more than {most:g}: "
+            "set it lower, or use nodes with more GPUs"
+        )
+
+
+def _total(nodes: Sequence[Node], demand: Demand) -> dict[str, float]:
+    """What nodes have together, of their GPUs those that make up whole workers."""
     total: Counter[str] = Counter()
     for node in nodes:
         total.update({name: float(size) for name, size in node.resources.items()})
+    if demand.gpu and demand.gpus > 1:
+        total["GPU"] = float(sum(node.resources.get("GPU", 0.0) // demand.gpus * demand.gpus for node in nodes))
     return dict(total)
 
 
@@ -131,12 +147,12 @@ def fit(demand: Demand, supply: Mapping[str, float], where: str = "the cluster")
         UserError: what is asked for, or a single worker, does not fit; with demand and supply in numbers.
     """
     cpus, gpus, memory = supply.get("CPU", 0.0), supply.get("GPU", 0.0), supply.get("memory", 0.0)
-    by_cpu = int(gpus) if demand.gpu else int(cpus // demand.threads)
+    by_cpu = int(gpus // demand.gpus) if demand.gpu else int(cpus // demand.threads)
     by_memory = int((memory - demand.shards_bytes) // demand.worker_bytes)
     workers = demand.workers if isinstance(demand.workers, int) else max(1, min(by_cpu, by_memory))
     if workers > by_cpu:
         kind, have = ("GPU", f"{gpus:g}") if demand.gpu else ("CPU", f"{cpus:g}")
-        need = workers if demand.gpu else workers * demand.threads
+        need = workers * (demand.gpus if demand.gpu else demand.threads)
         who = f"{workers} worker{'s' * (workers > 1)} need{'s' * (workers == 1)}"
         raise UserError(
             f"not enough {kind}s on {where}: {who} {need}, {_has(where)} {have}; {_way_out(demand, by_cpu)}"
@@ -160,7 +176,8 @@ def _has(where: str) -> str:
 
 def _way_out(demand: Demand, by_cpu: int) -> str:
     if by_cpu:
-        return f"set engine.workers to {by_cpu} or fewer" + ("" if demand.gpu else ", or engine.threads lower")
+        lower = ", or engine.gpus_per_worker lower" if demand.gpus > 1 else ""
+        return f"set engine.workers to {by_cpu} or fewer" + (lower if demand.gpu else ", or engine.threads lower")
     if demand.gpu:
         return "set model.device to cpu, or use a cluster with GPUs"
     if demand.threads > 1:

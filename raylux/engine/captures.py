@@ -28,13 +28,13 @@ class CapturedSequences:
         limit: bytes at most, as ``Kept``.
         layers: whose a and g there are; of experts' each sequence has its own number of rows.
         groups: layer -> leader of its input group.
-        device: where batches go.
+        devices: layer -> where its a and g go.
     """
 
     def __init__(
-        self, limit: int | None, layers: Sequence[TrackedLayer], groups: Mapping[str, str], device: str
+        self, limit: int | None, layers: Sequence[TrackedLayer], groups: Mapping[str, str], devices: Mapping[str, str]
     ) -> None:
-        self._kept, self._layers, self._groups, self._device = Kept(limit), layers, groups, device
+        self._kept, self._layers, self._groups, self._devices = Kept(limit), layers, groups, devices
         self._routed = frozenset(layer.name for layer in layers if layer.routed)
 
     def keep(self, rows: np.ndarray, batch: Batch, inputs: Captures, grads: Captures, given: Captures) -> None:
@@ -82,7 +82,7 @@ class CapturedSequences:
             for place, row in enumerate(filled):
                 if not self._kept.read((what, row), {name: x[place] for name, x in tensors.items()}):
                     return None
-            found.append({name: self._moved(x) for name, x in tensors.items()})
+            found.append({name: self._moved(name, x) for name, x in tensors.items()})
         return found[0], found[1]
 
     def _names(self, wanted: Collection[str] | None) -> tuple[list[str], list[str]]:
@@ -102,5 +102,6 @@ class CapturedSequences:
         sizes = tuple(shape[0] for shape in shapes)
         return Routed(torch.empty(sum(sizes), shapes[0][1], dtype=dtype), sizes)
 
-    def _moved(self, x: Rows) -> Rows:
-        return x.to(self._device) if isinstance(x, Tensor) else x.over(x.rows.to(self._device))
+    def _moved(self, name: str, x: Rows) -> Rows:
+        where = self._devices[name]
+        return x.to(where) if isinstance(x, Tensor) else x.over(x.rows.to(where))

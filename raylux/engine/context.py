@@ -23,6 +23,7 @@ from raylux.engine.worker import WorkerSpec
 from raylux.errors import UserError
 from raylux.layers import Coverage, matrices
 from raylux.models import ModelFiles
+from raylux.placement import Placement
 from raylux.queries import Query
 from raylux.shown import redacted
 from raylux.store import CorpusReader, RunFolder, read_table
@@ -41,6 +42,7 @@ class Context:
         stages: that this command runs.
         apart: ids of the queries that are answered as by a run of their own, each set with its own candidates alone,
             though all are scored in one pass; default: all queries are one set.
+        placement: of the model's parts, where they do not all lie on the one device of a worker.
         holds: queries that workers are sized for; 0: those asked for when the first is started.
         keepers: fit unit -> the worker that ran it since this command began, and may keep its sequences.
     """
@@ -58,6 +60,7 @@ class Context:
     keepers: dict[int, int] = field(default_factory=dict)
     apart: tuple[tuple[str, ...], ...] = ()
     holds: int = 0
+    placement: Placement | None = None
     _started: bool = False
     _meter: Meter | None = None
     _backend: Backend | None = None
@@ -144,14 +147,14 @@ class Context:
         return demand_of(
             engine, self.plan.dtype, self.plan.device, layers, self.groups, self.coverage.parameters, queries,
             self.config.curvature.solver != "direct", self.config.fit.passes, self.config.curvature.blocks,
-            self.kind.joint,
+            self.kind.joint, self.placement,
         )  # fmt: skip
 
     def _on_device(self, demand: Demand) -> Demand:
         """The demand, settled, in as many passes as the workers' GPUs want; of other devices that is known already."""
         if demand.otherwise is None or self.plan.device != "cuda" or not self.kind.fitted:
             return replace(demand, otherwise=None)
-        room = device.room(self.files, self.config.model, self.coverage, self.groups, self.plan)
+        room = device.room(self.files, self.config.model, self.coverage, self.groups, self.plan, self.placement)
         return device.settled(
             demand, self.coverage.tracked, self.groups, room, self.plan, self.kind, self.config.curvature.blocks
         )
@@ -171,6 +174,7 @@ class Context:
             statistics=self.kind.statistics,
             checkpointing=self.config.model.checkpointing,
             blocks=self.config.curvature.blocks,
+            placement=self.placement,
         )
         demand = self._demand(self.holds or len(self.queries))
         if engine.backend == "local":

@@ -15,6 +15,7 @@ from raylux.engine.capacity import Demand, settle
 from raylux.engine.plan import GIB, shards_bytes, worker_bytes
 from raylux.errors import UserError
 from raylux.layers import TrackedLayer
+from raylux.placement import Placement
 
 # A joint matrix and what is made of it, in float64: a worker sums it, or holds its factor while that is read from it;
 # of the shards one sums, one reads it all, makes it symmetric and takes it apart.
@@ -33,6 +34,7 @@ def demand_of(
     passes: int | str = 1,
     blocks: int = 1,
     joint: bool = False,
+    placement: Placement | None = None,
 ) -> Demand:
     """What a run asks for.
 
@@ -48,7 +50,10 @@ def demand_of(
         passes: ``fit.passes`` of the config.
         blocks: of A and S.
         joint: the curvature is one exact matrix over all tracked weights.
+        placement: of the model's parts, where they do not all lie on the one device of a worker.
     """
+    if placement is not None:
+        parameters = placement.held("cpu", graph=iterative)
     itemsize = 8 if dtype == "float64" else 4
     matrix = 8 * sum(layer.parameters for layer in layers) ** 2 if joint else 0
     sized = partial(
@@ -93,6 +98,7 @@ def _in_passes(
         engine.worker_labels,
         engine.shard_labels,
         passes,
+        gpus=engine.gpus_per_worker,
     )
 
 

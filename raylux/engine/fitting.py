@@ -33,6 +33,7 @@ class FitSums(ABC):
 
     spec: Any
     device: str
+    devices: dict[str, str]
     compute: torch.dtype
     _kept: CapturedSequences
     _bases: Bases
@@ -132,7 +133,7 @@ class FitSums(ABC):
         sequences = self.reader.rows(rows)
         unit = _Labels(sequences, labels, sampled)
         totals = {
-            layer.name: torch.zeros(layer.shape, dtype=self.compute, device=self.device)
+            layer.name: torch.zeros(layer.shape, dtype=self.compute, device=self.devices[layer.name])
             for layer in self.spec.layers
             if layer.name in wanted
         }

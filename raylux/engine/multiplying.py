@@ -23,6 +23,7 @@ class GaussNewtonProducts(ABC):
 
     spec: Any
     device: str
+    devices: dict[str, str]
     folder: RunFolder
     compute: torch.dtype
     _capture: Capture | None
@@ -49,7 +50,10 @@ class GaussNewtonProducts(ABC):
         assert self._capture is not None, "prepare() comes first"
         vectors = self._directions(directions)
         totals = [
-            {layer.name: torch.zeros(layer.shape, dtype=self.compute, device=self.device) for layer in self.spec.layers}
+            {
+                layer.name: torch.zeros(layer.shape, dtype=self.compute, device=self.devices[layer.name])
+                for layer in self.spec.layers
+            }
             for _ in vectors
         ]
         sequences = self.reader.rows(rows)
@@ -91,6 +95,6 @@ class GaussNewtonProducts(ABC):
             for layer in self.spec.layers:
                 found = read_state(self.folder, wanted.keys[layer.name], wanted.name)
                 for vector, place in zip(vectors, wanted.places, strict=True):
-                    vector[layer.name] = tensor(found[place], self.compute, self.device)
+                    vector[layer.name] = tensor(found[place], self.compute, self.devices[layer.name])
             self._aimed = wanted, vectors
         return self._aimed[1]

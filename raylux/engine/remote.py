@@ -51,10 +51,12 @@ class RayTransport:
         kind: type = GradientWorker,
         labels: Mapping[str, str] | None = None,
     ) -> None:
-        plan = spec.plan
+        plan, placed = spec.plan, spec.placement
         self._name = kind.__name__
         self._make: Any = ray.remote(kind).options(
-            num_cpus=plan.threads, num_gpus=1 if plan.device == "cuda" else 0, label_selector=dict(labels or {})
+            num_cpus=plan.threads,
+            num_gpus=(placed.gpus if placed else 1) if plan.device == "cuda" else 0,
+            label_selector=dict(labels or {}),
         )
         self._spec = ray.put(spec)
         self._capacity = capacity

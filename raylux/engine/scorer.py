@@ -102,12 +102,12 @@ def packs(parts: Iterable[PackPart], rows: int) -> Iterator[Pack]:
 
 
 class Bases:
-    """The eigenbases of all layers, in the precision of the products."""
+    """The eigenbases of all layers, in the precision of the products, each where ``devices`` has its layer."""
 
     def __init__(
-        self, folder: RunFolder, layers: Sequence[TrackedLayer], groups: Mapping[str, str], device: str
+        self, folder: RunFolder, layers: Sequence[TrackedLayer], groups: Mapping[str, str], devices: Mapping[str, str]
     ) -> None:
-        self._folder, self._layers, self._groups, self._device = folder, layers, groups, device
+        self._folder, self._layers, self._groups, self._devices = folder, layers, groups, devices
         self._of: tuple[FactorFiles, torch.dtype, frozenset[str] | None] | None = None
         self._held: dict[str, Basis] = {}
 
@@ -121,7 +121,7 @@ class Bases:
                 if wanted is not None and layer.name not in wanted:
                     continue
                 group = self._groups[layer.name]
-                q_a, q_s = read_rotation(self._folder, files, layer.name, group, dtype, self._device)
+                q_a, q_s = read_rotation(self._folder, files, layer.name, group, dtype, self._devices[layer.name])
                 # Layers that read the same tensor share one basis of it.
                 self._held[layer.name] = leaders.setdefault(group, q_a), q_s
             self._of = files, dtype, wanted
@@ -142,6 +142,7 @@ class Scorer:
         plan: Plan,
         loaded: LoadedQueries,
         bases: Bases,
+        devices: Mapping[str, str],
     ) -> None:
         give_back()
         self.loaded, self._layers, self._groups = loaded, layers, groups
@@ -153,14 +154,16 @@ class Scorer:
         )
         hold = Resting().hold if held > _IN_MEMORY else in_memory
         self._queries: dict[str, LayerQueries | WordQueries] = {
-            layer.name: WordQueries(read_word_queries(folder, loaded.files, layer, loaded.ids, dtype, plan.device))
+            layer.name: WordQueries(
+                read_word_queries(folder, loaded.files, layer, loaded.ids, dtype, devices[layer.name])
+            )
             for layer in layers
             if layer.words
         }
         self._queries |= {
             layer.name: LayerQueries.build(
                 layer.shape,
-                read_layer_queries(folder, loaded.files, layer, loaded.ids, dtype, plan.device),
+                read_layer_queries(folder, loaded.files, layer, loaded.ids, dtype, devices[layer.name]),
                 plan.typical_tokens * layer.share,
                 plan.tile,
                 hold,
@@ -189,7 +192,7 @@ class Scorer:
                 self._add_routed(whole, layer.name, place, a, g)
                 continue
             assert isinstance(a, Tensor)
-            shares = self._queries[layer.name].token_scores(place, a, g)
+            shares = self._queries[layer.name].token_scores(place, a, g).to(whole.device)
             if shares.shape[1] % part.tokens:  # above a classifier's pooling: the share stands where its label does
                 whole[:, 0] += shares.sum(1)
             else:
@@ -204,4 +207,4 @@ class Scorer:
         for own, own_a, own_g in sequence_parts(a, g):
             shares = self._queries[name].token_scores(place, own_a, own_g)[0]
             real = places[own.start] >= 0
-            whole[own.start, places[own.start][real]] += shares[real]
+            whole[own.start, places[own.start][real].to(whole.device)] += shares[real].to(whole.device)

@@ -103,7 +103,7 @@ def _bundles(demand: Demand) -> list[dict[str, float]]:
     would take the request for one that no node can meet.
     """
     count = demand.workers if isinstance(demand.workers, int) else 1
-    return [{"CPU": float(demand.threads)} | ({"GPU": 1.0} if demand.gpu else {})] * count
+    return [{"CPU": float(demand.threads)} | ({"GPU": float(demand.gpus)} if demand.gpu else {})] * count
 
 
 def _ask_for(bundles: list[dict[str, float]], labels: Mapping[str, str] | None = None) -> None:
@@ -117,7 +117,7 @@ def _ask_for(bundles: list[dict[str, float]], labels: Mapping[str, str] | None =
 
 def _fit_as_it_is(demand: Demand) -> tuple[int, int]:
     """Of the cluster as it is now, in the passes that the demand says. Raises UserError."""
-    if not demand.worker_labels and not demand.shard_labels:
+    if not demand.worker_labels and not demand.shard_labels and demand.gpus == 1:
         return fit(demand, ray.cluster_resources())
     return fit_nodes(demand, living())
 

@@ -30,7 +30,10 @@ Inputs = Mapping[str, Rows]
 
 
 class Curvatures:
-    """Damped curvatures of some layers, held until others are asked for."""
+    """Damped curvatures of some layers, held until others are asked for.
+
+    Each lies where ``devices`` has its layer; what is one for all layers, on ``device``.
+    """
 
     def __init__(
         self,
@@ -38,9 +41,11 @@ class Curvatures:
         layers: Sequence[TrackedLayer],
         groups: dict[str, str],
         dtype: torch.dtype,
+        devices: Mapping[str, str],
         device: str,
     ) -> None:
-        self._folder, self._groups, self._dtype, self._device = folder, groups, dtype, device
+        self._folder, self._groups, self._dtype, self._devices = folder, groups, dtype, devices
+        self._device = device
         self._shapes = {layer.name: layer.shape for layer in layers}
         self._of: tuple[LoadedCurvature, tuple[str, ...]] | None = None
         self._held: dict[str, Weighed] = {}
@@ -59,7 +64,7 @@ class Curvatures:
             for name in names:
                 group = self._groups[name]
                 curvature = read_curvature(
-                    self._folder, loaded.fitted, loaded.kind, name, group, self._dtype, self._device
+                    self._folder, loaded.fitted, loaded.kind, name, group, self._dtype, self._devices[name]
                 )
                 damping = curvature.damping(loaded.damping, loaded.fitted.least.get(name, 0.0))
                 try:

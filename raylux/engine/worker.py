@@ -33,6 +33,7 @@ from raylux.errors import NumericsError
 from raylux.fused import fuse_activations
 from raylux.influence.dots import sequence_gradients
 from raylux.layers import TrackedLayer, matrices
+from raylux.placement import Placement
 from raylux.routed import Rows
 from raylux.sampling import sample_labels
 from raylux.store import CorpusReader, RunFolder
@@ -44,6 +45,7 @@ class WorkerSpec:
 
     ``keep``: bytes of captured sequences that it may keep on its disk; None: by what is free there. ``statistics``: of
     the kind of curvature. ``checkpointing``: of the model's blocks. ``blocks``: in which A and S are summed.
+    ``placement``: of the model's parts, where it is spread over devices.
     """
 
     folder: str
@@ -57,6 +59,7 @@ class WorkerSpec:
     statistics: Statistics = "tokens"
     checkpointing: bool = False
     blocks: int = 1
+    placement: Placement | None = None
 
 
 @dataclass(frozen=True)
@@ -79,16 +82,19 @@ class GradientWorker(FitSums, GaussNewtonProducts, ProximalMeasurements, SelfInf
         self.device = spec.plan.device
         self.folder = RunFolder(spec.folder)
         self.compute = torch.float64 if spec.plan.dtype == "float64" else torch.float32
-        self.clock = profiling.Clock(torch.cuda.synchronize if self.device == "cuda" else None)
+        self.clock = profiling.Clock(self._synchronize if self.device == "cuda" else None)
+        placed = spec.placement
+        # Of each layer: where its a and g are, and with them its sums, bases and queries.
+        self.devices = {layer.name: placed.runs_on(layer.name) if placed else self.device for layer in spec.layers}
         self._capture: Capture | None = None
         self._reader: CorpusReader | None = None
-        self._bases = Bases(self.folder, spec.layers, spec.groups, self.device)
-        self._curvatures = Curvatures(self.folder, spec.layers, spec.groups, self.compute, self.device)
+        self._bases = Bases(self.folder, spec.layers, spec.groups, self.devices)
+        self._curvatures = Curvatures(self.folder, spec.layers, spec.groups, self.compute, self.devices, self.device)
         self._held: Scorer | None = None
         self._aimed = None
         self._objective = None
         self._routed = frozenset(layer.name for layer in spec.layers if layer.routed)
-        self._kept = CapturedSequences(spec.keep, spec.layers, spec.groups, self.device)
+        self._kept = CapturedSequences(spec.keep, spec.layers, spec.groups, self.devices)
 
     def prepare(self) -> dict[str, Any]:
         """Load the model. Apart from ``__init__``, so that its errors arrive as what they are.
@@ -101,9 +107,11 @@ class GradientWorker(FitSums, GaussNewtonProducts, ProximalMeasurements, SelfInf
         torch.set_num_threads(spec.plan.threads)
         with profiling.of("load"):
             files = models.on_this_node(spec.files)
-            model = models.load_model(files, spec.plan.dtype, self.device, spec.trust_remote_code)
+            model = models.load_model(files, spec.plan.dtype, self.device, spec.trust_remote_code, spec.placement)
             fuse_activations(model)
-        self._capture = Capture(model, spec.layers, spec.groups, spec.checkpointing)
+        # A graph that keeps its blocks' inputs alone holds no weights that were read for it.
+        checkpointing = spec.checkpointing or bool(spec.placement and spec.placement.reads)
+        self._capture = Capture(model, spec.layers, spec.groups, checkpointing)
         return {
             "pid": os.getpid(),
             "host": socket.gethostname(),
@@ -245,6 +253,7 @@ class GradientWorker(FitSums, GaussNewtonProducts, ProximalMeasurements, SelfInf
             counted = torch.tensor(pack.counted, device=self.device)
             whole = torch.zeros(sum(map(len, pack.parts)), len(loaded.ids), dtype=torch.float64, device=self.device)
             for index, part in enumerate(scorer.layer_scores(pack)):
+                part = part.to(self.device)
                 whole += part
                 if by_layer is not None:
                     by_layer[:, index, places] = _array(part[counted])[:, columns].T
@@ -305,12 +314,18 @@ class GradientWorker(FitSums, GaussNewtonProducts, ProximalMeasurements, SelfInf
 
     # common
 
+    def _synchronize(self) -> None:
+        placed = self.spec.placement
+        for device in placed.computing if placed else ("cuda",):
+            torch.cuda.synchronize(device)
+
     def _scorer(self, loaded: LoadedQueries) -> Scorer:
         """The s_test of every layer, read unless they are held."""
         if self._held is None or self._held.loaded != loaded:
             self._release()
             self._curvatures.drop()
-            self._held = Scorer(self.folder, self.spec.layers, self.spec.groups, self.spec.plan, loaded, self._bases)
+            spec = self.spec
+            self._held = Scorer(self.folder, spec.layers, spec.groups, spec.plan, loaded, self._bases, self.devices)
         return self._held
 
     def _release(self) -> None:

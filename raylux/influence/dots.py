@@ -227,6 +227,6 @@ def squared_norms(inputs: Mapping[str, Rows], grads: Mapping[str, Rows], groups:
         else:
             gradient = sequence_gradients(a, g)
             part = gradient.to(_wide(gradient.dtype)).square().sum((1, 2))
-        total = part if total is None else total + part
+        total = part if total is None else total + part.to(total.device)
     assert total is not None
     return total

@@ -32,7 +32,8 @@ def check(
         return
     gpu = config.model.device == "cuda"
     labels = engine.worker_labels, engine.shard_labels
-    fit_nodes(Demand(engine.workers, engine.shards, engine.threads, gpu, 1, 0, *labels), nodes)
+    least = Demand(engine.workers, engine.shards, engine.threads, gpu, 1, 0, *labels, gpus=engine.gpus_per_worker)
+    fit_nodes(least, nodes)
     if not _here(config.model.path):
         say(f"model.path = {config.model.path} is no folder of this machine: CPUs and GPUs are checked, memory is not")
         return

@@ -33,6 +33,12 @@ def check(ctx: Context) -> None:
             f"verify: curvature.kind={ctx.config.curvature.kind} predicts no change in nats, there is nothing to "
             "measure; take a run with a fitted kind, as ekfac"
         )
+    placed = ctx.placement
+    if placed is not None and (placed.reads or len(placed.computing) > 1):
+        raise UserError(
+            "verify: measuring takes a whole copy of the model in float64, on one device, and model.device_map spreads "
+            "it; set model.device_map=null and engine.gpus_per_worker=1"
+        )
     routed = [layer.name for layer in ctx.coverage.tracked if layer.routed]
     if routed:
         raise UserError(
