@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import BertModel
 
 import raylux
-from raylux.api import run_stages
+from raylux.api import STAGES, run_stages
 from raylux.cli import main
 from raylux.config import Config
 from raylux.cost import calibrate
@@ -26,7 +26,7 @@ from raylux.verification import VerifyOptions
 from tests import test_exact as exact
 from tests.classifiers import ARCHITECTURES, CLASSES, CONTEXT, classifier, texts, tokenizer
 from tests.reference import Example, Question, difference, gradients, question_gradient
-from tests.small import write_lines
+from tests.small import contents, differing, write_lines
 from tests.test_plan_command import RATES
 
 TRAIN = texts(20)
@@ -245,6 +245,18 @@ def test_every_command_serves_a_classifier(
     assert main(["top", str(inputs.base / "run"), "--query", "good", "-k", "2"]) == 0
     page = (inputs.base / "run" / "report" / "index.html").read_text(encoding="utf-8")
     assert "a warm film" in page and "<bdi>good</bdi>" in page
+
+
+def test_workers_on_ray_give_the_bits_of_one_process(inputs: Inputs, ray_cluster: Any) -> None:
+    """Of an encoder, in several units of the fit and of scores."""
+    cut = ("fit.unit_tokens=40", "score.unit_size=5", "engine.batch_tokens=64", "score.layers=true")
+    on_ray = ("engine.backend=ray", "engine.workers=2", "engine.shards=1")
+    for name, how in (("local", ()), ("ray", on_ray)):
+        folder = inputs.base / name
+        run_stages(Config.parse(inputs.sections(), [*cut, *how, f"run.folder={folder}"]), STAGES[:-1], quiet=True)
+    usual = contents(inputs.base / "local")
+    assert differing(contents(inputs.base / "ray"), usual) == []
+    assert usual["total good"].size == len(TRAIN) and len(RunFolder(str(inputs.base / "ray")).committed("score")) > 1
 
 
 def spoilt(inputs: Inputs, **keys: Any) -> None:

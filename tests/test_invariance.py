@@ -159,6 +159,13 @@ def test_queries_in_batches_do_not_depend_on_their_company(many: Any, tmp_path: 
     assert differing(contents(tmp_path / "grown"), contents(usual)) == []
 
 
+def test_queries_in_batches_on_two_workers(many: Any, tmp_path: Path, ray_cluster: Any) -> None:
+    inputs, asked, usual = many
+    write_lines(inputs.queries, asked)
+    inputs.run(tmp_path / "ray", *FAST, "engine.backend=ray", "engine.workers=2", "engine.shards=1")
+    assert differing(contents(tmp_path / "ray"), contents(usual)) == []
+
+
 def test_queries_in_batches_against_each_by_itself(many: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, asked, _ = many
     write_lines(inputs.queries, asked)

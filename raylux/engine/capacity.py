@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -127,12 +126,13 @@ def _check_gpus(demand: Demand, nodes: Sequence[Node]) -> None:
 
 def _total(nodes: Sequence[Node], demand: Demand) -> dict[str, float]:
     """What nodes have together, of their GPUs those that make up whole workers."""
-    total: Counter[str] = Counter()
+    total: dict[str, float] = {}
     for node in nodes:
-        total.update({name: float(size) for name, size in node.resources.items()})
+        for name, size in node.resources.items():
+            total[name] = total.get(name, 0.0) + float(size)
     if demand.gpu and demand.gpus > 1:
         total["GPU"] = float(sum(node.resources.get("GPU", 0.0) // demand.gpus * demand.gpus for node in nodes))
-    return dict(total)
+    return total
 
 
 def fit(demand: Demand, supply: Mapping[str, float], where: str = "the cluster") -> tuple[int, int]:
