@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -35,6 +36,8 @@ NAMES = {"llama-3-8b": "Llama-3-8B", "llama-3-70b": "Llama-3-70B", "smollm2-135m
 SPLIT = {"llama-3-8b": 1, "llama-3-70b": 8}
 # Units shorter than the engine's default keep 512 devices busy.
 SHORTER = {512: ("score.unit_size=256", "fit.unit_tokens=200000"), 64: ("score.unit_size=1024",)}
+# GPUs of a worker as the engine has them, and queries of such a run: its s_test has to fit beside the model.
+GPUS, ASKED = (4, 8), 50
 FLOOR, AIM = 24.0, 12.0
 
 
@@ -58,6 +61,15 @@ def plan(model: str, devices: int, split: int | None = None) -> RunPlan:
     cluster = cluster.model_copy(update={"devices_per_worker": split or SPLIT[model]})
     settings = config(model, *SHORTER.get(devices, ()))
     return plan_on(settings, SIZES, cluster, costs.AHEAD)
+
+
+@cache
+def turns(gpus: int) -> RunPlan:
+    """Llama-3-70B on 64 H100s by what the engine does: workers of so many GPUs, which take turns."""
+    cluster = Cluster.load(ROOT / "configs" / "clusters" / "h100-64.yaml")
+    spread = (f"engine.gpus_per_worker={gpus}", "model.device_map=balanced")
+    settings = config("llama-3-70b", *SHORTER[64], *spread)
+    return plan_on(settings, replace(SIZES, queries=ASKED), cluster, costs.ENGINE)
 
 
 def shapes() -> str:
@@ -109,6 +121,29 @@ def summary() -> str:
     return plans.markdown(names, rows)
 
 
+def spread() -> str:
+    """A row per number of GPUs of a worker."""
+    rows = []
+    for gpus in GPUS:
+        found = turns(gpus)
+        passes = [next(c.value for c in found.choices if c.name == name) for name in ("covariance passes", "Λ passes")]
+        fullest = max(stage.device_bytes for stage in found.stages)
+        hours = [
+            plans.hours_text(found.stage(name).device_hours) for name in ("covariance", "lambda", "query", "score")
+        ]
+        rows.append(
+            [
+                str(gpus), *(each.partition(",")[0] for each in passes), plans.bytes_text(fullest),
+                plans.time_text(found.seconds), *hours, f"**{found.device_hours:,.1f}**",
+            ]
+        )  # fmt: skip
+    names = (
+        "GPUs of a worker", "covariance passes", "Λ passes", "fullest GPU", "time", "covariance", "Λ", "query", "score",
+        "device-hours",
+    )  # fmt: skip
+    return plans.markdown(names, rows)
+
+
 def refusal() -> str:
     """What is said of 70B where a worker is one device."""
     try:
@@ -144,7 +179,17 @@ Llama-3-70B on single devices is refused:
 
 > {refusal()}
 
-So a worker is a node of 8 devices there. On 64 and 512 devices units are shorter than the engine's default, or
+So a worker is a node of 8 devices there, **all at work at once, which looks ahead**: the engine spreads a model's
+blocks over the GPUs of a worker (`engine.gpus_per_worker`, `model.device_map`), and they take turns. Today, with
+{ASKED} queries on 64 H100s:
+
+{spread()}
+
+The weights are cut as evenly as whole blocks allow, each GPU counts its own weights, activations, sums and bases, and a
+layer pass takes layers of each of them; a GPU waits while the others run their blocks, so that more of them make fewer
+passes and no pass faster. Device-hours count the waiting.
+
+On 64 and 512 devices units are shorter than the engine's default, or
 devices would wait: {"; ".join(" ".join(SHORTER[n]) + f" on {n}" for n in (64, 512))}.
 
 ### Llama-3-8B on 8 H100s, term by term

@@ -174,7 +174,7 @@ def placed(
 def runs(sizes: Sequence[int], count: int) -> list[int]:
     """Which of ``count`` runs, one after the other, each of some sizes is in, so that the largest run is smallest."""
 
-    def cut(most: int) -> list[int]:
+    def cut(sizes: Sequence[int], most: int) -> list[int]:
         numbers, number, filled = [], 0, 0
         for size in sizes:
             if filled + size > most:
@@ -186,8 +186,17 @@ def runs(sizes: Sequence[int], count: int) -> list[int]:
     low, high = max(sizes, default=0), sum(sizes)
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if cut(middle)[-1] < count else (middle + 1, high)
-    return cut(low)
+        low, high = (low, middle) if cut(sizes, middle)[-1] < count else (middle + 1, high)
+    numbers, number, filled = [], 0, 0
+    for place, size in enumerate(sizes):
+        left = count - number - 1
+        # No run is longer than it has to be, and none much shorter than those that are left.
+        enough = filled + size / 2 > (filled + sum(sizes[place:])) / (left + 1)
+        if filled + size > low or (enough and left and cut(sizes[place:], low)[-1] < left):
+            number, filled = number + 1, 0
+        filled += size
+        numbers.append(number)
+    return numbers
 
 
 def _balanced(parts: Sequence[Part], main: str, gpus: int) -> tuple[str, ...]:

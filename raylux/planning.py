@@ -16,11 +16,13 @@ from raylux.cost.costs import RunPlan
 from raylux.cost.machine import Cluster
 from raylux.cost.model import ModelShape
 from raylux.cost.planner import plan_run
-from raylux.cost.workload import Workload
+from raylux.cost.workload import ITEMSIZE, Workload
 from raylux.curvature import KINDS, check_blocks, check_segment, check_words, joint
 from raylux.curvature.solvers import Rule
+from raylux.engine.device import placement_of
 from raylux.engine.kept import kept_bytes
 from raylux.engine.plan import Plan, make_plan, probe_count
+from raylux.placement import Placement, placed
 from raylux.queries import load_queries
 from raylux.store import CorpusReader, RunFolder
 
@@ -66,9 +68,13 @@ def find_shape(config: Config) -> tuple[ModelShape, models.ModelFiles, int | Non
 def plan_here(config: Config, sizes: Sizes, refresh: bool = False) -> tuple[RunPlan, Cluster]:
     """A plan of what the engine does today, on this machine, by the run's own frozen choices."""
     device = models.resolve_device(config.model.device)
-    work, plan = _workload(config, sizes, device)
+    files, _ = models.find_described(config.model)
+    placement = placement_of(config, files, device)
+    work, plan = _workload(config, sizes, device, placement)
     workers = _workers(config, device, plan.threads)
     cluster = calibrate.here(plan.threads, workers, device, config.run.folder, refresh)
+    if placement is not None and len(placement.computing) > 1:
+        cluster = cluster.of_workers(placement.gpus)
     share = kept_bytes(config.engine.keep_captured, device)
     disk = cluster.disk_tb * 1e12 * _KEPT_SHARE / cluster.workers if share is None else float(share)
     everyone = config.prefilter.kind == "none" or config.prefilter.top >= work.corpus
@@ -79,16 +85,33 @@ def plan_here(config: Config, sizes: Sizes, refresh: bool = False) -> tuple[RunP
 
 def plan_on(config: Config, sizes: Sizes, cluster: Cluster, can: frozenset[str] = costs.AHEAD) -> RunPlan:
     """A plan on a cluster that need not be here; it may count on what the engine does not do yet, and says so."""
-    work, _ = _workload(config, sizes, "cuda" if cluster.device.gpu else "cpu")
+    device = "cuda" if cluster.device.gpu else "cpu"
+    placement = _placement_on(config, cluster, device)
+    if placement is not None and len(placement.computing) > 1:
+        cluster = cluster.of_workers(placement.gpus)
+    work, _ = _workload(config, sizes, device, placement)
     return plan_run(work, cluster, can)
 
 
-def _workload(config: Config, sizes: Sizes, device: str) -> tuple[Workload, Plan]:
+def _placement_on(config: Config, cluster: Cluster, device: str) -> Placement | None:
+    """``placement_of`` on devices of a cluster file."""
+    setting, gpus = config.model, config.engine.gpus_per_worker
+    if setting.device_map is None and gpus == 1:
+        return None
+    files, weights = models.find_described(setting)
+    structure = models.load_structure(files, setting.trust_remote_code, weights)
+    each = cluster.device.memory / 2 / ITEMSIZE[setting.dtype]
+    room = {f"cuda:{number}": each for number in range(gpus)} if device == "cuda" else {"cpu": each}
+    return placed(structure, setting, device, gpus, room)
+
+
+def _workload(config: Config, sizes: Sizes, device: str, placement: Placement | None = None) -> tuple[Workload, Plan]:
     check_blocks(config.curvature.kind, config.curvature.blocks)
     check_segment(
         config.curvature.kind, config.curvature.segment, config.curvature.solver, config.query.carried_from is not None
     )
     shape, files, context = find_shape(config)
+    shape = shape.run_by(config.model.checkpointing, placement)
     lengths, query_lengths = _lengths(config, sizes, files, context)
     plan = make_plan(
         config, device, shape.tracked, dict(shape.groups), shape.parameters, lengths, context, len(query_lengths)

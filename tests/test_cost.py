@@ -178,7 +178,7 @@ def _said(work: Workload, cluster: Cluster, can: frozenset[str] = costs.AHEAD) -
 def test_what_is_refused_names_a_change_and_that_change_helps() -> None:
     assert "model.dtype=bfloat16" in _said(_work(dtype="float32", tokens=64.0), _cluster(device={"memory_gb": 30.0}))
     large = _work(model=_published("llama-3-70b"))
-    assert "devices_per_worker: 4" in _said(large, _cluster())
+    assert "take engine.gpus_per_worker=4 with model.device_map=balanced" in _said(large, _cluster())
     plan_run(large, _cluster(devices_per_worker=4), costs.AHEAD)
     assert "take 2 nodes" in _said(_work(), _cluster(host_memory_gb=4.0), costs.ENGINE | {costs.SPLIT})
     line = _said(_work(), _cluster(disk_tb=0.1))

@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 import raylux
 from raylux import models, placement, prepare
 from raylux.batches import collate
-from raylux.capture import Capture
+from raylux.capture import Capture, input_groups
 from raylux.config import Config, ModelSection
+from raylux.cost.fit import rooms
+from raylux.cost.model import ModelShape
+from raylux.cost.passes import covariance_held, split
 from raylux.engine.capacity import GIB, Demand, Node, fit_nodes
 from raylux.engine.demand import demand_of
 from raylux.errors import UserError
@@ -117,6 +120,33 @@ def test_a_worker_on_the_cpu_is_sized_by_what_it_holds() -> None:
 
     assert size(None) - size(disk) == 8 * (covered.parameters - disk.held("cpu"))
     assert size(None, True) == size(disk, True)  # the products of a solver hold the whole graph
+
+
+def test_the_plan_counts_each_device_by_itself() -> None:
+    """By hand, in float32: two blocks, embedding and logits on the first GPU; one block and the head on the second."""
+    model = build("llama", num_hidden_layers=3, tie_word_embeddings=False).to("meta")
+    covered = coverage(model)
+    groups = input_groups(model, covered.tracked)
+    spread_over = placed(model, section("balanced"), "cuda", 2)
+    shape = ModelShape.of(model, covered, groups).run_by(False, spread_over)
+    table, block = 128 * 16, 2 * 16 * 16 + 2 * 8 * 16 + 3 * 24 * 16 + 2 * 16
+    # Of a token: residual stream 8 × 16 and gate, up 3 × 48 in a block; a and g of its layers; logits, their softmax.
+    activations, captured, logits = 4 * (8 * 16 + 3 * 48), 4 * (16 + 24 + 24 + 24 + 16), 128 * (4 + 8)
+    beside = [
+        4 * (table + 2 * block) + 10 * (2 * (activations + captured) + logits),
+        4 * (block + 16 + table) + 10 * (activations + captured),
+    ]
+    found = rooms(shape, 4, 10, 1e9, 1e6)
+    assert found.of == {f"cuda:{number}": 1e9 - 1e6 - size for number, size in enumerate(beside)}
+    # A of gate and up together 16 × 16, their S 24 × 24, of down 24 × 24 and 16 × 16: in float32 for each block.
+    sums = 4 * (16 * 16 + 2 * 24 * 24 + 24 * 24 + 16 * 16)
+    held = covariance_held(groups, 4)
+    whole = split(covered.tracked, groups, 1, found.devices)
+    assert found.short(whole, held) == max(beside[0] + 2 * sums, beside[1] + sums) + 1e6 - 1e9
+    halves_of = split(covered.tracked, groups, 2, found.devices)
+    assert [{found.devices[layer.name] for layer in run} for run in halves_of] == [{"cuda:0", "cuda:1"}] * 2
+    assert sorted(layer.name for run in halves_of for layer in run) == sorted(groups)
+    assert found.short(halves_of, held) < found.short(whole, held)
 
 
 # ------------------------------------------------------------------------------------------ equal bits

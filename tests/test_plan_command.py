@@ -98,4 +98,10 @@ def test_what_cannot_work_is_one_line(tmp_path: Path, capsys: Any) -> None:
     assert main(_llama("--cluster", str(tmp_path / "small.yaml"))) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.count("\n") == 1 and "devices_per_worker: 4" in said.err
+    change = "engine.gpus_per_worker=4", "model.device_map=balanced"
+    assert said.err.count("\n") == 1 and "take {} with {}".format(*change) in said.err
+    data["device"]["memory_gb"] = 14
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    assert main(_llama("--cluster", str(tmp_path / "small.yaml"), *change)) == 0
+    said = capsys.readouterr()
+    assert "4 for a worker, which take turns" in said.out and "cuda:3" in said.out and said.err == ""

@@ -15,7 +15,7 @@ SYMMETRIC = "symmetric rank-k covariances"
 TOKEN_SOLVE = "a query's tokens rotated instead of its gradient"
 LAYERWISE = "queries solved a layer at a time, every basis and probe read once"
 RANGE_FINDER = "low rank by a randomised range finder"
-SPLIT = "a model over several devices"
+SPLIT = "a model over several devices that work at once"
 # The engine's symmetric updates are those of a CPU's BLAS: on a GPU they are ahead.
 ENGINE = frozenset({SHARED_ROTATION})
 ENGINE_CPU = ENGINE | {SYMMETRIC}
@@ -67,6 +67,7 @@ class StageCost:
         disk_bytes: that the stage leaves in the run folder.
         moved_bytes: between workers, shards and the run folder.
         longest: seconds of the longest single task, which more devices do not shorten.
+        device_bytes: of the fullest device of a worker that has several; 0: it has one.
     """
 
     name: str
@@ -79,6 +80,7 @@ class StageCost:
     disk_bytes: float
     moved_bytes: float
     longest: float = 0.0
+    device_bytes: float = 0.0
 
     @property
     def flops(self) -> float:

@@ -45,8 +45,25 @@ def base_bytes(device: Device) -> float:
 
 
 def model_bytes(work: Workload) -> float:
-    """The weights, as a worker holds them."""
-    return float(work.model.parameters * work.itemsize)
+    """The weights, as a worker holds them on all its devices."""
+    placed = work.model.placement
+    held = work.model.parameters if placed is None else sum(map(placed.held, placed.computing))
+    return float(held * work.itemsize)
+
+
+def worker_base(work: Workload, device: Device) -> float:
+    """A worker before its model, on all its devices."""
+    placed = work.model.placement
+    return base_bytes(device) * (1 if placed is None else len(placed.computing))
+
+
+def fullest(work: Workload, device: Device, batch: float, blocks: Sequence[Layers], held: Held) -> float:
+    """Bytes of the fullest device of a worker at the peak of its passes; 0 where it has one."""
+    placed = work.model.placement
+    if placed is None or len(placed.computing) == 1:
+        return 0.0
+    # What is short of no memory at all is all that is taken.
+    return rooms(work.model, work.itemsize, batch, 0.0, base_bytes(device)).short(blocks, held)
 
 
 def batch_tokens(work: Workload, wanted: Layers | None = None) -> tuple[int, ...]:
@@ -100,14 +117,14 @@ def passes(work: Workload, cluster: Cluster, held: Held, sums: float) -> tuple[l
         beside = rooms(work.model, work.itemsize, batch, memory, base_bytes(device))
         blocks = cut(layers, groups, held, beside, least)
         if blocks is None:
-            short = min(short, beside.short(split(layers, groups, len(groups)), held))
+            short = min(short, beside.short(split(layers, groups, len(groups), beside.devices), held))
         elif best is None or len(blocks) < len(best[0]):
             best = blocks, batch
     if best is None:
-        need = (device.memory + short) / 0.9e9
+        need, there = (memory + short) / 0.9e9, memory / 0.9e9
         raise UserError(
             f"a pass does not fit: the model, one batch and the sums of one layer need a device of {need:,.1f} GB, "
-            f"there are {device.memory_gb:,.1f} GB; set engine.batch_tokens lower, or take devices of that size"
+            f"there are {there:,.1f} GB; set engine.batch_tokens lower, or take devices of that size"
         )
     if wanted and len(best[0]) > wanted:
         raise UserError(
@@ -157,6 +174,7 @@ def covariance(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
     stage = StageCost(
         "covariance", tuple(works), units * len(blocks), cluster.workers, cluster.devices, worker,
         min(shard_room(cluster), covariance_bytes(model.tracked, groups, 8, work.blocks)), disk, units * sums,
+        device_bytes=fullest(work, device, batch, blocks, held),
     )  # fmt: skip
     return stage, [
         Choice(
@@ -244,6 +262,7 @@ def moments(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[Stag
     stage = StageCost(
         "lambda", tuple(works), units * len(blocks), cluster.workers, cluster.devices, worker,
         min(shard_room(cluster), layer_bytes(model.tracked, 8)), sums, units * sums,
+        device_bytes=fullest(work, device, batch, blocks, held),
     )  # fmt: skip
     first = sum(rotation_flops(layer, work.tokens)[1] for layer in model.tracked)
     return stage, [
@@ -313,7 +332,7 @@ def _formed_first(work: Workload) -> float:
 def resident(work: Workload, device: Device, batch: float, blocks: Sequence[Layers], held: Held) -> float:
     """Bytes of a worker at the peak of its largest pass."""
     most = max(sum(map(held, block)) + batch * work.model.activation_bytes(work.itemsize, block) for block in blocks)
-    return base_bytes(device) + model_bytes(work) + most
+    return worker_base(work, device) + model_bytes(work) + most
 
 
 def move(size: float, cluster: Cluster) -> Work:
@@ -343,7 +362,7 @@ def _pass_choice(
     name: str, blocks: Sequence[Layers], whole: float, work: Workload, device: Device, batch: int
 ) -> Choice:
     count = len(blocks)
-    beside = (base_bytes(device) + model_bytes(work)) / 1e9
+    beside = (worker_base(work, device) + model_bytes(work)) / 1e9
     return Choice(
         name,
         f"{count}, batches of {batch:,} tokens",

@@ -17,7 +17,7 @@ Positive = Annotated[Real, Field(gt=0)]
 Share = Annotated[Real, Field(gt=0, le=1)]
 _LIMIT = 1 << 20
 
-# Of the devices' rates, where a worker is split over several and they wait for each other.
+# Of the devices' rates, where a worker is split over several that work at once.
 SPLIT_SHARE = 0.85
 # Of a device's memory: what the allocator loses, and what belongs to nobody here.
 USABLE = 0.9
@@ -71,7 +71,10 @@ class Cluster(Section):
 
     devices: int = Field(ge=1, le=1_000_000)
     per_node: int = Field(8, ge=1, le=1024)
-    devices_per_worker: int = Field(1, ge=1, le=1024, description="a model over several devices; engine: 1")
+    devices_per_worker: int = Field(1, ge=1, le=1024, description="a model over several devices")
+    turns: bool = Field(
+        False, description="the devices of a worker work one after the other, as the engine's do; otherwise at once"
+    )
     device: Device
     host_memory_gb: Positive = Field(description="of a node; factor shards live there")
     network_gb_s: Positive = Field(description="of a node, in one direction")
@@ -87,12 +90,18 @@ class Cluster(Section):
     def workers(self) -> int:
         return max(1, self.devices // self.devices_per_worker)
 
+    def of_workers(self, devices: int) -> Cluster:
+        """The same machines where a worker has so many devices, of which one runs its blocks while the others wait."""
+        return self.model_copy(update={"devices_per_worker": devices, "turns": True})
+
     @property
     def worker(self) -> Device:
         """A worker's devices taken together."""
         count = self.devices_per_worker
         if count == 1:
             return self.device
+        if self.turns:
+            return self.device.model_copy(update={"memory_gb": self.device.memory_gb * count})
         rates = ("float32_tflops", "bfloat16_tflops", "float64_tflops")
         more = {name: getattr(self.device, name) * count * SPLIT_SHARE for name in rates}
         more |= {name: getattr(self.device, name) * count for name in ("memory_gb", "bandwidth_gb_s", "host_gb_s")}

@@ -39,8 +39,19 @@ def moments_held(groups: Mapping[str, str], basis_itemsize: int, itemsize: int, 
     return lambda layer: bases(layer) + itemsize * layer.parameters
 
 
-def split(layers: Layers, groups: Mapping[str, str], count: int) -> list[Layers]:
-    """``count`` runs of about equally many input groups, the last of the model first; no more than there are groups."""
+def split(
+    layers: Layers, groups: Mapping[str, str], count: int, devices: Mapping[str, str] | None = None
+) -> list[Layers]:
+    """``count`` runs of about equally many input groups, the last of the model first; no more than there are groups.
+
+    Where layers lie on several ``devices``, each is cut so, and a pass takes a run of each: all have their part of it.
+    """
+    if devices is not None and len({devices[layer.name] for layer in layers}) > 1:
+        own: dict[str, list[TrackedLayer]] = {}
+        for layer in layers:
+            own.setdefault(devices[layer.name], []).append(layer)
+        each = [split(those, groups, count) for those in own.values()]
+        return [list(itertools.chain(*some)) for some in itertools.zip_longest(*each, fillvalue=())]
     families: dict[str, list[TrackedLayer]] = {}
     for layer in layers:
         families.setdefault(groups[layer.name], []).append(layer)
@@ -80,11 +91,11 @@ class Rooms:
 
 def cut(layers: Layers, groups: Mapping[str, str], held: Held, rooms: Rooms, least: int = 1) -> list[Layers] | None:
     """The fewest runs of layers, at least ``least``, of which each fits the worker's devices; None: they do not."""
-    if rooms.short(split(layers, groups, len(layers)), held) > 0:
+    if rooms.short(split(layers, groups, len(layers), rooms.devices), held) > 0:
         return None
     least = max(least, math.ceil(sum(map(held, layers)) / rooms.total))
     for count in range(least, min(MOST_PASSES, len({groups[layer.name] for layer in layers})) + 1):
-        blocks = split(layers, groups, count)
+        blocks = split(layers, groups, count, rooms.devices)
         if rooms.short(blocks, held) <= 0:
             return blocks
     return None

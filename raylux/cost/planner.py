@@ -28,7 +28,12 @@ def plan_run(work: Workload, cluster: Cluster, can: frozenset[str] = costs.ENGIN
         UserError: it cannot work; the line names the smallest change that would help.
     """
     _check_model(work, cluster, can)
-    choices = [_shards(work, cluster)] if work.basis or work.moments else []
+    choices = _devices(work) + ([_shards(work, cluster)] if work.basis or work.moments else [])
+    if work.model.placement is None and cluster.devices_per_worker > 1:
+        count = cluster.devices_per_worker
+        choices.append(
+            Choice("devices", f"{count} for a worker, all at work at once", "as the cluster file says", False)
+        )
     makers = [fit.covariance, fit.eigenbases] if work.basis else []
     makers += [solving.joint] if work.joint else [fit.moments] if work.moments else []
     stages = []
@@ -42,6 +47,8 @@ def plan_run(work: Workload, cluster: Cluster, can: frozenset[str] = costs.ENGIN
 
 
 def _check_model(work: Workload, cluster: Cluster, can: frozenset[str]) -> None:
+    if work.model.placement is not None:
+        return _check_devices(work, cluster)
     device = cluster.worker
     sequence = work.tokens * work.model.activation_bytes(work.itemsize, work.model.tracked)
     need = fit.base_bytes(device) + fit.model_bytes(work) + sequence
@@ -55,12 +62,47 @@ def _check_model(work: Workload, cluster: Cluster, can: frozenset[str]) -> None:
     if work.itemsize > 2 and half <= device.memory:
         change = "model.dtype=bfloat16"
     elif per <= cluster.per_node:
-        change = f"devices_per_worker: {per} in the cluster file"
-        change += "" if costs.SPLIT in can else " (which the engine does not do yet)"
+        change = f"engine.gpus_per_worker={per} with model.device_map=balanced"
     raise UserError(
         f"the model does not fit: weights and one sequence need {need / USABLE / 1e9:,.1f} GB, a worker has "
         f"{device.memory_gb:,.1f} GB; take {change}"
     )
+
+
+def _check_devices(work: Workload, cluster: Cluster) -> None:
+    """The same of a model over several devices, or of one that is read from disk: by the fullest of them."""
+    placed = work.model.placement
+    assert placed is not None
+    if len(placed.computing) > cluster.per_node:
+        raise UserError(
+            f"a worker needs {len(placed.computing)} devices of one node, a node has {cluster.per_node}: set "
+            "engine.gpus_per_worker lower"
+        )
+    memory = cluster.device.memory
+    left = fit.rooms(work.model, work.itemsize, work.tokens, memory, fit.base_bytes(cluster.device)).of
+    where = min(left, key=lambda device: left[device])
+    if left[where] < 0:
+        raise UserError(
+            f"the model does not fit: weights and one sequence need {(memory - left[where]) / USABLE / 1e9:,.1f} GB on "
+            f"{where}, which has {cluster.device.memory_gb:,.1f} GB; take more engine.gpus_per_worker, or give blocks "
+            "to disk in model.device_map"
+        )
+
+
+def _devices(work: Workload) -> list[Choice]:
+    """What lies where, if not all of the model on one device."""
+    placed = work.model.placement
+    if placed is None:
+        return []
+    held = [placed.held(device) * work.itemsize / 1e9 for device in placed.computing]
+    blocks = [placed.blocks_on(device) for device in placed.computing]
+    pairs = zip(placed.computing, held, blocks, strict=True)
+    each = ", ".join(f"{device}: {size:,.2f} GB of weights, {count} blocks" for device, size, count in pairs)
+    read = sum(part.parameters for part in placed.reads) * work.itemsize / 1e9
+    away = f"; {read:,.2f} GB are read each time they run" if placed.reads else ""
+    count = len(placed.computing)
+    value = f"{count} for a worker, which take turns" if count > 1 else "1 for a worker"
+    return [Choice("devices", value, f"{each}{away}")]
 
 
 def _shards(work: Workload, cluster: Cluster) -> Choice:

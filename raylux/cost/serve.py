@@ -17,8 +17,10 @@ from raylux.cost.fit import (
     model_bytes,
     model_work,
     reading,
+    rooms,
     rotation_flops,
     store,
+    worker_base,
 )
 from raylux.cost.machine import Cluster, Device, eigh_flops
 from raylux.cost.sizes import PROCESS_BYTES, covariance_bytes, layer_bytes, query_block, rank_limit
@@ -80,7 +82,7 @@ def query(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     parallel = min(cluster.workers, len(model.leaders))
     stage = StageCost(
         "query", tuple(works), count * parallel, parallel, cluster.devices,
-        base_bytes(device) + model_bytes(work) + tokens * model.activation_bytes(work.itemsize, layers)
+        worker_base(work, device) + model_bytes(work) + tokens * model.activation_bytes(work.itemsize, layers)
         + iterated.worker,
         float(max(held * (2 if low else 1), iterated.held) + largest), disk, disk + bases + iterated.moved,
     )  # fmt: skip
@@ -191,7 +193,7 @@ def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     units = max(1, math.ceil(work.candidates / work.score_unit))
     stage = StageCost(
         "score", tuple(works), units, cluster.workers, cluster.devices,
-        base_bytes(device) + model_bytes(work) + batch * model.activation_bytes(work.itemsize, layers) + held
+        worker_base(work, device) + model_bytes(work) + batch * model.activation_bytes(work.itemsize, layers) + held
         + max(layer.parameters for layer in layers) * work.stored * _sequences(work, batch),
         0.0, disk, disk + read,
     )  # fmt: skip
@@ -207,8 +209,7 @@ def choose_scoring(work: Workload, device: Device, can: frozenset[str]) -> Scori
 def _scoring(work: Workload, device: Device, can: frozenset[str], batch: float) -> Scoring:
     """Exact in one or more tiles of queries, or two stages, with batches of ``batch`` tokens."""
     model, layers = work.model, work.model.tracked
-    room = device.memory - base_bytes(device) - model_bytes(work)
-    room -= batch * model.activation_bytes(work.itemsize, layers)
+    room = queries_room(work, device, batch)
     allowed = {contraction.DENSE, contraction.TOKENS}
     allowed |= {contraction.EXPANDED} if costs.EXPANDED_FORM in can else set()
     eigen = work.query_basis == "eigen" or (work.query_basis is None and costs.EIGENBASIS_FORM in can)
@@ -241,6 +242,19 @@ def _scoring(work: Workload, device: Device, can: frozenset[str], batch: float) 
         if sum(form.held for form in picked) <= room:
             options.append(Scoring(picked, 1, again, flops, room, batch))
     return min(options, key=lambda option: option.flops)
+
+
+def queries_room(work: Workload, device: Device, batch: float) -> float:
+    """Bytes that s_test may take of a worker: over several devices by the first that is full."""
+    model, placed = work.model, work.model.placement
+    memory = device.memory if placed is None else device.memory / len(placed.computing)
+    found = rooms(model, work.itemsize, batch, memory, base_bytes(device))
+    whole = sum(layer.parameters for layer in model.tracked)
+    shares = {
+        where: sum(layer.parameters for layer in model.tracked if found.devices[layer.name] == where) / whole
+        for where in found.of
+    }
+    return min(found.of[where] / share for where, share in shares.items() if share)
 
 
 def distinct(candidates: int, queries: int, each: int) -> int:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from raylux.cost.costs import Choice, StageCost, Work
-from raylux.cost.fit import base_bytes, batch_tokens, model_bytes, model_work, move, store
+from raylux.cost.fit import batch_tokens, model_bytes, model_work, move, store, worker_base
 from raylux.cost.machine import Cluster
 from raylux.cost.sizes import SOLVE_STATE, layer_bytes, solve_block
 from raylux.cost.workload import Workload
@@ -84,7 +84,7 @@ def joint(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     units = max(1, math.ceil(work.fit_tokens / work.unit_tokens))
     stage = StageCost(
         "exact matrix", taken.works[:-1], units, cluster.workers, cluster.devices,
-        base_bytes(cluster.worker) + model_bytes(work) + matrix * work.stored + taken.worker, 8 * matrix,
+        worker_base(work, cluster.worker) + model_bytes(work) + matrix * work.stored + taken.worker, 8 * matrix,
         matrix * work.stored, units * matrix * work.stored,
     )  # fmt: skip
     return stage, [Choice("exact matrix", f"dense, {size:,} × {size:,}", f"{8 * matrix / 1e9:,.2f} GB in float64")]

@@ -18,6 +18,7 @@ from raylux.engine.capacity import Demand
 from raylux.engine.demand import demand_of
 from raylux.engine.device import placement_of
 from raylux.layers import Coverage
+from raylux.placement import Placement
 from raylux.queries import Query, load_queries
 from raylux.readers import read_documents
 
@@ -104,8 +105,12 @@ class Case:
         return demand_of(
             config.engine, config.model.dtype, device, layers, model.groups, parameters, len(self.queries),
             config.curvature.solver != "direct", config.fit.passes, config.curvature.blocks,
-            KINDS[config.curvature.kind].joint, placement_of(config, model.files, device),
+            KINDS[config.curvature.kind].joint, self.placement_on(device),
         )  # fmt: skip
+
+    def placement_on(self, device: str) -> Placement | None:
+        """Where workers with such a device have the parts of the model; None: all on that one."""
+        return placement_of(self.config, self.model.files, device)
 
     def lose(self, name: str) -> None:
         """A check found nothing to build on."""

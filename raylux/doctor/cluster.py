@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from raylux.cost.workload import ITEMSIZE
 from raylux.doctor.case import Case
 from raylux.doctor.finding import FAIL, OK, WARN, Finding
 from raylux.engine.auth import ADDRESS, MODE, TOKEN, TOKEN_PATH, Auth, look
@@ -70,7 +71,11 @@ def resources(case: Case) -> Finding:
     if case.config.engine.backend == "local":
         check_memory_here(demand)
         demand = settled_here(demand)
-        return Finding("resources", OK, f"in process: {_gib(demand.worker_bytes + demand.shards_bytes)} needed, free")
+        return Finding(
+            "resources",
+            OK,
+            f"in process: {_gib(demand.worker_bytes + demand.shards_bytes)} needed, free{_weights(case)}",
+        )
     case.require("ray")
     answer = ask(demand)
     if answer.problem:  # names the way out itself
@@ -80,12 +85,25 @@ def resources(case: Case) -> Finding:
     detail = (
         f"{answer.workers} workers of {_unit(demand)} and {_gib(demand.worker_bytes)}, {answer.shards} shards of "
         f"{_gib(demand.shards_bytes)} together: {_gib(need)} of {_gib(answer.total('memory'))} on {_supply(answer)}"
+        f"{_weights(case)}"
     )
     return Finding("resources", OK, detail)
 
 
+def _weights(case: Case) -> str:
+    """What of the model's weights each device of a worker holds, where that is not simply all of them."""
+    placed = case.placement_on(case.device)
+    if placed is None:
+        return ""
+    size = ITEMSIZE[case.config.model.dtype]
+    each = ", ".join(f"{_gib(placed.held(device) * size)} on {device}" for device in placed.computing)
+    away = sum(part.parameters for part in placed.reads) * size
+    return f"; weights of a worker: {each}" + (f", {_gib(away)} read each time they run" if away else "")
+
+
 def _unit(demand: Demand) -> str:
-    return "1 GPU" if demand.gpu else f"{demand.threads} thread{'s' * (demand.threads != 1)}"
+    gpus = f"{demand.gpus} GPU{'s' * (demand.gpus != 1)}"
+    return gpus if demand.gpu else f"{demand.threads} thread{'s' * (demand.threads != 1)}"
 
 
 def _supply(answer: Answer) -> str:

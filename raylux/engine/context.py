@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from raylux import fingerprints
 from raylux.config import Config
 from raylux.cost.costs import Passes
+from raylux.cost.passes import Layers, split
 from raylux.curvature import KINDS, Kind
 from raylux.engine import device
 from raylux.engine.capacity import Demand
@@ -102,6 +103,14 @@ class Context:
         """Layer passes of the fit."""
         _ = self.backend
         return self._passes
+
+    def passes_of(self, count: int) -> list[Layers]:
+        """The layers of each of so many layer passes, the last of the model first."""
+        placed = self.placement
+        devices = (
+            None if placed is None else {layer.name: placed.runs_on(layer.name) for layer in self.coverage.tracked}
+        )
+        return split(self.coverage.tracked, self.groups, count, devices)
 
     @property
     def backend(self) -> Backend:

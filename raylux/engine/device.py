@@ -40,7 +40,7 @@ def placement_of(config: Config, files: models.ModelFiles, device: str) -> Place
     setting, engine = config.model, config.engine
     if setting.device_map is None and engine.gpus_per_worker == 1:
         return None
-    structure = models.load_structure(files, setting.trust_remote_code)
+    structure = models.load_structure(files, setting.trust_remote_code, weights=False)
     found = placed(structure, setting, device, engine.gpus_per_worker, _half(config, device))
     if found is None or device != "cuda":
         return found

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from raylux.batches import IGNORED
-from raylux.cost.passes import Held, largest, split
+from raylux.cost.passes import Held, largest
 from raylux.engine.context import Context
 from raylux.engine.pace import Pace
 from raylux.engine.plan import choose_fit_rows, fit_units
@@ -98,7 +98,7 @@ def _due(ctx: Context, sums: LayerSums) -> list[TrackedLayer]:
     """The layers of the next pass: those of the snapshot, or the last in the model that are missing; empty: none is."""
     tracked, committed = ctx.coverage.tracked, ctx.folder.committed(sums.stage)
     missing = {layer.name for layer in tracked if sums.matrices(ctx, layer.name) - committed}
-    blocks = split(tracked, ctx.groups, sums.passes)
+    blocks = ctx.passes_of(sums.passes)
     begun = {name.rpartition(":")[2] for name in load_snapshot(ctx.folder, sums.stage).keys}
     found = [layer for layer in tracked if layer.name in begun]
     if begun and missing and begun & missing and largest([found], sums.held) <= largest(blocks, sums.held):

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from raylux.cost.passes import split
 from raylux.engine.context import Context
 from raylux.engine.quarantine import lost_pairs
 from raylux.engine.records import SQUARES, LoadedCurvature
@@ -72,7 +71,7 @@ def _curvature(ctx: Context) -> Any:
     """A handle of the run's own curvature, cut as the fit cut it, so that a worker has room for each part."""
     whole = ctx.kind.joint or not ctx.kind.fitted
     passes = 1 if whole else max(ctx.passes.covariance, ctx.passes.moments)
-    parts = reversed(split(ctx.coverage.tracked, ctx.groups, passes))
+    parts = reversed(ctx.passes_of(passes))
     names = tuple(tuple(layer.name for layer in part) for part in parts)
     return ctx.backend.share(
         LoadedCurvature(fitted(ctx), ctx.config.curvature.kind, ctx.config.curvature.damping, names)
