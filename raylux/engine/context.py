@@ -215,6 +215,7 @@ class Context:
             self._welcome,
             worker_labels=engine.worker_labels,
             shard_labels=engine.shard_labels,
+            gpus=engine.gpus_per_worker,
         )
 
     def _welcome(self, facts: Mapping[str, Any]) -> None:

@@ -42,6 +42,7 @@ class RayTransport:
         capacity: how many fit the cluster as it is now; None: their number is fixed.
         kind: of the workers; something with ``GradientWorker``'s ``prepare`` and ``timed``.
         labels: of the nodes on which they may run; none: any.
+        gpus: of each, where the run is on GPUs.
     """
 
     def __init__(
@@ -50,12 +51,13 @@ class RayTransport:
         capacity: Callable[[], int | None],
         kind: type = GradientWorker,
         labels: Mapping[str, str] | None = None,
+        gpus: int = 1,
     ) -> None:
-        plan, placed = spec.plan, spec.placement
+        plan = spec.plan
         self._name = kind.__name__
         self._make: Any = ray.remote(kind).options(
             num_cpus=plan.threads,
-            num_gpus=(placed.gpus if placed else 1) if plan.device == "cuda" else 0,
+            num_gpus=gpus if plan.device == "cuda" else 0,
             label_selector=dict(labels or {}),
         )
         self._spec = ray.put(spec)
@@ -167,8 +169,9 @@ class RayBackend:
         kind: type = GradientWorker,
         worker_labels: Mapping[str, str] | None = None,
         shard_labels: Mapping[str, str] | None = None,
+        gpus: int = 1,
     ) -> None:
-        self._kind = kind
+        self._kind, self._gpus = kind, gpus
         self._worker_labels, self._shard_labels = worker_labels, dict(shard_labels or {})
         self._planned, self.shards = workers, len(shards)
         self._timeout, self._started = timeout, started
@@ -183,7 +186,7 @@ class RayBackend:
 
     def open(self, method: str, parts: bool = False) -> AbstractContextManager[Work]:
         if self._pool is None:
-            transport = RayTransport(self._worker_spec, self._capacity, self._kind, self._worker_labels)
+            transport = RayTransport(self._worker_spec, self._capacity, self._kind, self._worker_labels, self._gpus)
             self._pool = Pool(transport, self._planned, self._timeout, self._notify, self._welcome)
         return self._pool.open(method, 1 + self.shards if parts else 1)
 
