@@ -16,7 +16,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from raylux.classes import class_labels, class_number
 from raylux.config import CorpusSection
@@ -24,6 +23,7 @@ from raylux.errors import UserError
 from raylux.readers import Document, read_documents
 
 if TYPE_CHECKING:
+    import pandas as pd
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100  # the label of a position without loss, as everywhere in PyTorch
@@ -206,6 +206,8 @@ class _Builder:
         return False
 
     def sequences(self, keep: tuple[str, ...]) -> Sequences:
+        import pandas as pd
+
         columns: dict[str, Any] = {"sequence": list(self.ids), "document": list(self.ids.values()), "text": self._texts}
         columns.update({name: _column([kept.get(name) for kept in self._kept]) for name in keep})
         return Sequences(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -165,6 +164,8 @@ def load(path: str, features: Features) -> Sequences:
     Raises:
         UserError: a row has a class that the module does not have.
     """
+    import pandas as pd
+
     with safe_open(path, "np") as opened:
         array = opened.get_tensor("features")
         rows = parse_json(opened.metadata()["rows"], path)

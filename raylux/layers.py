@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from raylux.adapters import has_adapter, is_adapter
 from raylux.classes import is_classifier
@@ -187,7 +186,7 @@ def _are_fused_experts(name: str, module: nn.Module) -> bool:
 
 def tracked_layer(name: str, module: nn.Module, model: nn.Module | None = None) -> TrackedLayer:
     """Describe a linear, ``Conv1D``, convolution or word embedding; an expert's with the ``model`` that it is of."""
-    conv1d = isinstance(module, Conv1D)
+    conv1d = _is_conv1d(module)
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     rows, columns = len(weight), weight[0].numel()
@@ -217,9 +216,16 @@ def _linears(model: nn.Module) -> Iterator[str]:
 
 
 def _is_linear(module: nn.Module, model: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D) or (
-        features_of(model) is not None and isinstance(module, CONVOLUTIONS)
-    )
+    if isinstance(module, nn.Linear) or _is_conv1d(module):
+        return True
+    return features_of(model) is not None and isinstance(module, CONVOLUTIONS)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    # Who has one has transformers, which a factor shard, without a model, need not import.
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
 
 
 def _mlp_names(model: nn.Module, barriers: dict[str, str]) -> set[str]:

@@ -34,11 +34,11 @@ from raylux.store import (
     RunFolder,
     ScoreBlock,
     answer_blocks,
-    lazy_scores,
     present_holder,
     read_table,
     score_blocks,
 )
+from raylux.store.lazy import lazy_scores
 
 SIGN = "positive: training on the sequence raises the measurement"
 

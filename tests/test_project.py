@@ -54,3 +54,11 @@ def test_every_direct_dependency_has_a_tested_version_torch_first() -> None:
 
 def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_a_factor_shard_starts_without_what_it_has_no_use_for() -> None:
+    """Each actor is a process that imports all it needs: transformers and pandas would double its start."""
+    heavy = ("transformers", "pandas", "xarray", "scipy.stats", "ray")
+    code = f"import sys, raylux.engine.shard; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -17,8 +17,9 @@ import xarray as xr
 
 from raylux.batches import IGNORED
 from raylux.errors import UserError
-from raylux.store import CorpusReader, RunFolder, lazy_scores, read_table, score_blocks, write_corpus
+from raylux.store import CorpusReader, RunFolder, read_table, score_blocks, write_corpus
 from raylux.store.folder import DamagedError, Group
+from raylux.store.lazy import lazy_scores
 
 ARRAYS = {
     "matrix": np.random.default_rng(0).standard_normal((7, 5)).astype(np.float32),

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import rankdata
 
 Scores = np.ndarray
 """[Q, N] scores of the training sequences for each query."""
@@ -53,6 +52,8 @@ def pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """ρ of each column of x with that of y [columns]; NaN where one of them is constant."""
+    from scipy.stats import rankdata  # half a second, which each worker would spend
+
     return pearson(*(rankdata(values, axis=0) for values in (x, y)))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import rankdata
 
 
 def ranked(scores: np.ndarray) -> np.ndarray:
@@ -63,6 +62,8 @@ def detection(suspicion: np.ndarray, marked: np.ndarray) -> Detection:
         suspicion: [N].
         marked: [N] bool, some of them true and some not.
     """
+    from scipy.stats import rankdata
+
     hits = marked[ranked(suspicion)]
     count, rest = int(hits.sum()), int((~hits).sum())
     # Of the ranks by rising suspicion, equal ones shared: Mann and Whitney's statistic.

@@ -9,7 +9,7 @@ from raylux.store.damage import DamagedError
 from raylux.store.files import Files
 from raylux.store.folder import FORMAT_VERSION, Manifest, RunFolder
 from raylux.store.lease import Holder, Lease, LeaseLostError, present_holder
-from raylux.store.scores import ScoreBlock, answer_blocks, lazy_scores, score_blocks
+from raylux.store.scores import ScoreBlock, answer_blocks, score_blocks
 
 __all__ = [
     "FORMAT_VERSION",
@@ -23,7 +23,6 @@ __all__ = [
     "RunFolder",
     "ScoreBlock",
     "answer_blocks",
-    "lazy_scores",
     "present_holder",
     "read_table",
     "score_blocks",

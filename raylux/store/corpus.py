@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from raylux.batches import IGNORED, TokenRow
 from raylux.classes import class_labels
 from raylux.store.folder import Manifest, RunFolder
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def write_corpus(
@@ -53,6 +56,8 @@ def write_corpus(
 def read_table(folder: RunFolder) -> pd.DataFrame:
     """The table of sequences, in corpus order. Raises DamagedError where it is not what was written."""
     manifest = folder.manifest("corpus", "corpus")
+    import pandas as pd
+
     return pd.read_parquet(io.BytesIO(folder.read(manifest, manifest.meta["table"])))
 
 
