@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from raylux import models, prepare, shares
+from raylux import gpu, models, prepare, shares
 from raylux.curvature.spectral import Spectral
 from raylux.engine.context import Context
 from raylux.engine.records import factor_files, query_files, read_basis, read_layer_queries
@@ -82,7 +82,8 @@ def perturb(
         fuse_activations(model)
         found = []
         for name, row in zip(names, ctx.reader.rows(rows), strict=True):
-            one = input_gradient(model, ctx.coverage.tracked, row, solved)
+            with gpu.pinned(ctx.plan.device):
+                one = input_gradient(model, ctx.coverage.tracked, row, solved)
             found.append(_perturbation(opened, query, name, np.asarray(row.tokens), one))
     return found
 

@@ -148,10 +148,13 @@ def test_bits_over_workers_and_after_an_interruption(inputs: Inputs, tmp_path: P
     ("overrides", "said"),
     [
         (("model.dtype=bfloat16",), "its products need full precision"),
+        (('model.device_map={"": cpu, model.layers: disk}',), "keep the whole model on them"),
         (("curvature.solver=pcg",), "is solved exactly as it is; set curvature.solver=direct"),
     ],
 )
 def test_what_it_cannot_serve(inputs: Inputs, tmp_path: Path, overrides: tuple[str, ...], said: str) -> None:
+    if "device_map" in overrides[0]:
+        pytest.importorskip("accelerate")
     with pytest.raises(UserError, match=said):
         inputs.run(tmp_path / "run", KIND, *overrides)
     assert not (tmp_path / "run").exists()

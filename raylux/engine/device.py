@@ -42,6 +42,11 @@ def placement_of(config: Config, files: models.ModelFiles, device: str) -> Place
         return None
     structure = models.load_structure(files, setting.trust_remote_code, weights=False)
     found = placed(structure, setting, device, engine.gpus_per_worker, _half(config, device))
+    if found is not None and found.reads and config.curvature.kind == "hessian":
+        raise UserError(
+            "curvature.kind=hessian takes derivatives by weights that are held, and model.device_map leaves "
+            f"'{found.reads[0].name}' outside of the devices: keep the whole model on them"
+        )
     if found is None or device != "cuda":
         return found
     if len(found.computing) > 1 and KINDS[config.curvature.kind].joint:
