@@ -19,165 +19,23 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from raylux import profiling
-from raylux.engine.pace import Pace
+from jobs.driving.passes import PASSES, SHARDS, part, shard_specs, work
+from jobs.driving.sleepers import Measured, real
 from raylux.engine.progress import Reporter
-from raylux.engine.records import MOMENTS, SCORE
-from raylux.engine.shard import FactorShard, ShardSpec
+from raylux.engine.shard import FactorShard
 from raylux.engine.simulate import Behaviour, Fate, SimulatedCluster
 from raylux.engine.simulate_backend import ShardBehaviour, SimulatedBackend
-from raylux.engine.sums import SumPass, Units
-from raylux.engine.work import Backend, Job, results
-from raylux.layers import TrackedLayer
-from raylux.report.profile import parsed, stage_times
 from raylux.store import RunFolder
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "driver.md"
 WANTED_RATE, WANTED_IDLE = 100.0, 0.03
-SHARDS = 2
-LAYERS = tuple(TrackedLayer(f"l{place}", 4, 4, False, False) for place in range(SHARDS))
-GROUPS = {layer.name: layer.name for layer in LAYERS}
-PASSES = ("score", "sums")
-
-
-# ------------------------------------------------------------------------------------------- what the driver does
-
-
-def work(
-    kind: str, backend: Backend, folder: RunFolder, reporter: Reporter, units: int, now: Callable[[], float]
-) -> None:
-    """A pass as a stage would do it: score units, each committed as it comes; or fit units, summed in order."""
-    with reporter.task(kind, units, "units") as task:
-        if kind == "sums":
-            names = [f"f{unit:06d}" for unit in range(units)]
-            asked = Units(
-                MOMENTS, "moment_unit", "write_moments", names, lambda unit: (unit,), lambda unit: [str(unit)]
-            )
-            SumPass(backend, folder, asked, Pace("auto", 0, now), reporter).run(task)
-            return
-        jobs = (Job(f"u{unit:06d}", (unit,), unit) for unit in range(units))
-        for result in results(backend, "score_unit", jobs):
-            facts = {"key": f"scores/{result.job.name}", "queries": ["q"], "rows": list(range(64)), "layers": False}
-            folder.commit(SCORE, result.job.name, {}, **facts, numerics=[dict(result.numerics)])
-            task.advance()
-
-
-def part(unit: int, place: int) -> dict[str, Any]:
-    """Sums of a unit for a shard."""
-    return {"moments": {LAYERS[place].name: np.full((4, 4), float(unit), np.float32)}, "sequences": 1}
-
-
-def shard_specs(folder: str) -> list[ShardSpec]:
-    """Of the real shards, one for each of ``LAYERS``."""
-    return [ShardSpec(folder, (layer,), GROUPS, "ekfac", "auto", "float32", 1, "cpu") for layer in LAYERS]
-
-
-# ------------------------------------------------------------------------------------------- real actors that sleep
-
-
-@dataclass(frozen=True)
-class SleeperPlan:
-    """What Ray is asked for, for each of them."""
-
-    threads: int = 1
-    device: str = "cpu"
-
-
-@dataclass(frozen=True)
-class SleeperSpec:
-    """What a sleeper is made from: the seconds of a unit."""
-
-    seconds: float
-    plan: SleeperPlan = field(default_factory=SleeperPlan)
-
-
-class Sleeper:
-    """In the place of a gradient worker: it has the same methods, and sleeps."""
-
-    def __init__(self, spec: SleeperSpec) -> None:
-        self.seconds, self.clock = spec.seconds, profiling.Clock()
-
-    def prepare(self) -> dict[str, Any]:
-        return {"pid": 0, "host": "", "weights": "", "numerics": {"torch": "", "device": "sleeper", "threads": 1}}
-
-    def timed(self, method: str, parts: bool, *args: Any) -> Any:
-        return profiling.timed(self, self.clock, method, parts, args)
-
-    def score_unit(self, unit: int) -> tuple[str, dict[str, Any]]:
-        time.sleep(self.seconds)
-        return f"scores/{unit}", {}
-
-    def moment_unit(self, unit: int) -> tuple[Any, ...]:
-        time.sleep(self.seconds)
-        return (None, *(part(unit, place) for place in range(SHARDS)))
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A pass through real actors.
-
-    Attributes:
-        kind: of ``PASSES``.
-        offered: units a second that the actors could do.
-        units: done.
-        kinds: the driver's seconds, wall and CPU, by kind.
-    """
-
-    kind: str
-    offered: float
-    units: int
-    kinds: dict[str, list[float]]
-
-    @property
-    def rate(self) -> float:
-        """Units a second."""
-        return self.units / sum(wall for wall, _ in self.kinds.values())
-
-    @property
-    def cpu(self) -> float:
-        """Seconds of the driver's processor for a unit: all its threads, Ray's among them."""
-        return sum(cpu for _, cpu in self.kinds.values()) / self.units
-
-
-def real(actors: int, sleep: float, units: int) -> list[Measured]:
-    """Both passes through sleepers, on a Ray of this machine's own."""
-    from raylux.engine import session  # before ray, whose environment it sets
-    from raylux.engine.remote import RayBackend
-
-    ray = session.ray
-    ray.init(address="local", num_cpus=actors, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        with tempfile.TemporaryDirectory(prefix="raylux-driver-") as base:
-            folder = RunFolder(base)
-            reporter = Reporter(folder, quiet=True)
-            started = [0]
-
-            def notify(kind: str, **facts: Any) -> None:
-                started[0] += kind == "worker" and facts["state"] == "started"
-                reporter.event(kind, **facts)
-
-            spec: Any = SleeperSpec(sleep)
-            backend = RayBackend(
-                spec, shard_specs(base), actors, 600.0, False, lambda: None, notify, lambda facts: None, Sleeper
-            )
-            while started[0] < actors:
-                for _ in results(backend, "score_unit", (Job(str(unit), (unit,)) for unit in range(actors))):
-                    pass
-            backend.ask("pid", dict.fromkeys(range(SHARDS), ()))
-            for kind in PASSES:
-                work(kind, backend, folder, reporter, units, time.monotonic)
-            backend.close()
-            stages = stage_times(parsed(folder.files.get("progress.jsonl")))
-            return [Measured(stage.stage, actors / sleep, units, stage.driver.kinds) for stage in stages]
-    finally:
-        ray.shutdown()
 
 
 # ------------------------------------------------------------------------------------------- simulated workers

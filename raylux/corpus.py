@@ -12,7 +12,6 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,13 +20,11 @@ from raylux.classes import class_labels, class_number
 from raylux.config import CorpusSection
 from raylux.errors import UserError
 from raylux.readers import Document, read_documents
+from raylux.tokens import IGNORE, Encoded, decode, tokenize
 
 if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedTokenizerBase
-
-IGNORE = -100  # the label of a position without loss, as everywhere in PyTorch
-_BATCH = 256  # documents tokenized at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +124,7 @@ def build_sequences(
             f"corpus.max_length = {config.max_length} is longer than the model's context of {context} tokens; "
             f"set corpus.max_length={context} or less"
         )
-    encoded = _tokenize(_unique(documents), tokenizer, vocab_size)
+    encoded = tokenize(_unique(documents), tokenizer, vocab_size)
     build = _Builder()
     if classes is not None:
         count = _classified(encoded, config, tokenizer, build, classes)
@@ -139,16 +136,6 @@ def build_sequences(
         reasons = ", ".join(f"{name}: {number}" for name, number in build.dropped.items())
         raise UserError(f"{config.path}: no sequence with a token to predict is left of {count} documents ({reasons})")
     return build.sequences(config.keep)
-
-
-@dataclass(eq=False)
-class _Encoded:
-    """A tokenized document; ``encoding`` is the fast tokenizer's record, with offsets into the text."""
-
-    document: Document
-    tokens: np.ndarray
-    labels: np.ndarray | None
-    encoding: Any = None
 
 
 class _Builder:
@@ -238,56 +225,7 @@ def _unique(documents: Iterable[Document]) -> Iterator[Document]:
         yield document
 
 
-def _tokenize(documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Iterator[_Encoded]:
-    while batch := list(islice(documents, _BATCH)):
-        texts = [document.text for document in batch if document.tokens is None]
-        encoded = iter(_encode(texts, tokenizer))
-        for document in batch:
-            if document.tokens is None:
-                tokens, encoding = next(encoded)
-                item = _Encoded(document, tokens, None, encoding)
-            else:
-                tokens = np.asarray(document.tokens, dtype=np.int64)
-                labels = None if document.labels is None else np.asarray(document.labels, dtype=np.int64)
-                item = _Encoded(document, tokens, labels)
-            check_tokens(item.tokens, item.labels, vocab_size, document.place)
-            yield item
-
-
-def _encode(texts: list[str | None], tokenizer: PreTrainedTokenizerBase) -> list[tuple[np.ndarray, Any]]:
-    if not texts:
-        return []
-    # verbose=False: raylux cuts long documents itself, the library's warning about them would mislead.
-    result = tokenizer(texts, truncation=False, padding=False, return_attention_mask=False, verbose=False)
-    encodings = result.encodings or [None] * len(texts)
-    return [(np.asarray(ids, dtype=np.int64), item) for ids, item in zip(result["input_ids"], encodings, strict=True)]
-
-
-def check_tokens(tokens: np.ndarray, labels: np.ndarray | None, vocab_size: int, where: str) -> None:
-    """Raise a UserError that begins with ``where`` for a token that the model has not, or a label that misfits."""
-    wrong = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
-    if len(wrong):
-        position = int(wrong[0])
-        raise UserError(
-            f"{where}: token {tokens[position]} at position {position} is outside the model's vocabulary of "
-            f"{vocab_size}; do tokenizer and model belong together?"
-        )
-    if labels is None:
-        return
-    if len(labels) != len(tokens):
-        raise UserError(f"{where}: {len(labels)} labels for {len(tokens)} input_ids; each token needs one (-100: none)")
-    wrong = np.flatnonzero((labels != IGNORE) & (labels != tokens))
-    if len(wrong):
-        position = int(wrong[0])
-        raise UserError(
-            f"{where}: label {labels[position]} at position {position} is neither -100 nor the token there "
-            f"({tokens[position]}); labels are aligned with input_ids, not shifted"
-        )
-
-
-def _cut(
-    encoded: Iterator[_Encoded], config: CorpusSection, tokenizer: PreTrainedTokenizerBase, build: _Builder
-) -> int:
+def _cut(encoded: Iterator[Encoded], config: CorpusSection, tokenizer: PreTrainedTokenizerBase, build: _Builder) -> int:
     count = 0
     for item in encoded:
         count += 1
@@ -308,7 +246,7 @@ def _cut(
 
 
 def _classified(
-    encoded: Iterator[_Encoded],
+    encoded: Iterator[Encoded],
     config: CorpusSection,
     tokenizer: PreTrainedTokenizerBase,
     build: _Builder,
@@ -340,7 +278,7 @@ def cut_short(text: str, tokenizer: PreTrainedTokenizerBase, size: int) -> np.nd
     return np.asarray(tokenizer(text, truncation=True, max_length=size)["input_ids"], dtype=np.int64)
 
 
-def _piece_texts(item: _Encoded, starts: list[int], tokenizer: PreTrainedTokenizerBase, size: int) -> list[str]:
+def _piece_texts(item: Encoded, starts: list[int], tokenizer: PreTrainedTokenizerBase, size: int) -> list[str]:
     """The text of each piece: slices of the original that join to it again, or else the decoded tokens."""
     text = item.document.text
     if text is None or item.encoding is None:
@@ -355,7 +293,7 @@ def _piece_texts(item: _Encoded, starts: list[int], tokenizer: PreTrainedTokeniz
 
 
 def _pack(
-    encoded: Iterator[_Encoded], config: CorpusSection, tokenizer: PreTrainedTokenizerBase, build: _Builder
+    encoded: Iterator[Encoded], config: CorpusSection, tokenizer: PreTrainedTokenizerBase, build: _Builder
 ) -> int:
     """Join all documents to one stream and slice it; an end token counts as a token to predict."""
     end = tokenizer.eos_token_id
@@ -397,8 +335,3 @@ def _joined(documents: list[Document], keep: tuple[str, ...]) -> dict[str, Any]:
         same = all(value == values[0] for value in values)
         kept[name] = values[0] if same else "|".join("" if value is None else str(value) for value in values)
     return kept
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> str:
-    """Token ids as text, special tokens shown, spaces as they are."""
-    return str(tokenizer.decode(tokens.tolist(), clean_up_tokenization_spaces=False))

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raylux.classes import class_labels, class_number
-from raylux.corpus import IGNORE, check_tokens, cut_short
+from raylux.corpus import cut_short
 from raylux.errors import UserError, shown
 from raylux.markup import parse_json, parse_yaml
 from raylux.readers import check_name, check_surrogates, integers
 from raylux.sources import data_suffix, one_line, read_text, resolve
+from raylux.tokens import IGNORE, check_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

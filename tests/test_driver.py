@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.driver import LAYERS, SHARDS, Settings, Sleeper, SleeperSpec, shard_specs, simulate, work
+from jobs.driver import Settings, simulate
+from jobs.driving.passes import LAYERS, SHARDS, shard_specs, work
+from jobs.driving.sleepers import Sleeper, SleeperSpec
 from raylux.engine.progress import Reporter
 from raylux.engine.records import MOMENTS, SCORE
 from raylux.engine.simulate import Behaviour, SimulatedCluster
@@ -71,7 +73,7 @@ def test_no_pass_is_quicker_than_its_driver(unit: float) -> None:
 
 def test_the_sums_of_a_simulated_pass_are_those_of_its_units(tmp_path: Path) -> None:
     """The parts of unit u are u everywhere, so Λ is the mean of all u."""
-    from jobs.driver import part
+    from jobs.driving.passes import part
     from raylux.engine.shard import FactorShard
     from raylux.engine.simulate_backend import ShardBehaviour, SimulatedBackend
 

@@ -17,7 +17,8 @@ from raylux.engine.pace import SHARE, Pace
 from raylux.engine.quarantine import given_up
 from raylux.engine.records import COVARIANCE, SNAPSHOT
 from raylux.engine.simulate_backend import ShardFate
-from raylux.engine.sums import _DEATHS, _WINDOW, forget_snapshot, load_snapshot
+from raylux.engine.snapshots import forget_snapshot, load_snapshot
+from raylux.engine.sums import _DEATHS, _WINDOW
 from raylux.errors import RayluxError
 from raylux.store import RunFolder
 from tests.simulated import DriverKilled, Scene, expected, head

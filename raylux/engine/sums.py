@@ -19,6 +19,7 @@ from raylux.engine.numerics import Numerics, distinct
 from raylux.engine.pace import Pace
 from raylux.engine.progress import Reporter, Task
 from raylux.engine.records import SNAPSHOT
+from raylux.engine.snapshots import Snapshot, load_snapshot, read_heads
 from raylux.engine.work import Backend, Failure, Job, Lost, Result, Work
 from raylux.errors import RayluxError
 from raylux.store import RunFolder
@@ -56,25 +57,6 @@ class Units:
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """Where a pass stood: ``cursor`` units are in the sums.
-
-    Attributes:
-        cursor: the unit that is due next.
-        keys: matrix -> key of its sum.
-        counts: layer -> token rows summed, "" -> sequences summed.
-        heads: key of what each stretch of units had to tell, and its first unit.
-        numerics: under which the units were computed.
-    """
-
-    cursor: int = 0
-    keys: Mapping[str, str] = field(default_factory=dict)
-    counts: Mapping[str, int] = field(default_factory=dict)
-    heads: tuple[str, ...] = ()
-    numerics: tuple[Numerics, ...] = ()
-
-
-@dataclass(frozen=True)
 class Finished:
     """A pass's outcome: what the shards wrote (matrix -> key, objects, counts), heads by unit, numerics, repeats,
     and who computed a unit last."""
@@ -100,7 +82,7 @@ class SumPass:
     def __init__(self, backend: Backend, folder: RunFolder, units: Units, pace: Pace, reporter: Reporter) -> None:
         self._backend, self._folder, self._units, self._pace, self._reporter = backend, folder, units, pace, reporter
         self._snapshot = load_snapshot(folder, units.stage)
-        self._heads = _read_heads(folder, self._snapshot)
+        self._heads = read_heads(folder, self._snapshot)
         self._workers: dict[int, int] = {}
         self._numerics: list[Numerics] = list(self._snapshot.numerics)
         self._cursors: dict[int, int] = {}
@@ -372,30 +354,6 @@ class SumPass:
             self._lost(self._units.write, answers)
             return None
         return {name: value for answer in answers.values() for name, value in answer.items()}
-
-
-def load_snapshot(folder: RunFolder, stage: str) -> Snapshot:
-    """The last one committed, or that of a pass which has not begun."""
-    if stage not in folder.committed(SNAPSHOT):
-        return Snapshot()
-    meta = folder.manifest(SNAPSHOT, stage).meta
-    return Snapshot(meta["cursor"], meta["keys"], meta["counts"], tuple(meta["heads"]), tuple(meta["numerics"]))
-
-
-def forget_snapshot(folder: RunFolder, stage: str) -> None:
-    """Remove a snapshot that is not needed any more: the stage is committed."""
-    if stage in folder.committed(SNAPSHOT):
-        objects = folder.manifest(SNAPSHOT, stage).objects
-        folder.forget(SNAPSHOT, stage)
-        folder.delete(list(objects))
-
-
-def _read_heads(folder: RunFolder, snapshot: Snapshot) -> dict[int, np.ndarray]:
-    heads: dict[int, np.ndarray] = {}
-    for key in snapshot.heads:
-        group = folder.group(key)
-        heads |= {int(unit): group.read(f"u{unit}") for unit in group.attrs["units"]}
-    return heads
 
 
 def _under(key: str, groups: Sequence[str]) -> bool:

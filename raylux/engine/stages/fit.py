@@ -17,9 +17,9 @@ from raylux.engine.records import (
     input_matrix,
     output_matrix,
 )
+from raylux.engine.snapshots import forget_snapshot
 from raylux.engine.stages import precision
 from raylux.engine.stages.layers import FitUnits, LayerSums, sum_layers
-from raylux.engine.sums import forget_snapshot
 from raylux.store import Manifest, RunFolder
 
 
