@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from raylux.cli import main
 from raylux.doctor import FAIL, OK, WARN, Finding, answer, examine, storage, versions
 from raylux.doctor.case import Case
+from raylux.doctor.cluster import resources
 from raylux.doctor.finding import NotChecked, guarded
 from raylux.doctor.need import need
 from raylux.errors import UserError
@@ -84,6 +86,18 @@ def test_the_command_prints_one_line_each_and_ends_in_0(
     said = capsys.readouterr()
     assert [line.split()[:2] for line in said.out.splitlines()] == [["ok", name] for name in ORDER]
     assert said.err == ""
+
+
+def test_what_a_worker_holds_of_its_weights_is_said(inputs: Inputs, tmp_path: Path) -> None:
+    """Where it is read from disk; and a map that cannot be is what is wrong with the resources."""
+    case = case_of(inputs, tmp_path / "run", 'model.device_map={"": cpu, transformer.h: disk}')
+    assert re.search(r"; weights of a worker: [0-9.]+ GiB on cpu, [0-9.]+ GiB read each time", resources(case).detail)
+    placed = case.placement_on("cpu")
+    assert placed is not None and len(placed.reads) == 2
+    whole = case_of(inputs, tmp_path / "run").demand.worker_bytes
+    assert whole - case.demand.worker_bytes == 4 * (case.model.coverage.parameters - placed.held("cpu"))
+    with pytest.raises(UserError, match=r"no module 'h'"):
+        resources(case_of(inputs, tmp_path / "run", "model.device_map={h: disk}"))
 
 
 def test_a_mistake_is_one_fail_and_what_rests_on_it_is_not_checked(inputs: Inputs, tmp_path: Path) -> None:
