@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 
 def blocks_of(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
@@ -28,7 +28,8 @@ def blocks_of(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
 def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """While open, graphs through these blocks keep the blocks' inputs alone.
 
-    Modules in a block are run a second time, hooks included, when the backward pass gets there.
+    Modules in a block are run a second time, hooks included, when the backward pass gets there; to their end, as one
+    that is broken off would not let go of weights that were read for it.
     """
     before = {block: block.__dict__.get("forward") for block in blocks}
     for block in before:
@@ -36,7 +37,8 @@ def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
         again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         block.forward = again
     try:
-        yield
+        with set_checkpoint_early_stop(False):
+            yield
     finally:
         for block, usual in before.items():
             if usual is None:

@@ -6,6 +6,9 @@ import ctypes
 from functools import cache
 from typing import Any
 
+# Of malloc.h; a block of more bytes than that is a mapping of its own.
+_MMAP_THRESHOLD, _LARGE = -3, 1 << 18
+
 
 def give_back() -> None:
     """Return what was freed, which glibc keeps for later: called where a stage has ended and its buffers with it."""
@@ -14,10 +17,24 @@ def give_back() -> None:
         trim(0)
 
 
-@cache
+def give_back_at_once() -> None:
+    """From now on, in this process, return what is large when it is freed.
+
+    Where weights come and go, glibc's heap would grow by a part of each block: what is kept lies in between.
+    """
+    setting = _of_libc("mallopt")
+    if setting is not None:
+        setting(_MMAP_THRESHOLD, _LARGE)
+
+
 def _trim() -> Any:
-    """``malloc_trim``, where the C library has it."""
+    return _of_libc("malloc_trim")
+
+
+@cache
+def _of_libc(name: str) -> Any:
+    """A function of the C library, where it has it."""
     try:
-        return ctypes.CDLL(None).malloc_trim
+        return getattr(ctypes.CDLL(None), name)
     except (OSError, AttributeError):
         return None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from raylux.engine.capacity import GIB, Demand, Node, fit_nodes
 from raylux.engine.demand import demand_of
 from raylux.errors import UserError
 from raylux.experts import split_experts
+from raylux.memory import give_back_at_once
 from raylux.models import coverage
 from raylux.placement import Placement, parts_of, placed, runs
 from tests.architectures import build
@@ -254,10 +257,52 @@ def test_no_more_than_a_block_is_read_at_a_time(tmp_path: Path, monkeypatch: pyt
     block = next(part.parameters for part in parts_of(structure) if part.block)
     batch = collate(rows_of([9, 5]), [0, 1], 16)
     Capture(model, layers, checkpointing=True).run(batch)
-    assert 0 < most <= 2 * block
+    assert 0 < most <= block and not alive
     most = 0
     Capture(model, layers).run(batch)
     assert most >= 5 * block  # the graph would hold them all
+
+
+def grown_by(folder: str, device_map: dict[str, str] | None) -> int:
+    """Bytes by which a process grows that loads a model and runs a batch: weights in float64, made of float32."""
+    files = models.ModelFiles(folder, "")
+    structure = models.load_structure(files)
+    found = placed(structure, section(device_map), "cpu", 1)
+    if found is not None:
+        give_back_at_once()
+
+    def anonymous() -> int:
+        status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return 1024 * int(next(line for line in status if line.startswith("RssAnon")).split()[1])
+
+    before = most = anonymous()
+
+    def look(*_: Any) -> None:
+        nonlocal most
+        most = max(most, anonymous())
+
+    model = models.load_model(files, "float64", "cpu", placement=found)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(look)
+    Capture(model, coverage(structure).tracked, checkpointing=True).run(collate(rows_of([9, 5]), [0, 1], 16))
+    return most - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the memory of a process")
+def test_a_model_larger_than_the_memory_it_takes(tmp_path: Path) -> None:
+    """126 MB of weights in 16 blocks: as a whole, and a block at a time."""
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 4}
+    model = build("llama", torch.float32, tie_word_embeddings=False, **sizes)
+    model.save_pretrained(tmp_path)
+    weights = 8 * sum(parameter.numel() for parameter in model.parameters())
+    found = {}
+    for name, device_map in (("plain", None), ("disk", {"": "cpu", "model.layers": "disk"})):
+        # A process of its own, whose memory is nobody else's.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            found[name] = pool.submit(grown_by, str(tmp_path), device_map).result()
+    assert weights > 126e6 and found["plain"] > weights
+    assert found["disk"] < weights / 3
 
 
 # ------------------------------------------------------------------------------------------ refused

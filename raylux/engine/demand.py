@@ -53,7 +53,7 @@ def demand_of(
         placement: of the model's parts, where they do not all lie on the one device of a worker.
     """
     if placement is not None:
-        parameters = placement.held("cpu", graph=iterative)
+        parameters = placement.held("cpu", graph=iterative or joint)
     itemsize = 8 if dtype == "float64" else 4
     matrix = 8 * sum(layer.parameters for layer in layers) ** 2 if joint else 0
     sized = partial(

@@ -33,6 +33,7 @@ from raylux.errors import NumericsError
 from raylux.fused import fuse_activations
 from raylux.influence.dots import sequence_gradients
 from raylux.layers import TrackedLayer, matrices
+from raylux.memory import give_back_at_once
 from raylux.placement import Placement
 from raylux.routed import Rows
 from raylux.sampling import sample_labels
@@ -105,6 +106,8 @@ class GradientWorker(FitSums, GaussNewtonProducts, ProximalMeasurements, SelfInf
         """
         spec = self.spec
         torch.set_num_threads(spec.plan.threads)
+        if spec.placement is not None and spec.placement.reads and self.device == "cpu":
+            give_back_at_once()
         with profiling.of("load"):
             files = models.on_this_node(spec.files)
             model = models.load_model(files, spec.plan.dtype, self.device, spec.trust_remote_code, spec.placement)
