@@ -54,6 +54,20 @@ def test_a_plan_of_this_machine_reads_the_runs_own_inputs(config: str, monkeypat
     assert not (Path(config).parent / "run").exists()
 
 
+def test_what_is_read_from_disk_is_no_part_of_a_worker(config: str, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(calibrate, "measure", lambda *_: RATES)
+    plans = []
+    for more in ([], ['model.device_map={"": cpu, model.layers: disk}']):
+        assert main(["plan", config, "--json", *more]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    plain, disk = ({stage["name"]: stage for stage in plan["stages"]} for plan in plans)
+    for name in ("covariance", "lambda", "score"):
+        assert disk[name]["worker_bytes"] < plain[name]["worker_bytes"]
+    assert disk["covariance"]["flops"] > plain["covariance"]["flops"]  # a block that is read runs twice
+    (choice,) = [choice for choice in plans[1]["choices"] if choice["name"] == "devices"]
+    assert choice["value"] == "1 for a worker" and "read each time they run" in choice["reason"]
+
+
 def test_rates_are_measured_once_and_again_when_asked(config: str, monkeypatch: Any, capsys: Any) -> None:
     calls = []
     monkeypatch.setattr(calibrate, "measure", lambda *facts: calls.append(facts) or RATES)

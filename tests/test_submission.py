@@ -222,6 +222,10 @@ def test_another_version_of_ray(answers: Answers, url: str, capsys: pytest.Captu
         (("model.device=cuda",), ("not enough GPUs", "needs 1", "it has 0", "model.device")),
         (("engine.workers=64",), ("not enough CPUs", "need 64", "it has 2", "engine.workers to 2")),
         (("engine.threads=3",), ("not enough CPUs", "needs 3", "it has 2", "engine.threads")),
+        (
+            ("model.device=cuda", "model.device_map=balanced", "engine.gpus_per_worker=4"),
+            ("a worker needs 4 GPUs of one node", "no node has more than 0", "engine.gpus_per_worker"),
+        ),
     ],
 )
 def test_too_few_cpus_or_gpus_are_refused_with_demand_and_supply(
