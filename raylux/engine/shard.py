@@ -243,7 +243,7 @@ class FactorShard(IterativeSolves, JointSolves):
         queries = each_query(parts)
         for name in self.layers:
             if self.layers[name].words:
-                words = solve_words([self._tokens(query, name) for query in queries], form.dtype)
+                words = solve_words([self._tokens(query, name) for query in queries], form.dtype, checked)
                 damping[name], squares[name] = 0.0, words.squares
                 pairs.append(words.pairs)
                 self._words[name] = words.s_test

@@ -119,16 +119,18 @@ class SolvedWords:
     pairs: np.ndarray
 
 
-def solve_words(tokens: Sequence[Tokens], dtype: torch.dtype) -> SolvedWords:
+def solve_words(tokens: Sequence[Tokens], dtype: torch.dtype, checked: bool) -> SolvedWords:
     """Each query's gradient by the words that it holds.
 
     Args:
         tokens: per query, ids [T, 1] and g [T, P].
         dtype: of the result.
+        checked: as in ``solve_layer``.
     """
     gradients = [WordGradient.of(ids, g) for ids, g in tokens]
     rounded = [gradient.to(dtype) for gradient in gradients]
-    pairs = [[each[0].dot(each[place]) for place in _compared(len(tokens))] for each in (gradients, rounded)]
+    places = _compared(len(tokens)) if checked else ()
+    pairs = [[each[0].dot(each[place]) for place in places] for each in (gradients, rounded)]
     return SolvedWords(rounded, [gradient.dot(gradient) for gradient in gradients], np.array(pairs))
 
 
