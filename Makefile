@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 # How many processes run the tests; empty: one.
-PARALLEL ?= -n logical --maxprocesses 4 --dist loadgroup
+PARALLEL ?= -n logical --maxprocesses 4 --dist loadfile
 # Options of jobs/benchmark.py.
 BENCH ?= --ray --write
 PY := $(VENV)/bin/python

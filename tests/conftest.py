@@ -76,14 +76,6 @@ def ray_processes() -> list[psutil.Process]:
     return found
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Over several processes a module stays in one, and so do all modules that share the one Ray cluster."""
-    on_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path in on_ray else item.path.stem))
-
-
 _LEFT: list[str] = []
 
 
