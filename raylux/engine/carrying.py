@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,11 @@ class Later:
     damping: Mapping[str, float]
     eigen: bool
     prints: dict[str, str]
+
+    def of(self, ids: Sequence[str]) -> Later:
+        """The same for some of its queries."""
+        files = tuple(block for block in self.files if set(block.queries) & set(ids))
+        return replace(self, ids=tuple(ids), files=files, prints={query: self.prints[query] for query in ids})
 
     def carried(self, layer: TrackedLayer, dtype: torch.dtype, device: str) -> list[Tensor]:
         """What stands for each query's gradient at the end of the segment before, [P, M] in the standard basis."""

@@ -14,6 +14,7 @@ import numpy as np
 from raylux.batches import TokenRow, query_shape
 from raylux.cost.contraction import captured_width
 from raylux.cost.sizes import rank_limit, solve_block
+from raylux.engine.carrying import Later
 from raylux.engine.context import Context
 from raylux.engine.numerics import Numerics, distinct
 from raylux.engine.plan import choose_fit_rows, probe_count, query_block
@@ -46,10 +47,12 @@ def run(ctx: Context) -> None:
         todo.sort(key=lambda query: _shapes(ctx, query))  # those that fill a batch together
     solving.tidy(ctx)
     size = _block_size(ctx, todo)
+    later = carrying.find(ctx.config, ctx.coverage.tracked, todo)
     with ctx.reporter.task("query", len(todo), "queries") as task:
         for start in range(0, len(todo), size):
             block = todo[start : start + size]
-            _solve(ctx, ctx.folder.unused(QUERY, "b"), block, _is_checked(start // size, precision.resolve(ctx)))
+            checked = _is_checked(start // size, precision.resolve(ctx))
+            _solve(ctx, ctx.folder.unused(QUERY, "b"), block, checked, later)
             task.advance(len(block))
 
 
@@ -84,11 +87,14 @@ def answerable(ctx: Context) -> list[Query]:
     return [query for query in ctx.queries if query.id not in out]
 
 
-def _solve(ctx: Context, name: str, queries: Sequence[Query], checked: bool) -> None:
-    """A block, from its start again where a shard died: what a shard holds of a block lives in it alone."""
+def _solve(ctx: Context, name: str, queries: Sequence[Query], checked: bool, later: Later | None) -> None:
+    """A block, from its start again where a shard died: what a shard holds of a block lives in it alone.
+
+    ``checked``: it measures what rounding does to scores. ``later``: the run that its queries are carried from.
+    """
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            _block(ctx, name, queries, checked)
+            _block(ctx, name, queries, checked, later)
             return
         except ShardLostError as lost:
             if attempt == _ATTEMPTS:
@@ -164,7 +170,7 @@ def _form(ctx: Context) -> Form:
     return Form(precision.resolve(ctx).torch_dtype, ctx.plan.query_basis == "eigen", ctx.plan.query_tokens > 0)
 
 
-def _block(ctx: Context, name: str, queries: Sequence[Query], checked: bool) -> None:
+def _block(ctx: Context, name: str, queries: Sequence[Query], checked: bool, later: Later | None) -> None:
     backend = ctx.backend
     gradients = _gradients(ctx, queries)
     if not gradients.queries:
@@ -178,8 +184,8 @@ def _block(ctx: Context, name: str, queries: Sequence[Query], checked: bool) -> 
     if ctx.kind.joint and not iterative:
         solution, passing = jointly.solve(ctx, name, gradients.parts)
     handles = [[parts[shard] for parts in gradients.parts] for shard in range(backend.shards)]
-    later = carrying.find(ctx.config, ctx.coverage.tracked, gradients.queries)
-    how = fitted(ctx), limits, _form(ctx), name, None if solution is None else solution.keys, checked, later
+    carried = later and later.of(ids)
+    how = fitted(ctx), limits, _form(ctx), name, None if solution is None else solution.keys, checked, carried
     squares: dict[str, list[float]] = {}
     pairs = []
     for part, own, taken in every_shard(backend, "solve", [(*how, *own) for own in handles]):
@@ -211,7 +217,7 @@ def _block(ctx: Context, name: str, queries: Sequence[Query], checked: bool) -> 
         numerics=distinct(numerics),
         **rounding,
         **({"solver": solution.facts} if solution and iterative else {}),
-        **({"carried": later.prints} if later else {}),
+        **({"carried": carried.prints} if carried else {}),
     )
     solving.forget(ctx, name)
     ctx.folder.delete(passing)
