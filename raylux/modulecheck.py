@@ -43,6 +43,7 @@ def features_read(module: nn.Module, examples: np.ndarray) -> Features:
     try:
         with torch.no_grad():
             logits = logits_of(own(x if whole else x.to(some.dtype)))
+    # What a user's module may raise of features that it was not made for, or without a forward method.
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"attribute: the module does not run on features of shape {list(shape)} ({line})") from None

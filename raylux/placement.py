@@ -200,7 +200,10 @@ def runs(sizes: Sequence[int], count: int) -> list[int]:
 
 
 def _balanced(parts: Sequence[Part], main: str, gpus: int) -> tuple[str, ...]:
-    """Equal shares of the weights over the worker's GPUs, in the model's order; tied weights in one place."""
+    """Equal shares of the weights over the worker's GPUs, in the model's order; tied weights in one place.
+
+    accelerate's own balance asks the GPUs that are there; this one says the same of a worker that is only planned.
+    """
     if main == CPU:
         return (CPU,) * len(parts)
     numbers = runs([part.parameters for part in parts], gpus)

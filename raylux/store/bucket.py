@@ -33,7 +33,7 @@ _SETTLED = (
     PermissionError,
     IsADirectoryError,
     NotADirectoryError,
-    NotImplementedError,
+    NotImplementedError,  # a file system without exclusive create, which is asked for it once
     TypeError,
 )
 
