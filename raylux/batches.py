@@ -24,10 +24,9 @@ from raylux.routed import ROW_BLOCK
 IGNORED = -100
 MOST_ROWS = 16
 _MOST_EXAMPLES = 128
-# Padding, as a share of the real tokens, that a fit batch accepts to be of use to the scores too: what may come, and
-# what is sure to. A sequence of 64 tokens or more has no more than the latter, and a forward and a backward pass spared
-# is worth four times as much.
-PADDING, MOST_PADDING = 0.05, 0.15
+# Padding, as a share of the real tokens, that a batch of a fit unit accepts: usually, and where what is captured of it
+# is kept for the scores, which spares a forward and a backward pass.
+PADDING, KEPT_PADDING = 0.05, 0.10
 # A batch of this part of ``batch_tokens`` keeps the hardware as busy as a whole one: of a GPT-2 with d = 256 two
 # sequences of 128 tokens take as long, each, as eight.
 _BUSY = 4

@@ -14,9 +14,10 @@ from raylux.batches import IGNORED, TokenRow
 from raylux.config import Config
 from raylux.curvature import Spectral
 from raylux.engine import choices
-from raylux.engine.records import CONTRACTION, QUERY
+from raylux.engine.records import CONTRACTION, QUERY, Contraction
 from raylux.engine.solve import Form, solve_layer
 from raylux.engine.stages import precision
+from raylux.engine.stages.query import _is_checked
 from raylux.layers import TrackedLayer
 from raylux.store import RunFolder
 from tests.small import Inputs, contents, differing, error, make_inputs
@@ -165,6 +166,12 @@ def test_a_block_measures_what_bf16_does_to_scores(
     monkeypatch.setattr(precision, "_WORTH_SAYING", 1e-6)
     run_stages(inputs.config(tmp_path / "said", *DENSE, BF16), STAGES[:-1])
     assert "bf16 products change scores by" in "".join(capsys.readouterr())
+
+
+def test_few_blocks_measure_it() -> None:
+    measured = [place for place in range(40) if _is_checked(place, Contraction("bfloat16"))]
+    assert measured == [0, 1, 3, 7, 15, 31]
+    assert not any(_is_checked(place, Contraction("float32")) for place in range(40))
 
 
 def test_a_masked_prompt_is_not_taken_for_a_gradient_without_error(

@@ -47,12 +47,6 @@ def contraction(config: Config, device: str, layers: Sequence[TrackedLayer]) -> 
     return "bfloat16" if pays else "float32"
 
 
-def scores_everything(config: Config, sequences: int) -> bool:
-    """Whether all sequences will be scored, and those of the fit among them may serve from what was captured."""
-    everyone = config.prefilter.kind == "none" or config.prefilter.top >= sequences
-    return everyone and config.fit.labels == "sampled"
-
-
 def has_bfloat16(device: str) -> bool:
     """Whether this machine multiplies bf16 faster than float32."""
     if device == "cuda":

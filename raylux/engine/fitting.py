@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from raylux import gpu, profiling
-from raylux.batches import Batch, TokenRow, fit_batches, is_scored_so
+from raylux.batches import KEPT_PADDING, Batch, TokenRow, fit_batches, is_scored_so
 from raylux.capture import Capture, Captured, Labeller
 from raylux.curvature import Covariances, add_second_moments, weighted
 from raylux.curvature.joint import COLUMNS
@@ -180,7 +180,7 @@ class FitSums(ABC):
 
     def _fit_batches(self, sequences: Sequence[TokenRow]) -> list[Batch]:
         plan = self.spec.plan
-        return fit_batches(sequences, plan.batch_tokens, most=plan.longest, padding=plan.fit_padding)
+        return fit_batches(sequences, plan.batch_tokens, most=plan.longest, padding=KEPT_PADDING)
 
     def _summed(self, captured: Captured) -> tuple[dict[str, Rows], dict[str, Rows]]:
         """a and g as their covariances are summed: widened, but for bf16 on a GPU, which multiplies it exactly."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from raylux.batches import MOST_PADDING, PADDING, longest
+from raylux.batches import longest
 from raylux.config import Config
 from raylux.cost.sizes import (
     GIB,
@@ -67,7 +67,6 @@ class Plan:
         query_basis: "standard", or "eigen": queries stay in the eigenbasis and the candidates' tokens are rotated.
         low_rank: compress s_test; dense queries that fit the memory are left as they are.
         query_tokens: padded tokens of a batch of queries, at most; 0: each runs by itself.
-        fit_padding: share of padding that a fit batch accepts to be of use to the scores too.
     """
 
     device: str
@@ -84,7 +83,6 @@ class Plan:
     query_basis: str = "standard"
     low_rank: bool = True
     query_tokens: int = 0
-    fit_padding: float = PADDING
 
     def dump(self) -> dict[str, Any]:
         return asdict(self)
@@ -142,7 +140,6 @@ def make_plan(
         chosen.query_basis,
         chosen.low_rank,
         choices.query_tokens(device, int(batch), asked, most),
-        MOST_PADDING if device == "cpu" and choices.scores_everything(config, len(lengths)) else PADDING,
     )
 
 

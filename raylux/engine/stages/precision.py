@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from raylux.engine.choices import scores_everything
 from raylux.engine.context import Context
 from raylux.engine.kept import kept_bytes
 from raylux.engine.plan import choose_fit_rows
@@ -64,5 +63,6 @@ def check(ctx: Context, pairs: np.ndarray) -> float:
 
 def _scores_the_fit(ctx: Context) -> bool:
     """Whether this command will score all sequences, those of the fit among them, and workers may keep them."""
+    everyone = ctx.config.prefilter.kind == "none" or ctx.config.prefilter.top >= len(ctx.ids)
     keeps = kept_bytes(ctx.config.engine.keep_captured, ctx.plan.device) != 0
-    return scores_everything(ctx.config, len(ctx.ids)) and keeps and "score" in ctx.stages
+    return everyone and keeps and "score" in ctx.stages and ctx.config.fit.labels == "sampled"
