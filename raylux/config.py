@@ -124,7 +124,7 @@ class FitSection(Section):
     )
     eigh: Literal["auto", "float32", "float64"] = Field(
         "auto",
-        description="of eigendecompositions; auto: float32 beside bf16 products, where it passes a check, else float64",
+        description="of eigendecompositions; float32: leading vectors in float64, the rest checked; auto: that on a CPU",
     )
     snapshot: NotNegative | Auto = Field(
         "auto", description="seconds between snapshots of the sums; 0: after every unit; auto: by their cost"

@@ -4,7 +4,8 @@ Layout: a layer's parameters are a matrix [P, M] (outputs, inputs; the bias is t
 such matrices. All kinds are *per sequence*: G = (1/N) Σ_i (pseudo-)gradient of sequence i, outer product.
 """
 
-from raylux.curvature.covariance import Covariances, eigenbasis, square_eigenbasis
+from raylux.curvature.covariance import Covariances
+from raylux.curvature.eigenbases import eigenbasis, square_eigenbasis
 from raylux.curvature.kinds import KINDS, Kind, check_blocks, check_end, check_segment, check_words
 from raylux.curvature.moments import Basis, add_second_moment, add_second_moments, rotate
 from raylux.curvature.spectral import Spectral

@@ -1,4 +1,4 @@
-"""Uncentred covariances A = E[a aᵀ], S = E[g gᵀ] over tokens, and their eigenbases.
+"""Uncentred covariances A = E[a aᵀ], S = E[g gᵀ] over tokens.
 
 Martens & Grosse 2015; for transformers as in Grosse et al. 2023, eq. 12-17: tokens as if independent.
 """
@@ -17,14 +17,8 @@ from torch import Tensor
 
 from raylux.batches import mask_of_rows
 from raylux.blocks import Blocks, Square, block_sizes
-from raylux.errors import NumericsError
 from raylux.products import aligned, wide_product
 from raylux.routed import Routed, Rows
-
-# How far an eigendecomposition in float32 may be off before it is done again in float64, relative to what it is
-# applied to: Q from orthonormal, and Q diag(values) Qᵀ from the matrix, at so many random vectors.
-_TOLERANCE = 2e-5
-_VECTORS = 16
 
 
 @dataclass
@@ -119,53 +113,3 @@ def _joined(parts: Mapping[int, Tensor]) -> Tensor:
 def _whole(total: Tensor) -> Tensor:
     """Both triangles of a sum of which the lower one was computed; in place, since sums are large."""
     return total if total.device.type != "cpu" else total.tril_().add_(total.tril(-1).T)
-
-
-def eigenbasis(covariance: Tensor, name: str, quick: bool = False) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (ascending, clamped at 0) [n] and orthonormal eigenvectors in columns [n, n].
-
-    Args:
-        covariance: symmetric up to rounding [n, n]; rank-deficient matrices are normal.
-        name: what an error calls the matrix.
-        quick: try float32 first, and keep its answer where it passes a check of its residual and orthonormality;
-            otherwise float64.
-
-    Raises:
-        NumericsError: NaN or infinity in the matrix, or the decomposition fails.
-    """
-    if not torch.isfinite(covariance).all():
-        raise NumericsError(f"{name}: the covariance holds NaN or infinity")
-    matrix = covariance.double()
-    matrix = (matrix + matrix.T) / 2
-    try:
-        if quick:
-            rounded = matrix.float()
-            values, vectors = torch.linalg.eigh(rounded)
-            if _holds(rounded, values, vectors):
-                return values.clamp_(min=0.0).double(), vectors.double()
-        values, vectors = torch.linalg.eigh(matrix)
-    except torch.linalg.LinAlgError as error:
-        raise NumericsError(f"{name}: the eigendecomposition failed ({error})") from None
-    return values.clamp_(min=0.0), vectors
-
-
-def square_eigenbasis(covariance: Square, name: str, quick: bool = False) -> tuple[Tensor, Square]:
-    """``eigenbasis`` of a covariance [n, n] that may be in blocks: eigenvalues [n], block after block, and the basis.
-
-    Raises:
-        NumericsError: as ``eigenbasis``.
-    """
-    if not isinstance(covariance, Blocks):
-        return eigenbasis(covariance, name, quick)
-    found = [eigenbasis(part, name, quick) for part in covariance.parts]
-    return torch.cat([values for values, _ in found]), Blocks(tuple(vectors for _, vectors in found))
-
-
-def _holds(matrix: Tensor, values: Tensor, vectors: Tensor) -> bool:
-    """Whether a decomposition in float32 is as good as rounding allows, seen at some random vectors."""
-    generator = torch.Generator(matrix.device).manual_seed(0)
-    x = torch.randn(len(values), _VECTORS, generator=generator, dtype=matrix.dtype, device=matrix.device)
-    off = (vectors.T @ (vectors @ x) - x).norm() / x.norm()
-    there = vectors * values @ (vectors.T @ x)
-    residual = (matrix @ x - there).norm() / there.norm().clamp(min=torch.finfo(matrix.dtype).tiny)
-    return bool(off < _TOLERANCE) and bool(residual < _TOLERANCE)

@@ -195,7 +195,7 @@ class FactorShard(IterativeSolves, JointSolves):
         return list(block_sizes(shape.outputs if output_matrix(layer) == name else shape.inputs, self.spec.blocks))
 
     def decompose(self, name: str, key: str, quick: bool) -> tuple[str, Objects, numerics.Numerics]:
-        """Eigenvalues and eigenvectors of a written covariance; ``quick``: in float32, where that passes a check.
+        """Eigenvalues and eigenvectors of a written covariance; ``quick``: but for the leading ones in float32.
 
         Any shard may do it.
         """

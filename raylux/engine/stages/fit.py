@@ -78,13 +78,11 @@ def _eigenbases(ctx: Context) -> None:
     # The largest first: what is begun last is done soon.
     sizes = {input_matrix(layer.name): layer.inputs for layer in ctx.coverage.tracked}
     sizes |= {output_matrix(layer.name): layer.outputs for layer in ctx.coverage.tracked}
-    # EK-FAC measures Λ in whatever basis it gets, but within a nearly degenerate eigenspace another basis is another
-    # Λ: in float32 the bases of A move scores by half a per cent, as bf16 products do, those of S by two (6 layers,
-    # d = 512, fitted on 32 sequences). K-FAC takes the eigenvalues. A large GPU is as fast in float64.
-    rounded = ctx.kind.moments and ctx.plan.device == "cpu" and precision.resolve(ctx).dtype == "bfloat16"
-    inputs = {input_matrix(layer.name) for layer in ctx.coverage.tracked}
-    quick = {"auto": inputs if rounded else set(), "float32": todo, "float64": set()}[ctx.config.fit.eigh]
-    jobs = [(name, keys[name], name in quick) for name in sorted(todo, key=lambda name: (-sizes[name], name))]
+    # EK-FAC measures Λ in whatever basis it gets, so that a basis may be a little off; K-FAC takes the eigenvalues as
+    # they are. A large GPU is as fast in float64.
+    quick = {"auto": ctx.kind.moments and ctx.plan.device == "cpu", "float32": True, "float64": False}
+    how = quick[ctx.config.fit.eigh]
+    jobs = [(name, keys[name], how) for name in sorted(todo, key=lambda name: (-sizes[name], name))]
     with ctx.reporter.task("eigenbases", len(todo), "matrices") as task:
         for (name, *_), (key, objects, numerics) in ctx.backend.shard_stream("decompose", jobs):
             ctx.folder.commit(EIGEN, name, objects, key=key, numerics=[numerics])
