@@ -114,6 +114,9 @@ class QueriesSection(Section):
 
 class FitSection(Section):
     sequences: Count = Field(4096, description="sequences to fit the curvature on, at most")
+    covariance_sequences: Count | None = Field(
+        None, description="of them, those that A and S are summed over: the first drawn, in whole units; none: all"
+    )
     labels: Literal["sampled", "dataset"] = Field(
         "sampled", description="sampled: from the model (true Fisher); dataset: empirical Fisher"
     )
@@ -124,7 +127,7 @@ class FitSection(Section):
     )
     eigh: Literal["auto", "float32", "float64"] = Field(
         "auto",
-        description="of eigendecompositions; float32: leading vectors in float64, the rest checked; auto: that on a CPU",
+        description="of eigendecompositions; float32: but for leading vectors, and checked; auto: that on a CPU",
     )
     snapshot: NotNegative | Auto = Field(
         "auto", description="seconds between snapshots of the sums; 0: after every unit; auto: by their cost"

@@ -16,7 +16,7 @@ from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from torch import Tensor
 
 from raylux.batches import mask_of_rows
-from raylux.blocks import Blocks, Square, block_sizes
+from raylux.blocks import Blocks, block_sizes
 from raylux.products import aligned, wide_product
 from raylux.routed import Routed, Rows
 

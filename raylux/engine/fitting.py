@@ -77,22 +77,20 @@ class FitSums(ABC):
             The labels the gradients were taken on (flat, in the order of ``rows``), None where they were given; then
             a part per shard.
         """
-        plan, wanted = self.spec.plan, frozenset(name for names in shards for name in names)
+        wanted = frozenset(name for names in shards for name in names)
         keeps = contraction.scored and self.spec.keep != 0
         sums = Covariances(blocks=self.spec.blocks)
         sequences = self.reader.rows(rows)
         unit = _Labels(sequences, labels, sampled)
         for batch in self._fit_batches(sequences):
-            both = keeps and is_scored_so(batch, plan.batch_tokens, plan.longest)
+            both = keeps and self._is_scored_so(batch)
             captured = self._run(batch, unit.labeller, both, wanted)
             inputs, grads = self._summed(captured)
             with profiling.of("covariance"):
                 sums.add(*weighted(self.spec.statistics, inputs, grads, batch.mask.to(self.device)))
-            with profiling.of("keep"):
-                if self.spec.keep != 0:
-                    dtype = contraction.torch_dtype
-                    given = {name: g.to(dtype) for name, g in captured.given.items()}
-                    self._kept.keep(rows, batch, *self._operands(captured, dtype), given)
+            if self.spec.keep != 0:
+                dtype = contraction.torch_dtype
+                self._keep(rows, batch, captured, self._operands(captured, dtype), dtype)
             unit.note(batch, captured)
         arrays = [{name: gpu.to_host(x).numpy() for name, x in found.items()} for found in (sums.inputs, sums.grads)]
         parts = [
@@ -130,6 +128,8 @@ class FitSums(ABC):
         """
         dtype, wanted = contraction.torch_dtype, frozenset(name for names in shards for name in names)
         bases = self._bases.get(files, dtype, wanted)
+        # What the pass before did not run, it did not keep either.
+        keeps = bool(files.eigen) and contraction.scored and self.spec.keep != 0
         sequences = self.reader.rows(rows)
         unit = _Labels(sequences, labels, sampled)
         totals = {
@@ -140,8 +140,11 @@ class FitSums(ABC):
         for batch in self._fit_batches(sequences):
             kept = None if labels is None else self._kept.batch(rows, batch, FIT, dtype, wanted)
             if kept is None:
-                captured = self._run(batch, unit.labeller, wanted=wanted)
+                both = keeps and self._is_scored_so(batch)
+                captured = self._run(batch, unit.labeller, both, wanted)
                 kept = self._operands(captured, dtype)
+                if both:
+                    self._keep(rows, batch, captured, kept, dtype)
                 unit.note(batch, captured)
             add_second_moments(totals, *kept, self.spec.groups, bases)
         parts = [
@@ -177,6 +180,22 @@ class FitSums(ABC):
             for names in shards
         ]
         return (None, *parts)
+
+    def _keep(
+        self,
+        rows: np.ndarray,
+        batch: Batch,
+        captured: Captured,
+        operands: tuple[dict[str, Rows], dict[str, Rows]],
+        dtype: torch.dtype,
+    ) -> None:
+        """Keep a and g of a batch, in the precision of the products, for the passes to come and the scores."""
+        with profiling.of("keep"):
+            given = {name: g.to(dtype) for name, g in captured.given.items()}
+            self._kept.keep(rows, batch, *operands, given)
+
+    def _is_scored_so(self, batch: Batch) -> bool:
+        return is_scored_so(batch, self.spec.plan.batch_tokens, self.spec.plan.longest)
 
     def _fit_batches(self, sequences: Sequence[TokenRow]) -> list[Batch]:
         plan = self.spec.plan

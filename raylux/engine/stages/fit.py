@@ -61,7 +61,8 @@ def _covariances(ctx: Context, units: FitUnits) -> None:
         contraction, sampled = precision.resolve(ctx), ctx.config.fit.labels == "sampled"
         held = covariance_held(ctx.groups, 8, ctx.config.curvature.blocks)
         names = ("covariance", "covariance_unit", "write_covariances")
-        sums = LayerSums(COVARIANCE, *names, ctx.passes.covariance, held, _sides, (sampled, contraction))
+        beyond = units.beyond(ctx.config.fit.covariance_sequences)
+        sums = LayerSums(COVARIANCE, *names, ctx.passes.covariance, held, _sides, (sampled, contraction), beyond)
         sum_layers(ctx, units, sums)
     forget_snapshot(ctx.folder, COVARIANCE)
 

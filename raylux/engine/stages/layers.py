@@ -1,6 +1,7 @@
 """A stage of the fit that sums: its units, run over once for each layer pass.
 
-Every pass goes over the same units with the same labels, drawn in the first of all, and commits its own layers. One
+Every pass of a stage goes over the same units with the same labels, drawn in the first pass over a unit, and commits
+its own layers. One
 that was interrupted goes on from its snapshot, though the next command may cut the layers in another way.
 """
 
@@ -17,7 +18,7 @@ from raylux.cost.passes import Held, largest
 from raylux.engine.context import Context
 from raylux.engine.pace import Pace
 from raylux.engine.plan import choose_fit_rows, fit_units
-from raylux.engine.records import COVARIANCE, LABELS
+from raylux.engine.records import LABELS
 from raylux.engine.snapshots import forget_snapshot, load_snapshot
 from raylux.engine.sums import Finished, SumPass, Units
 from raylux.engine.work import ids_at
@@ -34,6 +35,11 @@ class FitUnits:
         self.slices = fit_units(lengths, ctx.plan.fit_unit_tokens)
         self.names = [f"f{index:06d}" for index in range(len(self.slices))]
         self.ends = np.concatenate([[0], np.cumsum(lengths)])
+
+    def beyond(self, sequences: int | None) -> frozenset[str]:
+        """Names of the units after those that hold the first ``sequences`` of the fit; None: there are none."""
+        pairs = zip(self.names, self.slices, strict=True)
+        return frozenset(name for name, part in pairs if sequences is not None and part.start >= sequences)
 
     def tokens(self, index: int) -> slice:
         """Where a unit's tokens lie among those of the fit, flat."""
@@ -61,7 +67,7 @@ class LayerSums:
         held: bytes of a layer's sums, as a snapshot keeps them.
         matrices: layer -> names of the sums that it needs.
         more: arguments of the method.
-        leave_out: units that another stage gave up.
+        leave_out: units that another stage gave up, or that this one does not need.
     """
 
     stage: str
@@ -116,6 +122,8 @@ def _pass(ctx: Context, units: FitUnits, sums: LayerSums, layers: Sequence[Track
 
     def args(index: int) -> tuple[Any, ...]:
         own = None if labels is None else labels[units.tokens(index)]
+        if own is not None and (own == IGNORED).all():
+            own = None  # no pass has drawn them yet
         return units.rows[units.slices[index]], own, shards, *sums.more
 
     work = Units(
@@ -132,16 +140,18 @@ def _pass(ctx: Context, units: FitUnits, sums: LayerSums, layers: Sequence[Track
             f"{ctx.folder.path}: every unit of the fit is quarantined, nothing is left to fit on; "
             "`raylux inspect` lists the reasons"
         )
-    if sums.stage == COVARIANCE:
-        ctx.keepers |= done.workers
-    if labels is None and done.heads:
+    if ctx.kind.basis:  # other kinds keep nothing; who kept a unit in the first pass over it has it still
+        ctx.keepers = {**done.workers, **ctx.keepers}
+    if done.heads:
         key, objects = ctx.folder.write("factors/labels", {"labels": units.joined(done.heads)})
-        ctx.folder.commit(LABELS, "labels", objects, key=key)
+        ctx.folder.commit(LABELS, f"{sums.stage} {len(ctx.folder.committed(LABELS))}", objects, key=key)
     return done
 
 
 def _labels(ctx: Context) -> np.ndarray | None:
-    """That the gradients of the fit were taken on, flat in its order; None before its first pass."""
-    if not ctx.folder.committed(LABELS):
-        return None
-    return ctx.folder.group(ctx.folder.manifest(LABELS, "labels").meta["key"]).read("labels")
+    """That the gradients of the fit were taken on, flat in its order, IGNORED where none were drawn; None: nowhere."""
+    found: np.ndarray | None = None
+    for _, drawn in sorted(ctx.folder.units(LABELS).items()):
+        own = ctx.folder.group(drawn.meta["key"]).read("labels")
+        found = own if found is None else np.where(found == IGNORED, own, found)
+    return found
