@@ -145,6 +145,7 @@ class CurvatureSection(Section):
         "diagonal",
         "gauss_newton",
         "hessian",
+        "trackstar",
         "identity",
         "cosine",
     ] = "ekfac"
@@ -152,6 +153,14 @@ class CurvatureSection(Section):
         1, description="A and S of a layer are kept within so many blocks of its inputs, and of its outputs"
     )
     damping: NotNegative | Auto = Field("auto", description="λ; auto: 0.1 × mean(Λ) of each layer")
+    projection: Annotated[int, Field(ge=1, le=64)] = Field(
+        16, description="K of trackstar: gradients of a layer are projected to K by K"
+    )
+    optimizer: Name | None = Field(
+        None,
+        description="of trackstar: a file with the second moments of the optimizer that trained the model, "
+        "optimizer.pt of transformers' Trainer or safetensors; none: the mean squares of the fitted gradients",
+    )
     segment: Positive | None = Field(
         None,
         description="the run stands for a segment of training (SOURCE): learning rates summed over its steps, per "
@@ -171,6 +180,11 @@ class CurvatureSection(Section):
     )
     step: Positive = Field(0.01, description="of astra")
     batch: Count = Field(32, description="fitted sequences drawn for an iteration of astra and lissa")
+
+    @property
+    def projected(self) -> int:
+        """K of a kind that projects gradients; 0: it does not."""
+        return self.projection if self.kind == "trackstar" else 0
 
 
 class PrefilterSection(Section):

@@ -24,6 +24,7 @@ from raylux.engine.records import (
     MOMENTS,
     PROBE,
     PRODUCT,
+    PROJECTED,
     QUARANTINE,
     QUERY,
     SCORE,
@@ -46,7 +47,7 @@ RESTARTABLE = ("corpus", "fit", "prefilter", "query", "score")
 # a folder that lacks something, never one with something that rests on what is gone.
 _LEDGER = {
     "corpus": ("corpus",),
-    "fit": (MOMENTS, EIGEN, COVARIANCE, LABELS, SNAPSHOT, CONTRACTION),
+    "fit": (PROJECTED, MOMENTS, EIGEN, COVARIANCE, LABELS, SNAPSHOT, CONTRACTION),
     "prefilter": (CANDIDATES,),
     "query": (VERIFIED, LEVERAGE, CALIBRATION, FREEDOM, QUERY, SOLVE, PRODUCT, PROBE, queries.STAGE),
     "score": (ANSWER, TAKEN, ASIDE, TOKENS, SQUARES, SCORE),

@@ -6,7 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raylux.engine.records import ANSWER, COVARIANCE, EIGEN, MOMENTS, QUARANTINE, QUERY, SCORE, SQUARES, TOKENS
+from raylux.engine.records import (
+    ANSWER,
+    COVARIANCE,
+    EIGEN,
+    MOMENTS,
+    PROJECTED,
+    QUARANTINE,
+    QUERY,
+    SCORE,
+    SQUARES,
+    TOKENS,
+)
 from raylux.store import RunFolder
 
 
@@ -47,7 +58,7 @@ def quarantined(store: RunFolder) -> list[Quarantined]:
 def mixed_numerics(store: RunFolder) -> dict[str, list[str]]:
     """What differs among the numerics tags of all committed units: as "threads" -> ["1", "2"]; empty: nothing."""
     found: dict[str, set[str]] = {}
-    for stage in (COVARIANCE, EIGEN, MOMENTS, QUERY, SCORE, TOKENS, SQUARES, ANSWER):
+    for stage in (COVARIANCE, EIGEN, MOMENTS, PROJECTED, QUERY, SCORE, TOKENS, SQUARES, ANSWER):
         for manifest in store.units(stage).values():
             for tag in _tags(manifest.meta.get("numerics")):
                 for name, value in tag.items():

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from raylux import models
+from raylux import models, optimizer
 from raylux.batches import bucket
 from raylux.capture import input_groups
 from raylux.config import Config
@@ -17,7 +17,7 @@ from raylux.cost.machine import Cluster
 from raylux.cost.model import ModelShape
 from raylux.cost.planner import plan_run
 from raylux.cost.workload import ITEMSIZE, Workload
-from raylux.curvature import KINDS, check_blocks, check_segment, check_words, joint
+from raylux.curvature import KINDS, check_blocks, check_segment, check_words, joint, projected
 from raylux.curvature.solvers import Rule
 from raylux.engine.device import placement_of
 from raylux.engine.kept import kept_bytes
@@ -57,6 +57,8 @@ def find_shape(config: Config) -> tuple[ModelShape, models.ModelFiles, int | Non
     kind = KINDS[config.curvature.kind]
     check_words(kind.name, covered.tracked)
     joint.check(kind.name, kind.joint, covered.tracked, setting.dtype)
+    projected.check(kind.name, kind.projected, config.curvature.projection, covered.tracked)
+    optimizer.check(kind.name, kind.projected, config.curvature.optimizer)
     groups = kind.groups(input_groups(structure, covered.tracked))
     # Of the word embedding a gradient has a row for each word of a text, whatever the size of the vocabulary.
     held = tuple(replace(x, inputs=min(x.inputs, _WORDS)) if x.words else x for x in covered.tracked)
@@ -131,7 +133,9 @@ def _workload(config: Config, sizes: Sizes, device: str, placement: Placement | 
         dtype=dtype,
         contraction=plan.contraction if device == "cpu" else _contraction(config, device),
         basis=kind.basis,
-        moments=kind.moments,
+        # An optimizer's are read, not summed.
+        moments=kind.moments and config.curvature.optimizer is None,
+        projection=config.curvature.projected,
         blocks=config.curvature.blocks,
         sequence_products=kind.statistics == "sequences",
         fit_sequences=min(config.fit.sequences, corpus),

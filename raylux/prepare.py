@@ -11,16 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from raylux import examples, fingerprints, models
+from raylux import examples, fingerprints, models, optimizer
 from raylux.capture import input_groups
 from raylux.config import Config, CorpusSection
 from raylux.corpus import Sequences, load_corpus
-from raylux.curvature import KINDS, check_blocks, check_segment, check_words, joint, solvers
+from raylux.curvature import KINDS, check_blocks, check_segment, check_words, joint, projected, solvers
 from raylux.engine import choices
 from raylux.engine.context import Context
 from raylux.engine.device import placement_of
 from raylux.engine.plan import Plan, make_plan
 from raylux.engine.progress import Reporter
+from raylux.engine.records import MOMENTS
 from raylux.engine.stages import carrying, fit, queries
 from raylux.engine.stages import corpus as corpus_stage
 from raylux.errors import MissingStageError, UserError
@@ -157,6 +158,8 @@ def read(config: Config, folder: RunFolder, restart: str | None, asked: Sequence
     kind = KINDS[config.curvature.kind]
     check_words(kind.name, model.coverage.tracked)
     joint.check(kind.name, kind.joint, model.coverage.tracked, config.model.dtype)
+    projected.check(kind.name, kind.projected, config.curvature.projection, model.coverage.tracked)
+    _check_optimizer(config, model, folder, restart)
     if asked is None:
         asked = model.questions(config.queries.path)
     carrying.find(config, model.coverage.tracked, asked)
@@ -261,6 +264,16 @@ def tidy(folder: RunFolder, reporter: Reporter) -> None:
     count, size = folder.sweep()
     if count:
         reporter.say(f"{folder.path}: {count:,} objects ({size / 1e6:,.1f} MB) that belong to nothing were removed")
+
+
+def _check_optimizer(config: Config, model: Model, folder: RunFolder, restart: str | None) -> None:
+    """Raises UserError where the fit is to read an optimizer's second moments, and cannot."""
+    path = config.curvature.optimizer
+    optimizer.check(config.curvature.kind, KINDS[config.curvature.kind].projected, path)
+    names = {layer.name for layer in model.coverage.tracked}
+    if path is not None and ("fit" in falls(restart) or names - folder.committed(MOMENTS)):
+        structure = models.load_structure(model.files, config.model.trust_remote_code, weights=False)
+        optimizer.OptimizerMoments(path, structure, model.coverage.tracked)
 
 
 def _known(folder: RunFolder) -> dict[str, Any]:

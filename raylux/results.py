@@ -91,7 +91,9 @@ class Run:
 
     @cached_property
     def measurements(self) -> pd.DataFrame:
-        """Per query: the measurement f on the model as it is (nats) and the norm of its gradient."""
+        """Per query: the measurement f on the model as it is (nats) and the norm of its gradient (of ``trackstar``: in
+        its metric).
+        """
         rows = [
             {"query": query, **head}
             for manifest in self.store.units(QUERY).values()

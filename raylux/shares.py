@@ -11,6 +11,7 @@ import xarray as xr
 from raylux.engine.stages import answers
 from raylux.engine.stages.score import token_rows
 from raylux.errors import MissingStageError, UserError
+from raylux.store import ScoreBlock
 
 if TYPE_CHECKING:
     from raylux.results import Run
@@ -28,7 +29,7 @@ def by_layer(run: Run, query: str) -> xr.DataArray:
         )
     for block in blocks:
         part = run.store.group(block.key).read("layers", block.queries.index(query))
-        values[:, np.searchsorted(run.rows, block.rows)] = part * run.scale
+        values[:, np.searchsorted(run.rows, block.rows)] = part * run.scale / _lengths(run, query, block)
     names = run.sequences["sequence"].to_numpy()[run.rows]
     coords = {"layer": np.asarray(layers, object), "sequence": names}
     return xr.DataArray(values, coords, ("layer", "sequence"), name="influence", attrs=run.meaning())
@@ -54,7 +55,7 @@ def by_token(run: Run, query: str, sequence: str) -> pd.DataFrame:
     group = run.store.group(key)
     start, stop = group.read("offsets")[index : index + 2]
     tokens = group.read("tokens", slice(start, stop))
-    shares = group.read("shares", slice(start, stop)) * run.scale
+    shares = group.read("shares", slice(start, stop)) * run.scale / _length(run, query, int(found[0]))
     result = pd.DataFrame(
         {"position": np.arange(len(tokens)), "token_id": tokens, "token": decoded(run, tokens), "influence": shares}
     )
@@ -71,6 +72,21 @@ def by_word(run: Run, query: str, sequence: str) -> pd.DataFrame:
     result = found.reset_index().sort_values("influence", ascending=False, kind="stable", ignore_index=True)
     result.attrs.update(tokens.attrs)
     return result
+
+
+def _lengths(run: Run, query: str, block: ScoreBlock) -> np.ndarray | float:
+    """What a block's scores of a query are divided by, where they are cosines [n]."""
+    if run.unit != "cosine":
+        return 1.0
+    return float(run.measurements["norm"].loc[query]) * run.store.group(block.key).read("norms")
+
+
+def _length(run: Run, query: str, row: int) -> float:
+    """``_lengths`` of one corpus row that has a score."""
+    if run.unit != "cosine":
+        return 1.0
+    block = next(block for block in run.blocks if query in block.queries and row in block.rows)
+    return float(np.asarray(_lengths(run, query, block))[np.flatnonzero(block.rows == row)[0]])
 
 
 def decoded(run: Run, tokens: np.ndarray) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from raylux.curvature import KINDS
-from raylux.engine.records import ASIDE, COVARIANCE, EIGEN, MOMENTS, QUERY, SCORE, TAKEN
+from raylux.engine.records import ASIDE, COVARIANCE, EIGEN, MOMENTS, PROJECTED, QUERY, SCORE, TAKEN
 from raylux.engine.stages.prefilter import candidates
 from raylux.engine.stages.queries import records
 from raylux.shown import redacted
@@ -61,6 +61,9 @@ def _fit(run: Run) -> StageStatus:
     if kind.moments:
         parts.append(f"Λ {len(present(MOMENTS))} of {len(layers)} layers")
         wanted.append(len(present(MOMENTS)) >= len(layers))
+    if kind.projected:
+        parts.append(f"whitening {len(present(PROJECTED))} of {len(layers)} layers")
+        wanted.append(len(present(PROJECTED)) >= len(layers))
     detail = ", ".join(parts) or f"nothing to fit for {kind.name}"
     return StageStatus("fit", all(wanted), detail, _command(run, "fit"))
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 import raylux
 from raylux.api import STAGES, run_stages
 from raylux.config import Config
-from raylux.engine.records import COVARIANCE, EIGEN, MOMENTS, QUERY
+from raylux.engine.records import COVARIANCE, EIGEN, MOMENTS, PROJECTED, QUERY
 from raylux.store import RunFolder
 from tests.architectures import build
 
@@ -154,7 +154,7 @@ def contents(folder: Path | str, queries: tuple[str, ...] = ()) -> dict[str, np.
 def factors(store: RunFolder) -> dict[str, np.ndarray]:
     """The numbers of the fit by name."""
     found: dict[str, np.ndarray] = {}
-    for stage in (COVARIANCE, EIGEN, MOMENTS):
+    for stage in (COVARIANCE, EIGEN, MOMENTS, PROJECTED):
         for unit, manifest in store.units(stage).items():
             group = store.group(manifest.meta["key"])
             for name in ("matrix", "values", "vectors", "panel"):

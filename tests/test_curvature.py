@@ -238,7 +238,7 @@ def test_on_every_layer_of_a_model(name: str) -> None:
         tokens_ = Tokens(captured.inputs[groups[layer.name]], captured.grads[layer.name], batch.mask)
         mine = [pair[layer.name] for pair in pairs]
         gradients = [g.T @ a for a, g in mine]
-        kinds = [kind.name for kind in KINDS.values() if kind.fitted and not kind.joint]
+        kinds = [kind.name for kind in KINDS.values() if kind.spectral]
         expected = {kind: reference.curvature(kind, gradients, mine) for kind in kinds}
         found = {kind: dense(fit([tokens_], kind), layer.shape) for kind in expected}
         for kind, matrix in found.items():

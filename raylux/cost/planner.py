@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from raylux.cost import costs, fit, serve, solving
+from raylux.cost import costs, fit, projecting, serve, solving
 from raylux.cost.costs import Choice, RunPlan
 from raylux.cost.machine import USABLE, Cluster
 from raylux.cost.passes import covariance_held, largest, split
@@ -28,7 +28,7 @@ def plan_run(work: Workload, cluster: Cluster, can: frozenset[str] = costs.ENGIN
         UserError: it cannot work; the line names the smallest change that would help.
     """
     _check_model(work, cluster, can)
-    choices = _devices(work) + ([_shards(work, cluster)] if work.basis or work.moments else [])
+    choices = _devices(work) + ([_shards(work, cluster)] if work.basis or work.moments or work.projection else [])
     if work.model.placement is None and cluster.devices_per_worker > 1:
         count = cluster.devices_per_worker
         choices.append(
@@ -36,6 +36,7 @@ def plan_run(work: Workload, cluster: Cluster, can: frozenset[str] = costs.ENGIN
         )
     makers = [fit.covariance, fit.eigenbases] if work.basis else []
     makers += [solving.joint] if work.joint else [fit.moments] if work.moments else []
+    makers += [projecting.whitening] if work.projection else []
     stages = []
     for make in (*makers, serve.query, serve.prefilter, serve.score):
         stage, chosen = make(work, cluster, can)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raylux.blocks import block_entries
-from raylux.cost import contraction, costs, solving
+from raylux.cost import contraction, costs, projecting, solving
 from raylux.cost.contraction import Form, captured_width
 from raylux.cost.costs import Choice, StageCost, Work
 from raylux.cost.fit import (
@@ -186,6 +186,8 @@ def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     if work.self_influence:
         works += _self_influence(work, cluster, tokens - spared * work.padding, batch)
         works += [reading(work, cluster, spared)] if spared else []
+    if work.projection:
+        works.append(projecting.lengths(work, device))
     disk = float(work.queries * work.candidates * work.stored)
     read = cluster.workers * work.queries * work.query_bytes() / max(1, cluster.workers / cluster.nodes)
     works.append(store(disk + read + tokens * 4, cluster))
@@ -194,7 +196,8 @@ def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     stage = StageCost(
         "score", tuple(works), units, cluster.workers, cluster.devices,
         worker_base(work, device) + model_bytes(work) + batch * model.activation_bytes(work.itemsize, layers) + held
-        + max(layer.parameters for layer in layers) * work.stored * _sequences(work, batch),
+        + max(layer.parameters for layer in layers) * work.stored * _sequences(work, batch)
+        + projecting.held(work),
         0.0, disk, disk + read,
     )  # fmt: skip
     return stage, _score_choices(work, cluster, chosen, stage)
@@ -287,6 +290,8 @@ def _self_influence(work: Workload, cluster: Cluster, tokens: float, batch: floa
     """A second pass over the candidates, ``tokens`` of which no worker keeps: their gradients in the eigenbases."""
     device, layers = cluster.worker, work.model.tracked
     turned = sum(rotation_flops(layer, work.tokens)[0] for layer in layers) / work.blocks if work.basis else 0.0
+    if work.projection:  # φ, its length and the step that it stands for
+        turned += 2 * projecting.flops(work) / work.tokens
     flops = work.candidates * work.tokens * (turned + 2.0 * sum(layer.share * layer.parameters for layer in layers))
     precision = "float64" if work.dtype == "float64" else "float32"
     found = Work("self-influence", flops, 0.0, device.seconds(flops, precision, min(work.tokens, 64.0)))

@@ -62,6 +62,11 @@ def layer_bytes(layers: Sequence[TrackedLayer], itemsize: int = 4) -> int:
     return itemsize * sum(layer.parameters for layer in layers)
 
 
+def projected_bytes(layers: int, size: int, itemsize: int = 8) -> int:
+    """What whitens the projections to [size, size] of so many layers."""
+    return itemsize * layers * size**4
+
+
 def worker_bytes(
     layers: Sequence[TrackedLayer],
     groups: Mapping[str, str],
@@ -171,7 +176,12 @@ def factor_bytes(
     basis: bool,
     moments: bool,
     blocks: int = 1,
+    projection: int = 0,
 ) -> int:
-    """Factors at rest: covariances and eigenvectors where there is a basis (eigenvalues are left out), and Λ."""
+    """Factors at rest: covariances and eigenvectors where there is a basis (eigenvalues are left out), and Λ.
+
+    ``projection``: K of a kind that projects gradients, which keeps what whitens them.
+    """
     found = 2 * covariance_bytes(layers, groups, itemsize, blocks) if basis else 0
+    found += projected_bytes(len(layers), projection, itemsize)
     return found + (layer_bytes(layers, itemsize) if moments else 0)

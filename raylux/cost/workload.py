@@ -45,6 +45,7 @@ class Workload:
         query_basis: "standard" or "eigen", as a run has frozen it; None: the planner's choice.
         keep_bytes: a worker's local disk for the captured a and g of fitted sequences; 0: they are not kept.
         joint: the curvature is one exact matrix over all tracked weights.
+        projection: K of a kind that projects gradients; 0: it does not.
         self_influence: the gradients of scored sequences are measured too.
         solver_products: products with the Gauss-Newton matrix that a query takes, at most; 0: solved directly.
         solver_sequences: over which each of them goes.
@@ -81,6 +82,7 @@ class Workload:
     passes: int | None = None
     self_influence: bool = False
     joint: bool = False
+    projection: int = 0
     solver_products: int = 0
     solver_sequences: int = 0
     sequence_products: bool = False

@@ -26,6 +26,8 @@ class Kind:
         normalised: scores are cosines, divided by the norms of the two gradients.
         statistics: what A and S are sums of.
         joint: one exact matrix over all tracked weights (``raylux.curvature.joint``), whose diagonal stands for Λ.
+        projected: gradients are divided by the roots of their second moments, projected and whitened
+            (``raylux.curvature.projected``), and taken on the data's own labels.
     """
 
     name: str
@@ -34,15 +36,21 @@ class Kind:
     normalised: bool = False
     statistics: Statistics = "tokens"
     joint: bool = False
+    projected: bool = False
 
     @property
     def fitted(self) -> bool:
         return self.basis or self.moments
 
     @property
+    def spectral(self) -> bool:
+        """Whether each layer has eigenvalues of its own."""
+        return self.fitted and not self.joint and not self.projected
+
+    @property
     def predicts(self) -> bool:
         """Whether a score divided by N is a prediction in nats."""
-        return self.fitted
+        return self.fitted and not self.normalised
 
     def groups(self, found: Mapping[str, str]) -> dict[str, str]:
         """Layer -> the layer whose A it shares, of those that read the same tensor."""
@@ -105,6 +113,7 @@ KINDS = {
         Kind("diagonal", moments=True),
         Kind("gauss_newton", moments=True, joint=True),
         Kind("hessian", moments=True, joint=True),
+        Kind("trackstar", moments=True, normalised=True, projected=True),
         Kind("identity"),
         Kind("cosine", normalised=True),
     )
@@ -131,14 +140,14 @@ def check_segment(kind: str, segment: float | None, solver: str, carried: bool) 
         solver: of queries.
         carried: queries come from the segment after it.
     """
-    named = ", ".join(name for name, one in KINDS.items() if one.fitted and not one.joint)
+    named = ", ".join(name for name, one in KINDS.items() if one.spectral)
     if segment is None:
         if carried:
             raise UserError(
                 "query.carried_from: queries are carried back from one segment of training to the one before; set "
                 "curvature.segment, or leave query.carried_from out"
             )
-    elif not KINDS[kind].fitted or KINDS[kind].joint:
+    elif not KINDS[kind].spectral:
         raise UserError(
             f"curvature.segment={segment}: curvature.kind={kind} has no eigenvalues layer by layer; set one of the "
             f"kinds {named}, or leave curvature.segment out"

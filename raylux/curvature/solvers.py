@@ -218,7 +218,7 @@ def check(kind: str, setting: CurvatureSection, labels: str, dtype: str) -> None
             f"curvature.solver={name}: curvature.kind={kind} is solved exactly as it is; set curvature.solver=direct, "
             "or another kind"
         )
-    if not KINDS[kind].fitted:
+    if not KINDS[kind].spectral:
         raise UserError(
             f"curvature.solver={name}: curvature.kind={kind} has no curvature to solve with; set "
             "curvature.solver=direct, or another kind"

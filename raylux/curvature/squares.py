@@ -8,13 +8,14 @@ al. 2020, equations 11 and 9). In the eigenbasis, with W = Q_Sᵀ V Q_A, they ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from raylux.curvature.joint import Joint, joined
 from raylux.curvature.moments import in_basis
+from raylux.curvature.projected import Projected
 from raylux.curvature.spectral import Spectral
 from raylux.influence.words import are_words, word_squares
 from raylux.profiling import of
@@ -54,14 +55,52 @@ def add_joint_squares(
     total: Tensor, inputs: Mapping[str, Rows], grads: Mapping[str, Rows], groups: Mapping[str, str], matrix: Joint
 ) -> None:
     """``add_squares`` by one matrix over all layers, a sequence at a time."""
-    formed: dict[str, list[Tensor]] = {name: [] for name in matrix.shapes}
-    for name, found in formed.items():
-        for _, a, g in sequence_parts(inputs[groups[name]], grads[name]):
-            for some in in_basis(a, g, None, None):
-                found.extend(some.clone())
+    formed = {
+        name: [gradient.clone() for _, gradient in each_gradient(inputs[groups[name]], grads[name])]
+        for name in matrix.shapes
+    }
     for place in range(total.shape[1]):
         v = joined({name: gradients[place] for name, gradients in formed.items()}, matrix.shapes)
         total[:, place] += matrix.squares(v)
+
+
+def add_projected_squares(
+    total: Tensor,
+    inputs: Mapping[str, Rows],
+    grads: Mapping[str, Rows],
+    groups: Mapping[str, str],
+    metrics: Mapping[str, Projected],
+) -> None:
+    """``add_squares`` in the metrics of some layers, a sequence at a time."""
+    for name, metric in metrics.items():
+        for place, v in each_gradient(inputs[groups[name]], grads[name]):
+            step = metric.solve(v).flatten()
+            flat = v.flatten()
+            found = torch.stack([torch.dot(flat, flat).double(), metric.square(v), torch.dot(step, step).double()])
+            total[:, place] += found.to(total.device)
+
+
+def add_projected_lengths(
+    total: Tensor,
+    inputs: Mapping[str, Rows],
+    grads: Mapping[str, Rows],
+    groups: Mapping[str, str],
+    metrics: Mapping[str, Projected],
+) -> None:
+    """``total`` [N] float64 += the square that scores are divided by, of each sequence's gradient in some layers."""
+    for name, metric in metrics.items():
+        for place, v in each_gradient(inputs[groups[name]], grads[name]):
+            total[place] += metric.square(v).to(total.device)
+
+
+def each_gradient(a: Rows, g: Rows) -> Iterator[tuple[int, Tensor]]:
+    """Place and gradient [P, M] of each sequence with a token there; valid until the next."""
+    for places, own_a, own_g in sequence_parts(a, g):
+        place = places.start
+        for some in in_basis(own_a, own_g, None, None):
+            for gradient in some:
+                yield place, gradient
+                place += 1
 
 
 def _squares(curvature: Spectral, inverse: Tensor | None, a: Tensor, g: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ class Case:
         return demand_of(
             config.engine, config.model.dtype, device, layers, model.groups, parameters, len(self.queries),
             config.curvature.solver != "direct", config.fit.passes, config.curvature.blocks,
-            KINDS[config.curvature.kind].joint, self.placement_on(device),
+            KINDS[config.curvature.kind].joint, self.placement_on(device), config.curvature.projected,
         )  # fmt: skip
 
     def placement_on(self, device: str) -> Placement | None:

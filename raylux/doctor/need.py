@@ -47,8 +47,9 @@ def need(case: Case) -> Need:
 
 def _factors(case: Case) -> int:
     model, kind = case.model, KINDS[case.config.curvature.kind]
-    layers, blocks = model.coverage.tracked, case.config.curvature.blocks
-    found = factor_bytes(layers, model.groups, case.itemsize, kind.basis, kind.moments, blocks)
+    layers, setting = model.coverage.tracked, case.config.curvature
+    blocks = setting.blocks
+    found = factor_bytes(layers, model.groups, case.itemsize, kind.basis, kind.moments, blocks, setting.projected)
     if kind.basis:  # beside them, while the fit runs, its running sums in float64
         found += covariance_bytes(layers, model.groups, 8, blocks)
     return found

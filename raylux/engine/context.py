@@ -156,7 +156,7 @@ class Context:
         return demand_of(
             engine, self.plan.dtype, self.plan.device, layers, self.groups, self.coverage.parameters, queries,
             self.config.curvature.solver != "direct", self.config.fit.passes, self.config.curvature.blocks,
-            self.kind.joint, self.placement,
+            self.kind.joint, self.placement, self.config.curvature.projected,
         )  # fmt: skip
 
     def _on_device(self, demand: Demand) -> Demand:

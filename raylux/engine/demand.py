@@ -11,6 +11,7 @@ import psutil
 from raylux.config import EngineSection
 from raylux.cost.costs import Passes
 from raylux.cost.passes import MOST_PASSES
+from raylux.cost.sizes import layer_bytes, projected_bytes
 from raylux.engine.capacity import Demand, settle
 from raylux.engine.plan import GIB, shards_bytes, worker_bytes
 from raylux.errors import UserError
@@ -35,6 +36,7 @@ def demand_of(
     blocks: int = 1,
     joint: bool = False,
     placement: Placement | None = None,
+    projection: int = 0,
 ) -> Demand:
     """What a run asks for.
 
@@ -51,11 +53,17 @@ def demand_of(
         blocks: of A and S.
         joint: the curvature is one exact matrix over all tracked weights.
         placement: of the model's parts, where they do not all lie on the one device of a worker.
+        projection: K of a kind that projects gradients; 0: it does not.
     """
     if placement is not None:
         parameters = placement.held("cpu", graph=iterative or joint)
     itemsize = 8 if dtype == "float64" else 4
     matrix = 8 * sum(layer.parameters for layer in layers) ** 2 if joint else 0
+    beside = _OF_WORKER * matrix, _OF_SHARDS * matrix
+    if projection:
+        # Of each layer what whitens, beside one that is taken apart; and of a worker that scores 1/√v.
+        whitening = projected_bytes(len(layers) + _OF_SHARDS, projection)
+        beside = whitening + layer_bytes(layers, itemsize), whitening
     sized = partial(
         _in_passes,
         engine,
@@ -67,7 +75,7 @@ def demand_of(
         queries,
         iterative,
         blocks,
-        matrix,
+        beside,
     )
     if isinstance(passes, int):
         return sized(Passes(passes, passes))
@@ -85,7 +93,7 @@ def _in_passes(
     queries: int,
     iterative: bool,
     blocks: int,
-    matrix: int,
+    beside: tuple[int, int],
     passes: Passes,
 ) -> Demand:
     return Demand(
@@ -93,8 +101,8 @@ def _in_passes(
         engine.shards,
         engine.threads,
         device == "cuda",
-        worker_bytes(layers, groups, parameters, itemsize, queries, iterative, passes, blocks) + _OF_WORKER * matrix,
-        shards_bytes(layers, groups, itemsize, queries, iterative, passes, blocks) + _OF_SHARDS * matrix,
+        worker_bytes(layers, groups, parameters, itemsize, queries, iterative, passes, blocks) + beside[0],
+        shards_bytes(layers, groups, itemsize, queries, iterative, passes, blocks) + beside[1],
         engine.worker_labels,
         engine.shard_labels,
         passes,

@@ -13,12 +13,15 @@ from torch import Tensor
 from raylux.blocks import Blocks, Rotation, RoundedBasis, Square
 from raylux.curvature import KINDS, Spectral
 from raylux.curvature.joint import Joint
+from raylux.curvature.projected import Projected
+from raylux.errors import NumericsError
 from raylux.gpu import to_host
 from raylux.influence.words import WordGradient
 from raylux.layers import TrackedLayer
 from raylux.store import RunFolder
 
 COVARIANCE, EIGEN, MOMENTS = "fit.covariance", "fit.eigen", "fit.moments"
+PROJECTED = "fit.projected"
 LABELS, SNAPSHOT, QUARANTINE, PROBE = "fit.labels", "fit.snapshot", "quarantine", "query.probe"
 QUERY, SCORE, TOKENS, CANDIDATES = "query", "score", "tokens", "prefilter"
 # How long the gradients of scored sequences are.
@@ -41,6 +44,21 @@ class FactorFiles:
 
 
 @dataclass(frozen=True)
+class Projection:
+    """How a kind that projects gradients does it, and what the fit has of it.
+
+    Attributes:
+        size: K.
+        seed: of the signs.
+        second: layer -> key of the mean outer product of what is projected; empty: not summed yet.
+    """
+
+    size: int
+    seed: int
+    second: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Fitted:
     """What a fit left for the shards to make a layer's curvature of.
 
@@ -50,6 +68,7 @@ class Fitted:
         rows_per_sequence: layer -> T̄.
         least: expert's layer -> the mean Λ below which that of its own does not count for its damping.
         segment: h of the segment of training that the run stands for, if it does.
+        projection: of a kind that projects gradients.
     """
 
     files: FactorFiles
@@ -57,6 +76,7 @@ class Fitted:
     rows_per_sequence: dict[str, float]
     least: dict[str, float]
     segment: float | None = None
+    projection: Projection | None = None
 
 
 @dataclass(frozen=True)
@@ -216,6 +236,27 @@ def read_curvature(
     found = KINDS[kind].assemble(q_a, q_s, values[0], values[1], lam, rows)
     found.segment = fitted.segment
     return found
+
+
+def read_projected(
+    folder: RunFolder, fitted: Fitted, layer: str, damping: float | str, dtype: torch.dtype, device: str
+) -> Projected:
+    """The metric of a layer, of what a fit of a kind that projects left; not whitened before that is summed.
+
+    Raises:
+        NumericsError: it is singular.
+    """
+    projection = fitted.projection
+    assert projection is not None, "a kind that projects"
+    moments = tensor(folder.group(fitted.moments[layer]).read("matrix"), dtype, device)
+    found = Projected.of(layer, moments, projection.size, projection.seed)
+    if not projection.second:
+        return found
+    second = tensor(folder.group(projection.second[layer]).read("matrix"), dtype, device)
+    try:
+        return found.whitened(second, damping)
+    except NumericsError as error:
+        raise NumericsError(f"layer '{layer}': {error}") from None
 
 
 def read_joint(

@@ -22,6 +22,7 @@ from raylux.engine import numerics
 from raylux.engine.carrying import Later
 from raylux.engine.iterating import IterativeSolves
 from raylux.engine.jointly import JointSolves
+from raylux.engine.projecting import ProjectedFactors
 from raylux.engine.records import (
     Fitted,
     each_query,
@@ -33,7 +34,7 @@ from raylux.engine.records import (
     tensor,
     word_query_arrays,
 )
-from raylux.engine.solve import Form, solve_layer, solve_words
+from raylux.engine.solve import Form, Solved, Tokens, solve_layer, solve_words
 from raylux.errors import NumericsError
 from raylux.influence.dots import sequence_gradients
 from raylux.influence.lowrank import component_scores, factorise
@@ -67,7 +68,7 @@ class ShardSpec:
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
-class FactorShard(IterativeSolves, JointSolves):
+class FactorShard(IterativeSolves, JointSolves, ProjectedFactors):
     """Curvature factors of the layers it owns."""
 
     def __init__(self, spec: ShardSpec) -> None:
@@ -234,8 +235,8 @@ class FactorShard(IterativeSolves, JointSolves):
             *parts: lists of queries' ``inputs`` [T, M] by group and ``grads`` [T, P] by layer.
 
         Returns:
-            layer -> the damping λ that was used; layer -> ‖∇f‖² of each query in it; and the scores ``Solved.pairs``
-            summed over the layers of this shard.
+            layer -> the damping λ that was used; layer -> ‖∇f‖² of each query in it (of a kind that projects, in its
+            metric); and the scores ``Solved.pairs`` summed over the layers of this shard.
         """
         self._block, self._factors, self._written, self._words = {}, {}, {}, {}
         damping, squares = {}, {}
@@ -249,17 +250,12 @@ class FactorShard(IterativeSolves, JointSolves):
                 self._words[name] = words.s_test
                 continue
             own = replace(form, dtype=self.compute) if rank_limit[name] else form
-            curvature, damping[name] = self._curvature(name, fitted)
             tokens = [self._tokens(query, name, rounded=True) for query in queries]
-            given = None if solutions is None else self.solutions(solutions[name])
-            if later is not None:
-                carried = later.carried(self.layers[name], self.compute, self.spec.device)
-                given = [curvature.solve(v, damping[name]) for v in carried]
-            try:
-                with profiling.of("solve"):
-                    found = solve_layer(curvature, tokens, damping[name], own, given, checked)
-            except NumericsError as error:
-                raise NumericsError(f"layer '{name}': {error}") from None
+            if fitted.projection is not None:
+                found, damping[name] = self.solve_projected(name, fitted, tokens, own, checked)
+            else:
+                given = None if solutions is None else self.solutions(solutions[name])
+                found, damping[name] = self._solved(name, fitted, tokens, own, given, checked, later)
             squares[name] = found.squares
             pairs.append(found.pairs)
             if rank_limit[name]:
@@ -272,6 +268,27 @@ class FactorShard(IterativeSolves, JointSolves):
                 arrays = query_arrays(found.s_test, [], [True] * len(queries))
                 self._written[name] = self.folder.write(f"queries/{name}/{block}", arrays)
         return damping, squares, np.sum(pairs, 0)
+
+    def _solved(
+        self,
+        name: str,
+        fitted: Fitted,
+        tokens: Sequence[Tokens],
+        form: Form,
+        given: Sequence[Tensor] | None,
+        checked: bool,
+        later: Later | None,
+    ) -> tuple[Solved, float]:
+        """A layer by its own curvature, or as it is given or carried; and λ."""
+        curvature, damping = self._curvature(name, fitted)
+        if later is not None:
+            carried = later.carried(self.layers[name], self.compute, self.spec.device)
+            given = [curvature.solve(v, damping) for v in carried]
+        try:
+            with profiling.of("solve"):
+                return solve_layer(curvature, tokens, damping, form, given, checked), damping
+        except NumericsError as error:
+            raise NumericsError(f"layer '{name}': {error}") from None
 
     def measure(self, part: Mapping[str, Any], places: Sequence[int]) -> dict[str, Measured]:
         """Scores of queries of the kept block on one probe sequence, by layer.

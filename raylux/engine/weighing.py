@@ -15,9 +15,17 @@ from raylux import gpu
 from raylux.blocks import Square
 from raylux.curvature import KINDS
 from raylux.curvature.joint import Joint
-from raylux.curvature.squares import COUNT, Weighed, add_joint_squares, add_squares
-from raylux.engine.records import Contraction, LoadedCurvature, read_curvature, read_joint
-from raylux.engine.scorer import Pack
+from raylux.curvature.projected import Projected
+from raylux.curvature.squares import (
+    COUNT,
+    Weighed,
+    add_joint_squares,
+    add_projected_lengths,
+    add_projected_squares,
+    add_squares,
+)
+from raylux.engine.records import Contraction, LoadedCurvature, read_curvature, read_joint, read_projected
+from raylux.engine.scorer import Pack, PackPart
 from raylux.errors import NumericsError
 from raylux.influence.words import are_words
 from raylux.layers import TrackedLayer
@@ -50,6 +58,7 @@ class Curvatures:
         self._of: tuple[LoadedCurvature, tuple[str, ...]] | None = None
         self._held: dict[str, Weighed] = {}
         self._joint: tuple[LoadedCurvature, Joint] | None = None
+        self._projected: dict[str, Projected] = {}
 
     def get(self, loaded: LoadedCurvature, names: tuple[str, ...]) -> dict[str, Weighed]:
         """Those of the layers ``names``, read unless they are held.
@@ -91,8 +100,25 @@ class Curvatures:
             )
         return self._joint[1]
 
+    def projected(self, loaded: LoadedCurvature, names: tuple[str, ...]) -> dict[str, Projected]:
+        """The metrics of the layers ``names``, read unless they are held.
+
+        Raises:
+            NumericsError: one is singular.
+        """
+        if self._of != (loaded, names):
+            self.drop()
+            give_back()
+            for name in names:
+                device = self._devices[name]
+                self._projected[name] = read_projected(
+                    self._folder, loaded.fitted, name, loaded.damping, self._dtype, device
+                )
+            self._of = loaded, names
+        return self._projected
+
     def drop(self) -> None:
-        self._held, self._of, self._joint = {}, None, None
+        self._held, self._of, self._joint, self._projected = {}, None, None, {}
 
 
 class SelfInfluences(ABC):
@@ -136,21 +162,35 @@ class SelfInfluences(ABC):
             wanted = frozenset(names) if len(loaded.passes) > 1 else None
             for pack in self._packs(rows, contraction, wanted=wanted):
                 for part in pack.parts:
-                    inputs, grads = (
-                        {each: x if are_words(x) else x.to(self.compute) for each, x in found.items()}
-                        for found in (part.inputs, part.grads)
-                    )
                     found = torch.zeros(COUNT, len(part), dtype=torch.float64, device=self.device)
-                    add(found, inputs, grads)
+                    add(found, *self._wide(part))
                     total[:, list(part.places)] += gpu.to_host(found[:, : len(part.places)]).numpy()
         if not np.isfinite(total).all():
             bad = rows[~np.isfinite(total).all(0)]
             raise NumericsError(f"unit {name}: NaN or infinity in the self-influence of corpus rows {bad[:5].tolist()}")
         return self.folder.write(f"squares/{name}", {"squares": total})
 
+    def lengths(self, pack: Pack, metric: LoadedCurvature) -> Tensor:
+        """What the scores of each row of a pack are divided by [rows] float64, by a kind that projects."""
+        metrics = self._curvatures.projected(metric, tuple(name for names in metric.passes for name in names))
+        total = [torch.zeros(len(part), dtype=torch.float64, device=self.device) for part in pack.parts]
+        for found, part in zip(total, pack.parts, strict=True):
+            add_projected_lengths(found, *self._wide(part), self.spec.groups, metrics)
+        return torch.cat(total).sqrt()
+
+    def _wide(self, part: PackPart) -> tuple[Inputs, Inputs]:
+        """a and g of a batch in the precision of the curvature."""
+        inputs, grads = (
+            {each: x if are_words(x) else x.to(self.compute) for each, x in found.items()}
+            for found in (part.inputs, part.grads)
+        )
+        return inputs, grads
+
     def _adder(self, loaded: LoadedCurvature, names: tuple[str, ...]) -> Callable[[Tensor, Inputs, Inputs], None]:
         """What adds the squares in some layers, or in all of them where they have one matrix together."""
         groups = self.spec.groups
         if KINDS[loaded.kind].joint:
             return partial(add_joint_squares, matrix=self._curvatures.joint(loaded), groups=groups)
+        if KINDS[loaded.kind].projected:
+            return partial(add_projected_squares, metrics=self._curvatures.projected(loaded, names), groups=groups)
         return partial(add_squares, curvatures=self._curvatures.get(loaded, names), groups=groups)

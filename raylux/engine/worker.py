@@ -26,7 +26,8 @@ from raylux.engine.fitting import FitSums, Part
 from raylux.engine.measuring import ProximalMeasurements
 from raylux.engine.multiplying import GaussNewtonProducts
 from raylux.engine.plan import Plan
-from raylux.engine.records import Contraction, numpy_array
+from raylux.engine.projecting import ProjectedSums
+from raylux.engine.records import Contraction, LoadedCurvature, numpy_array
 from raylux.engine.scorer import Bases, LoadedQueries, Pack, PackPart, Scorer, packs
 from raylux.engine.weighing import Curvatures, SelfInfluences
 from raylux.errors import NumericsError
@@ -71,7 +72,7 @@ class QuerySpec:
     weights: tuple[float, ...]
 
 
-class GradientWorker(FitSums, GaussNewtonProducts, ProximalMeasurements, SelfInfluences):
+class GradientWorker(FitSums, ProjectedSums, GaussNewtonProducts, ProximalMeasurements, SelfInfluences):
     """Holds a frozen model and answers for units; it keeps nothing that another worker would miss.
 
     What a unit needs beside the model (bases, queries) comes with the call and is read from the run folder
@@ -230,7 +231,14 @@ class GradientWorker(FitSums, GaussNewtonProducts, ProximalMeasurements, SelfInf
     # scores
 
     def score_unit(
-        self, name: str, rows: np.ndarray, ids: Sequence[str], layers: bool, norms: bool, loaded: LoadedQueries
+        self,
+        name: str,
+        rows: np.ndarray,
+        ids: Sequence[str],
+        layers: bool,
+        norms: bool,
+        loaded: LoadedQueries,
+        metric: LoadedCurvature | None = None,
     ) -> tuple[str, dict[str, tuple[int, str]]]:
         """Score corpus rows against queries and write the block.
 
@@ -239,8 +247,9 @@ class GradientWorker(FitSums, GaussNewtonProducts, ProximalMeasurements, SelfInf
             rows: [n] corpus rows.
             ids: the queries to keep, all of them loaded.
             layers: keep per-layer scores too.
-            norms: keep the sequences' gradient norms (for cosine).
+            norms: keep the sequences' gradient norms (for cosines).
             loaded: the queries to run against; the same for many units.
+            metric: in which these norms are taken; None: as gradients are.
 
         Returns:
             The key and the objects of what was written, as ``RunFolder.write``.
@@ -263,7 +272,8 @@ class GradientWorker(FitSums, GaussNewtonProducts, ProximalMeasurements, SelfInf
             total[:, places] = _array(whole[counted])[:, columns].T
             if norms:
                 with profiling.of("square"):
-                    norm[places] = _array(pack.norms(self.spec.groups)[counted])
+                    found = self.lengths(pack, metric) if metric else pack.norms(self.spec.groups)
+                    norm[places] = _array(found[counted])
         if not np.isfinite(total).all():
             bad = rows[~np.isfinite(total).all(0)]
             raise NumericsError(f"score unit {name}: NaN or infinity in the scores of corpus rows {bad[:5].tolist()}")

@@ -12,13 +12,15 @@ from raylux.engine.records import (
     COVARIANCE,
     EIGEN,
     MOMENTS,
+    PROJECTED,
     Fitted,
+    Projection,
     factor_files,
     input_matrix,
     output_matrix,
 )
 from raylux.engine.snapshots import forget_snapshot
-from raylux.engine.stages import precision
+from raylux.engine.stages import precision, projecting
 from raylux.engine.stages.layers import FitUnits, LayerSums, sum_layers
 from raylux.store import Manifest, RunFolder
 
@@ -31,8 +33,12 @@ def run(ctx: Context) -> None:
         _eigenbases(ctx)
     if ctx.kind.joint:
         _joint(ctx, units)
+    elif ctx.config.curvature.optimizer is not None:
+        projecting.read_moments(ctx)
     elif ctx.kind.moments:
         _moments(ctx, units)
+    if ctx.kind.projected:
+        projecting.sum_projected(ctx, units, fitted(ctx))
 
 
 def matrices(ctx: Context) -> list[str]:
@@ -49,6 +55,8 @@ def missing(ctx: Context) -> list[str]:
         found += [stage for stage in (COVARIANCE, EIGEN) if names - ctx.folder.committed(stage)]
     if ctx.kind.moments and _layers(ctx) - ctx.folder.committed(MOMENTS):
         found.append(MOMENTS)
+    if ctx.kind.projected and _layers(ctx) - ctx.folder.committed(PROJECTED):
+        found.append(PROJECTED)
     return found
 
 
@@ -92,7 +100,9 @@ def _eigenbases(ctx: Context) -> None:
 
 def _moments(ctx: Context, units: FitUnits) -> None:
     if _layers(ctx) - ctx.folder.committed(MOMENTS):
-        contraction, sampled = precision.resolve(ctx), ctx.config.fit.labels == "sampled"
+        # An optimizer's moments, which those of a kind that projects stand for, are of the data's own labels.
+        sampled = ctx.config.fit.labels == "sampled" and not ctx.kind.projected
+        contraction = precision.resolve(ctx)
         files = ctx.backend.share(factor_files(ctx.folder))
         held, names = moments_held(ctx.groups, 0, 8), ("lambda", "moment_unit", "write_moments")
         # A unit that killed its workers in the first pass is not tried again in the second.
@@ -129,7 +139,17 @@ def fitted(ctx: Context) -> Fitted:
         fitted_in(ctx.folder),
         least=_shared_means(ctx),
         segment=ctx.config.curvature.segment,
+        projection=_projection(ctx),
     )
+
+
+def _projection(ctx: Context) -> Projection | None:
+    if not ctx.kind.projected:
+        return None
+    keys = {unit: manifest.meta["key"] for unit, manifest in ctx.folder.units(PROJECTED).items()}
+    # Some layers without the others are a pass on its way: none is whitened before all are.
+    second = keys if keys.keys() >= _layers(ctx) else {}
+    return Projection(ctx.config.curvature.projection, ctx.config.fit.seed, second)
 
 
 def fitted_in(folder: RunFolder) -> Fitted:

@@ -119,7 +119,8 @@ class _Gradients:
 def _gradients(ctx: Context, queries: Sequence[Query]) -> _Gradients:
     found = _Gradients([], [], [], [])
     # What is only rotated in bf16 products may travel, and wait for its block, in bf16.
-    rounds = not _iterative(ctx) and not ctx.kind.joint and not any(_rank_limits(ctx).values())
+    whole = ctx.kind.joint or ctx.kind.projected
+    rounds = not _iterative(ctx) and not whole and not any(_rank_limits(ctx).values())
     how = precision.resolve(ctx) if rounds else None
     # What failed in company is run again by itself: only that which ends its worker there is given up.
     again = _run(ctx, _together(ctx, queries), how, found)

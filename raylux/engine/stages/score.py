@@ -45,7 +45,8 @@ def _score(ctx: Context, jobs: Sequence[ScoreJob]) -> bool:
     through = True
     layers, norms = ctx.config.score.layers, ctx.kind.normalised
     loaded = _loaded(ctx, {query for job in jobs for query in job.queries})
-    calls = (Job(job.name, (job.name, job.rows, job.queries, layers, norms, loaded), job, job.near) for job in jobs)
+    more = (layers, norms, loaded, *([squares.curvature(ctx)] if ctx.kind.projected else []))
+    calls = (Job(job.name, (job.name, job.rows, job.queries, *more), job, job.near) for job in jobs)
     with ctx.reporter.task("score", sum(len(job.rows) for job in jobs), "sequences") as task:
         for result in results(ctx.backend, "score_unit", calls):
             job: ScoreJob = result.job.item

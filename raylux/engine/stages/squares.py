@@ -55,7 +55,7 @@ def _run(ctx: Context, units: Sequence[_Unit]) -> bool:
     if not units:
         return True
     through = True
-    how = _curvature(ctx), precision.resolve(ctx)
+    how = curvature(ctx), precision.resolve(ctx)
     calls = (Job(unit.name, (unit.name, unit.rows, *how), unit, unit.near) for unit in units)
     with ctx.reporter.task("self-influence", sum(len(unit.rows) for unit in units), "sequences") as task:
         for result in results(ctx.backend, "squares_unit", calls):
@@ -67,9 +67,12 @@ def _run(ctx: Context, units: Sequence[_Unit]) -> bool:
     return through
 
 
-def _curvature(ctx: Context) -> Any:
-    """A handle of the run's own curvature, cut as the fit cut it, so that a worker has room for each part."""
-    whole = ctx.kind.joint or not ctx.kind.fitted
+def curvature(ctx: Context) -> Any:
+    """A handle of the run's own curvature, cut as the fit cut it, so that a worker has room for each part.
+
+    Where scores are divided by lengths in it, a worker has room for the whole.
+    """
+    whole = ctx.kind.joint or ctx.kind.projected or not ctx.kind.fitted
     passes = 1 if whole else max(ctx.passes.covariance, ctx.passes.moments)
     parts = reversed(ctx.passes_of(passes))
     names = tuple(tuple(layer.name for layer in part) for part in parts)
