@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from jobs.kept import Arrays, kept
-from jobs.lds import peer, segments, trackstar
-from jobs.lds.methods import EKFAC, combined, prefiltered, scores, unit_length
+from jobs.lds import peer, segments
+from jobs.lds.methods import EKFAC, combined, prefiltered, projected, scores, unit_length
 from jobs.lds.study import Study
 from jobs.lds.trained import Checkpoint, train
 from raylux.curvature import KINDS
@@ -20,6 +21,8 @@ from raylux.curvature import KINDS
 PEER = "kronfluence"
 # Epochs whose models TracIn and the average are taken over: the last ones.
 CHECKPOINTS = 4
+# Rows and columns that TrackStar projects a layer's gradients to.
+PROJECTIONS = (16, 32)
 
 Epochs = Sequence[Checkpoint]
 """The model of all texts after each epoch."""
@@ -57,6 +60,15 @@ WHAT = {
 }
 
 
+LAYERS = {
+    "attention": ("attention's layers in the place of the MLPs'", ["*.self_attn.*"]),
+    "attention and MLP": ("attention's layers and the MLPs'", ["*.self_attn.*", "*.mlp.*"]),
+    "last MLP": ("the last block's MLP alone", ["*.{last}.mlp.*"]),
+    "down": ("the MLPs' second layers alone", ["*.mlp.down_proj"]),
+}
+"""Choice of layers -> what it is, in a few words, and its patterns; the others track all MLPs."""
+
+
 def all_methods(study: Study, folder: Path) -> list[Method]:
     """Every kind of curvature on the last model, and the exact solve; three of them over checkpoints; TrackStar; BM25;
     and where it is installed, kronfluence.
@@ -87,14 +99,17 @@ def _makers(study: Study, folder: Path) -> dict[str, tuple[str, Make]]:
     def of_unit_length(kind: str) -> Make:
         return lambda epochs: unit_length(study, epochs[-1].model, folder / f"{kind}-unit", kind)
 
-    def projected(size: int) -> Make:
-        return lambda epochs: trackstar.scores(epochs[-1].model, epochs[-1].moments, study.rows, study.parts, size)
+    def trackstar(size: int) -> Make:
+        return lambda epochs: projected(study, epochs[-1], folder / f"trackstar-{size}", size)
 
-    # A joint kind is for fewer weights than these models have.
-    kinds = [kind.name for kind in KINDS.values() if not kind.joint]
+    # A joint kind is for fewer weights than these models have; one that projects has rows of its own.
+    kinds = [kind.name for kind in KINDS.values() if not kind.joint and not kind.projected]
     makers = {kind: (WHAT.get(kind, kind), of(kind, kind)) for kind in kinds}
     exact = "the exact Gauss-Newton matrix at the same λ, by preconditioned CG"
     makers["ekfac, pcg"] = exact, of(EKFAC, "pcg", "curvature.solver=pcg")
+    for layers, (what, patterns) in LAYERS.items():
+        place, chosen = f"ekfac-{layers.replace(' ', '-')}", _layers(study, patterns)
+        makers[f"ekfac, {layers}"] = f"EK-FAC of {what}", of(EKFAC, place, chosen)
     dots = f"dot products by learning rate over {count} epochs' models"
     makers["TracIn"] = dots, over("identity", "tracin", by_rate=True)
     makers["ekfac, averaged"] = f"mean over {count} epochs' models", over(EKFAC, "averaged", by_rate=False)
@@ -105,9 +120,9 @@ def _makers(study: Study, folder: Path) -> dict[str, tuple[str, Make]]:
     for kind in ("diagonal", EKFAC):
         divided = f"{kind}'s scores over the roots of self-influences (RelatIF)"
         makers[f"{kind}, unit length"] = divided, of_unit_length(kind)
-    for size in trackstar.SIZES:
+    for size in (size for size in PROJECTIONS if size <= study.settings.width):
         what = f"gradients over the roots of AdamW's moments, projected to {size} by {size}, whitened, of unit length"
-        makers[f"TrackStar, {size}"] = what, projected(size)
+        makers[f"TrackStar, {size}"] = what, trackstar(size)
     makers["bm25"] = "shared tokens, no model", lambda _: prefiltered(study, "bm25")
     if peer.is_installed():
         makers[PEER] = (
@@ -115,6 +130,12 @@ def _makers(study: Study, folder: Path) -> dict[str, tuple[str, Make]]:
             lambda epochs: peer.scores(epochs[-1].model, study.rows, study.parts, folder / "peer"),
         )
     return makers
+
+
+def _layers(study: Study, patterns: Sequence[str]) -> str:
+    """An override that tracks them, ``{last}`` being the last block's number."""
+    named = [pattern.replace("{last}", str(study.settings.layers - 1)) for pattern in patterns]
+    return f"model.layers={json.dumps(named)}"
 
 
 def _kept(folder: Path, name: str, what: str, make: Make, trained: Callable[[], Epochs]) -> Method:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 import raylux
@@ -64,6 +65,15 @@ def combined(
     """raylux's scores [Q, N] of several models, added up by ``weights``; default: their mean."""
     runs = [run(study, point.model, folder / str(place), kind) for place, point in enumerate(points)]
     return array(study, raylux.combine(runs, weights))
+
+
+def projected(study: Study, point: Checkpoint, folder: Path, size: int) -> np.ndarray:
+    """raylux's TrackStar [Q, N] with AdamW's own second moments: a layer's gradients are projected to [size, size]."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f"{folder.name}.safetensors")
+    save_file({f"{name}.weight": moments for name, moments in point.moments.items()}, path)
+    options = [f"curvature.projection={size}", f"curvature.optimizer={path}"]
+    return scores(study, point.model, folder, "trackstar", options)
 
 
 def prefiltered(study: Study, kind: str) -> np.ndarray:

@@ -58,7 +58,8 @@ halves f of a query has a standard deviation of {spread:.2f} nats.
 
 ## How to read it
 
-- Scores are those of one model, trained on all texts with the first of the seeds; only the MLP layers are tracked.
+- Scores are those of one model, trained on all texts with the first of the seeds; only the MLP layers are tracked, but
+  where a row names others. The head shares its weight with the word embedding here, so that neither can be tracked.
 - An interval of a difference that leaves out 0 is a difference on these texts and this model; other models may
   order methods otherwise.
 - λ is a tenth of the mean eigenvalue of each layer throughout, but for SOURCE, which has none; it was not tuned for
@@ -67,10 +68,11 @@ halves f of a query has a standard deviation of {spread:.2f} nats.
   stands, with its own EK-FAC (Bae et al. 2024 average several within a segment). Its theory is about gradient descent
   by one rate. AdamW has a rate for each weight: one stands for all, the root of the mean of its second moments over the
   tracked weights dividing it; beside that the formula with AdamW's rates as they are.
-- TrackStar is computed beside raylux: AdamW's own second moments, a random projection from both sides of each layer,
-  whitened by its second moment over the training texts alone (the paper may mix in the queries').
+- TrackStar is raylux's kind of curvature of that name, with AdamW's own second moments: a projection by random signs
+  from both sides of each layer, whitened by its second moment over the training texts alone (the paper may mix in the
+  queries').
 - kronfluence draws labels of its own; its layers and λ are raylux's.
-- CPU seconds are those of scoring, on one thread, without training the model.
+- CPU seconds are those of scoring, on one thread, without training the model, as each row was first measured.
 """
 
 
