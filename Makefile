@@ -4,8 +4,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# How many processes run the tests; empty: one.
-PARALLEL ?= -n logical --maxprocesses 4 --dist loadfile
+# How many processes run the tests, and that each takes a whole file, in the order of tests/conftest.py; empty: one.
+PARALLEL ?= -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # Options of jobs/benchmark.py.
 BENCH ?= --ray --write
 PY := $(VENV)/bin/python

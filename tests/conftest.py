@@ -1,9 +1,10 @@
-"""What every test shares: a quiet environment, one torch thread, one Ray cluster, and no process left behind."""
+"""What every test shares: a quiet environment, files in memory, one torch thread, one Ray cluster, no process left."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,8 +31,30 @@ os.environ |= {
 os.environ.pop("RAY_ADDRESS", None)  # the tests never join a cluster that happens to be there
 os.environ.pop("COLUMNS", None)  # tables are as wide as in a pipe; xdist says how wide a terminal is
 
+# Half of a small run's time is fsync, hundreds of times over, which no test can tell from its absence: a process that
+# is killed loses nothing that it wrote, and tests of the order of such calls count them. So where there is room, the
+# tests' files lie in memory; `--basetemp` puts them elsewhere.
+_MEMORY = Path("/dev/shm")
+if os.access(_MEMORY, os.W_OK):
+    _room = min(shutil.disk_usage(_MEMORY).free, psutil.virtual_memory().available)
+    if _room > 6 * 1024**3:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
+
 _OBJECT_STORE_BYTES = 500 * 1024**2
+# Files that take long, the longest first: several processes share the files out in this order, and one that begins with
+# a long file at the end is waited for by the others.
+_LONG = """
+    test_invariance test_going_on test_verify test_predicts test_experts test_placement test_restart test_fast_paths
+    test_evaluation test_dose_curve test_batch test_metrics test_solving test_store_damage test_joint test_layer_passes
+    test_tasks test_scaling test_blocks test_classifiers test_hessian
+""".split()
 _RAY_PROCESSES = ("raylet", "gcs_server", "/ray/_private/", "/ray/dashboard/", "/ray/util/client/", "ray::")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first."""
+    rank = {name: place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,7 +67,10 @@ def _one_torch_thread() -> None:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[dict[str, Any]]:
-    """The one cluster of the session (4 logical CPUs), started by the first test that asks for it.
+    """The one cluster of the session (2 logical CPUs), started by the first test that asks for it.
+
+    Each worker, shard or task on it is a process that imports torch and the models, which takes seconds of a core. What
+    more of them change than two, ``tests.apart`` shows without processes.
 
     Yields ``ray.cluster_resources()`` as it was at the start.
     """
@@ -52,7 +78,7 @@ def ray_cluster() -> Iterator[dict[str, Any]]:
 
     ray.init(
         address="local",
-        num_cpus=4,
+        num_cpus=2,
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,
         log_to_driver=False,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from raylux.errors import UserError
 from raylux.planning import Sizes, _workload
 from raylux.routed import Routed
 from raylux.store import RunFolder
+from tests.apart import processes
 from tests.interrupts import Interrupt
 from tests.reference import difference
 from tests.small import Inputs, contents, differing, make_inputs
@@ -119,11 +119,12 @@ def test_interrupted_it_ends_with_the_same_bits(small: tuple[Inputs, Path]) -> N
     assert differing(contents(base / "killed"), contents(base / "usual")) == []
 
 
-def test_workers_and_shards_do_not_change_bits(small: tuple[Inputs, Path], ray_cluster: Any) -> None:
+def test_workers_and_shards_do_not_change_bits(small: tuple[Inputs, Path]) -> None:
     inputs, base = small
     how = DENSE, "curvature.blocks=2", "score.token_top=0", "engine.backend=ray", "engine.workers=2", "engine.shards=3"
-    inputs.run(base / "ray", *how)
-    assert differing(contents(base / "ray"), contents(base / "usual")) == []
+    with processes():
+        inputs.run(base / "processes", *how)
+    assert differing(contents(base / "processes"), contents(base / "usual")) == []
 
 
 def test_another_number_of_blocks_is_another_fit(small: tuple[Inputs, Path]) -> None:

@@ -24,6 +24,7 @@ from raylux.errors import UserError
 from raylux.store import CorpusReader, RunFolder
 from raylux.verification import VerifyOptions
 from tests import test_exact as exact
+from tests.apart import processes
 from tests.classifiers import ARCHITECTURES, CLASSES, CONTEXT, classifier, texts, tokenizer
 from tests.reference import Example, Question, difference, gradients, question_gradient
 from tests.small import contents, differing, write_lines
@@ -247,16 +248,21 @@ def test_every_command_serves_a_classifier(
     assert "a warm film" in page and "<bdi>good</bdi>" in page
 
 
-def test_workers_on_ray_give_the_bits_of_one_process(inputs: Inputs, ray_cluster: Any) -> None:
+def test_workers_give_the_bits_of_one_process(inputs: Inputs) -> None:
     """Of an encoder, in several units of the fit and of scores."""
     cut = ("fit.unit_tokens=40", "score.unit_size=5", "engine.batch_tokens=64", "score.layers=true")
-    on_ray = ("engine.backend=ray", "engine.workers=2", "engine.shards=1")
-    for name, how in (("local", ()), ("ray", on_ray)):
+    over = ("engine.backend=ray", "engine.workers=2", "engine.shards=1")
+
+    def run(name: str, *how: str) -> dict[str, np.ndarray]:
         folder = inputs.base / name
         run_stages(Config.parse(inputs.sections(), [*cut, *how, f"run.folder={folder}"]), STAGES[:-1], quiet=True)
-    usual = contents(inputs.base / "local")
-    assert differing(contents(inputs.base / "ray"), usual) == []
-    assert usual["total good"].size == len(TRAIN) and len(RunFolder(str(inputs.base / "ray")).committed("score")) > 1
+        assert len(RunFolder(str(folder)).committed("score")) > 1
+        return contents(folder)
+
+    usual = run("local")
+    with processes():
+        assert differing(run("processes", *over), usual) == []
+    assert usual["total good"].size == len(TRAIN)
 
 
 def spoilt(inputs: Inputs, **keys: Any) -> None:

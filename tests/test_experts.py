@@ -29,6 +29,7 @@ from raylux.layers import coverage
 from raylux.routed import ROW_BLOCK, Routed
 from raylux.store import RunFolder
 from tests import reference
+from tests.apart import processes
 from tests.architectures import MIXTURES, build
 from tests.interrupts import Interrupt
 from tests.mixtures import unfused
@@ -320,9 +321,18 @@ def test_added_queries_have_the_bits_of_all_at_once(small: tuple[Inputs, Path]) 
     assert differing(contents(base / "grown"), contents(base / "usual")) == []
 
 
-def test_workers_and_shards_do_not_change_bits(small: tuple[Inputs, Path], ray_cluster: Any) -> None:
+def test_workers_and_shards_do_not_change_bits(small: tuple[Inputs, Path]) -> None:
     inputs, base = small
-    inputs.run(base / "ray", "query.max_error=0", "engine.backend=ray", "engine.workers=2", "engine.shards=3")
+    with processes():
+        inputs.run(base / "many", "query.max_error=0", "engine.backend=ray", "engine.workers=3", "engine.shards=3")
+    assert differing(contents(base / "many"), contents(base / "usual")) == []
+
+
+def test_processes_on_ray_that_know_nothing_of_this_one_do_not_change_bits(
+    small: tuple[Inputs, Path], ray_cluster: Any
+) -> None:
+    inputs, base = small
+    inputs.run(base / "ray", "query.max_error=0", "engine.backend=ray", "engine.workers=1", "engine.shards=1")
     assert RunFolder(str(base / "ray")).committed("score")
     assert differing(contents(base / "ray"), contents(base / "usual")) == []
 

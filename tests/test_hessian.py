@@ -19,6 +19,7 @@ from raylux.errors import UserError
 from raylux.modules import logits_of
 from tests import test_exact as exact
 from tests import test_modules as modules
+from tests.apart import processes
 from tests.architectures import build
 from tests.interrupts import Interrupt
 from tests.reference import difference
@@ -129,11 +130,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return make_inputs(tmp_path_factory.mktemp("inputs"), "llama", num_hidden_layers=1)
 
 
-def test_bits_over_workers_and_after_an_interruption(inputs: Inputs, tmp_path: Path, ray_cluster: Any) -> None:
+def test_bits_over_workers_and_after_an_interruption(inputs: Inputs, tmp_path: Path) -> None:
     first = inputs.run(tmp_path / "usual", *SHORT)
     usual = contents(first.folder)
     assert len([name for name in usual if name.startswith(MOMENTS)]) == 4
-    over = inputs.run(tmp_path / "ray", *SHORT, "engine.backend=ray", "engine.workers=2", "engine.shards=2")
+    with processes():
+        over = inputs.run(tmp_path / "over", *SHORT, "engine.backend=ray", "engine.workers=3", "engine.shards=2")
     assert differing(contents(over.folder), usual) == []
     with pytest.MonkeyPatch.context() as patch:
         Interrupt(patch, GradientWorker, "joint_unit", 2, False)

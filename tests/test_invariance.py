@@ -20,6 +20,7 @@ from raylux.engine.work import Failure, Job, Result
 from raylux.influence.dots import sequence_gradients
 from raylux.models import coverage
 from raylux.store import RunFolder
+from tests.apart import processes
 from tests.architectures import build
 from tests.small import QUERIES, Inputs, contents, differing, error, make_inputs, texts, write_lines
 
@@ -34,8 +35,10 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "low-rank": ("llama", WIDE, LOW_RANK),
     "fast": ("gpt2", {}, FAST),
 }
-# (workers, shards, layer passes): processes take long to start, so each case has its own, and together they have all.
-CLUSTERS = {"gpt2": (2, 3, 1), "llama": (1, 2, 4), "low-rank": (3, 1, 1), "fast": (2, 2, 2)}
+# (workers, shards, layer passes): each case has its own, and together they have all.
+CLUSTERS = {"gpt2": (2, 3, 1), "llama": (5, 2, 4), "low-rank": (3, 1, 1), "fast": (2, 2, 2)}
+# Processes take long to start: of these cases one is on Ray itself, and "fast" with many queries.
+ON_RAY = "low-rank"
 FLOAT32, FLOAT64 = 1e-4, 1e-9
 
 
@@ -82,11 +85,20 @@ def test_again_in_another_folder(case: Case) -> None:
     assert differing(contents(case.run("again")), case.usual) == []
 
 
-def test_any_number_of_workers_shards_and_layer_passes_on_ray(case: Case, ray_cluster: Any) -> None:
-    workers, shards, passes = CLUSTERS[case.name]
-    how = (f"engine.workers={workers}", f"engine.shards={shards}", f"fit.passes={passes}")
-    folder = case.run("ray", "engine.backend=ray", *how)
+def _how(workers: int, shards: int, passes: int) -> tuple[str, ...]:
+    return f"engine.workers={workers}", f"engine.shards={shards}", f"fit.passes={passes}", "engine.backend=ray"
+
+
+def test_any_number_of_workers_shards_and_layer_passes_and_some_that_die(case: Case) -> None:
+    with processes() as found:
+        folder = case.run("processes", *_how(*CLUSTERS[case.name]))
+    assert {who for who, _ in found.died} == {"worker", "shard"}
     assert differing(contents(folder), case.usual) == []
+
+
+@pytest.mark.parametrize("case", [ON_RAY], indirect=True)
+def test_workers_shards_and_layer_passes_on_ray(case: Case, ray_cluster: Any) -> None:
+    assert differing(contents(case.run("ray", *_how(2, 2, 2))), case.usual) == []
 
 
 def test_added_queries_against_all_at_once(case: Case) -> None:
@@ -159,10 +171,10 @@ def test_queries_in_batches_do_not_depend_on_their_company(many: Any, tmp_path: 
     assert differing(contents(tmp_path / "grown"), contents(usual)) == []
 
 
-def test_queries_in_batches_on_two_workers(many: Any, tmp_path: Path, ray_cluster: Any) -> None:
+def test_queries_in_batches_on_two_workers_on_ray(many: Any, tmp_path: Path, ray_cluster: Any) -> None:
     inputs, asked, usual = many
     write_lines(inputs.queries, asked)
-    inputs.run(tmp_path / "ray", *FAST, "engine.backend=ray", "engine.workers=2", "engine.shards=1")
+    inputs.run(tmp_path / "ray", *FAST, *_how(2, 1, 1))
     assert differing(contents(tmp_path / "ray"), contents(usual)) == []
 
 

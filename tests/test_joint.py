@@ -21,6 +21,7 @@ from raylux.errors import NumericsError, UserError
 from raylux.layers import coverage
 from tests import reference
 from tests import test_exact as exact
+from tests.apart import processes
 from tests.architectures import build
 from tests.interrupts import Interrupt
 from tests.reference import difference
@@ -137,14 +138,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 
 def test_bits_over_workers_and_after_an_interruption(
-    inputs: Inputs, tmp_path: Path, ray_cluster: Any, monkeypatch: pytest.MonkeyPatch
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In process, query by query and interrupted in the fit; and with several workers and shards."""
     first = inputs.run(tmp_path / "usual", *SHORT)
     usual = contents(first.folder)
     assert len([name for name in usual if name.startswith(MOMENTS)]) == 4  # rows of G and a diagonal of each
     more = ("engine.backend=ray", "engine.workers=2", "engine.shards=2")
-    over = inputs.run(tmp_path / "ray", *SHORT, *more)
+    with processes():
+        over = inputs.run(tmp_path / "processes", *SHORT, *more)
     assert differing(contents(over.folder), usual) == []
     assert len(over.squares[0]) == 60 and np.array_equal(over.squares[1], first.squares[1])
     inputs.ask("a", "b")

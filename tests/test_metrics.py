@@ -60,7 +60,7 @@ def until(wanted: Mapping[tuple[str, str, str], float]) -> dict[tuple[str, str, 
 def test_a_nodes_endpoint_has_what_a_run_and_a_batch_did(tmp_path: Path, ray_cluster: dict[str, Any]) -> None:
     """The same numbers as in the log and the ledger; and the batch's answers have the bits of a run in process."""
     inputs = make_inputs(tmp_path / "inputs", "gpt2")
-    config = inputs.config(tmp_path / "metered", "engine.backend=ray", "engine.workers=2", *IDF)
+    config = inputs.config(tmp_path / "metered", "engine.backend=ray", "engine.workers=1", "engine.shards=1", *IDF)
     run_stages(config, ("corpus", "fit"), quiet=True)
     (tmp_path / "inbox").mkdir()
     for name, ids in (("one.jsonl", "a"), ("two.jsonl", "bc")):

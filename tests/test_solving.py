@@ -25,6 +25,7 @@ from raylux.errors import UserError
 from raylux.layers import coverage
 from raylux.store import RunFolder
 from tests import test_exact as exact
+from tests.apart import processes
 from tests.interrupts import Interrupt
 from tests.reference import difference, gradients, question_gradient
 from tests.small import Inputs, contents, differing, make_inputs
@@ -136,8 +137,12 @@ def usual(inputs: Inputs, solver: str, tmp_path_factory: pytest.TempPathFactory)
 def test_workers_and_shards_on_ray_change_no_bits(
     inputs: Inputs, solver: str, usual: dict[str, np.ndarray], tmp_path: Path, ray_cluster: Any
 ) -> None:
-    inputs.run(tmp_path / "run", *SHORT, solver, "engine.backend=ray", "engine.workers=2", "engine.shards=2")
-    assert differing(contents(tmp_path / "run"), usual) == []
+    """Some that die, without Ray; and as few as there can be with it."""
+    with processes():
+        inputs.run(tmp_path / "many", *SHORT, solver, "engine.backend=ray", "engine.workers=3", "engine.shards=2")
+    assert differing(contents(tmp_path / "many"), usual) == []
+    inputs.run(tmp_path / "ray", *SHORT, solver, "engine.backend=ray", "engine.workers=1", "engine.shards=1")
+    assert differing(contents(tmp_path / "ray"), usual) == []
 
 
 def test_queries_asked_one_by_one_have_the_bits_of_a_block(

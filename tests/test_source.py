@@ -19,6 +19,7 @@ from raylux.engine.shard import FactorShard
 from raylux.errors import UserError
 from tests import reference
 from tests import test_exact as exact
+from tests.apart import processes
 from tests.interrupts import Interrupt
 from tests.small import Inputs, contents, differing, make_inputs
 from tests.test_combined import attribute, moved
@@ -160,13 +161,15 @@ def later(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> raylux.Ru
 
 
 def test_bits_over_workers_and_after_an_interruption(
-    inputs: Inputs, later: raylux.Run, tmp_path: Path, ray_cluster: Any, monkeypatch: pytest.MonkeyPatch
+    inputs: Inputs, later: raylux.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In process, query by query and interrupted; and with several workers and shards."""
     how = (*SHORT, "fit.seed=1", "curvature.segment=0.2", f"query.carried_from={later.folder}")
     usual = contents(inputs.run(tmp_path / "usual", *how).folder)
     more = ("engine.backend=ray", "engine.workers=2", "engine.shards=2")
-    assert differing(contents(inputs.run(tmp_path / "ray", *how, *more).folder), usual) == []
+    with processes():
+        over = inputs.run(tmp_path / "processes", *how, *more)
+    assert differing(contents(over.folder), usual) == []
     inputs.ask("a", "b")
     with monkeypatch.context() as patch:
         Interrupt(patch, FactorShard, "write_block", 1, False)

@@ -26,6 +26,7 @@ from raylux.layers import coverage
 from raylux.store import RunFolder
 from raylux.verification import CalibrationOptions, VerifyOptions
 from tests import test_exact as exact
+from tests.apart import processes
 from tests.architectures import build
 from tests.interrupts import Interrupt
 from tests.reference import gradients, question_gradient
@@ -177,26 +178,43 @@ def numbers(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def usual(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("usual") / "run"
-    inputs.run(folder, *BITS)
-    raylux.verify(raylux.calibrate(str(folder), FEW), ONE)
-    assert not RunFolder(str(folder)).committed(SOLVE)
-    return numbers(folder)
+def base(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the runs ``scored`` and, on from it, ``calibrated`` and ``verified``: to be copied."""
+    base = tmp_path_factory.mktemp("runs")
+    inputs.run(base / "scored", *BITS)
+    shutil.copytree(base / "scored", base / "calibrated")
+    raylux.calibrate(str(base / "calibrated"), FEW)
+    shutil.copytree(base / "calibrated", base / "verified")
+    raylux.verify(str(base / "verified"), ONE)
+    assert not RunFolder(str(base / "verified")).committed(SOLVE)
+    return base
 
 
-def test_workers_and_shards_on_ray_change_no_bits(
-    inputs: Inputs, usual: dict[str, Any], tmp_path: Path, ray_cluster: Any
-) -> None:
-    inputs.run(tmp_path / "run", *BITS)
-    ray = ["engine.backend=ray", "engine.workers=2", "engine.shards=2"]
-    raylux.verify(raylux.calibrate(str(tmp_path / "run"), FEW, ray), ONE, ray)
+@pytest.fixture(scope="module")
+def usual(base: Path) -> dict[str, Any]:
+    return numbers(base / "verified")
+
+
+def test_workers_and_shards_change_no_bits(base: Path, usual: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(base / "scored", tmp_path / "run")
+    many = ["engine.backend=ray", "engine.workers=3", "engine.shards=2"]
+    with processes() as found:
+        raylux.calibrate(str(tmp_path / "run"), FEW, many)
+    assert {who for who, _ in found.died} == {"worker", "shard"}
+    with processes():
+        raylux.verify(str(tmp_path / "run"), ONE, many)
     assert numbers(tmp_path / "run") == usual
 
 
-def test_an_interrupted_command_goes_on(inputs: Inputs, usual: dict[str, Any], tmp_path: Path) -> None:
+def test_on_ray_the_bits_are_the_same(base: Path, usual: dict[str, Any], tmp_path: Path, ray_cluster: Any) -> None:
+    shutil.copytree(base / "calibrated", tmp_path / "run")
+    raylux.verify(str(tmp_path / "run"), ONE, ["engine.backend=ray", "engine.workers=1", "engine.shards=1"])
+    assert numbers(tmp_path / "run") == usual
+
+
+def test_an_interrupted_command_goes_on(base: Path, usual: dict[str, Any], tmp_path: Path) -> None:
     folder = str(tmp_path / "run")
-    inputs.run(folder, *BITS)
+    shutil.copytree(base / "scored", folder)
     for owner, method, call, work in (
         (GradientWorker, "product_unit", 2, lambda: raylux.calibrate(folder, FEW)),
         (FactorShard, "measure", 3, lambda: raylux.calibrate(folder, FEW)),
@@ -219,9 +237,9 @@ def test_an_interrupted_command_goes_on(inputs: Inputs, usual: dict[str, Any], t
 
 
 def test_a_shard_that_began_anew_holds_its_solutions_again(
-    inputs: Inputs, usual: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, usual: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs.run(tmp_path / "run", *BITS)
+    shutil.copytree(base / "scored", tmp_path / "run")
     usually, calls = FactorShard.measure, [0]
 
     def lost(self: Any, *args: Any) -> Any:

@@ -18,6 +18,7 @@ from raylux.layers import coverage
 from raylux.planning import find_shape
 from tests import reference
 from tests import test_exact as exact
+from tests.apart import processes
 from tests.architectures import build
 from tests.reference import Example, Question, difference
 from tests.small import Inputs, contents, differing, make_inputs
@@ -175,12 +176,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return make_inputs(tmp_path_factory.mktemp("inputs"), "neox")
 
 
-def test_bits_over_workers_and_queries(inputs: Inputs, tmp_path: Path, ray_cluster: Any) -> None:
+def test_bits_over_workers_and_queries(inputs: Inputs, tmp_path: Path) -> None:
     """Beside layers whose queries are compressed, and their scores on probes counted with the words'."""
     both = (BOTH, "curvature.kind=identity", "query.low_rank=always", "query.max_error=0.05", "query.max_rank=4")
     usual = contents(inputs.run(tmp_path / "usual", *both).folder)
     over = ("engine.backend=ray", "engine.workers=2", "engine.shards=2")
-    assert differing(contents(inputs.run(tmp_path / "ray", *both, *over).folder), usual) == []
+    with processes():
+        found = inputs.run(tmp_path / "processes", *both, *over)
+    assert differing(contents(found.folder), usual) == []
     inputs.ask("b")
     inputs.run(tmp_path / "grown", *both)
     inputs.ask()

@@ -35,6 +35,8 @@ class Behaviour:
         service: draws the seconds of a call.
         startup: draws the seconds from a worker's place on a node to its loaded model.
         compute: what a call returns, one value per reference (missing ones are None); it may raise.
+        make: of a worker, by its number, once it has a place: something with ``GradientWorker``'s ``prepare`` and
+            ``timed``, which answers all its calls; None: ``compute`` answers, without a process's own state.
         fate: asked as a call begins to run: whether its worker dies of it, or hangs.
         numerics: of a node, by its number.
         tick: seconds within which a driver takes finished calls together; above 0 it needs fewer turns.
@@ -44,6 +46,7 @@ class Behaviour:
     service: Callable[[random.Random, str, tuple[Any, ...]], float] = lambda draw, method, args: 60.0
     startup: Callable[[random.Random], float] = lambda draw: 90.0
     compute: Callable[[str, tuple[Any, ...]], tuple[Any, ...]] = _nothing
+    make: Callable[[int], Any] | None = None
     fate: Callable[[str, tuple[Any, ...]], Fate | None] = _no_fate
     numerics: Callable[[int], dict[str, Any]] = lambda node: {"torch": "", "device": "simulated", "threads": 1}
     tick: float = 0.0
@@ -112,6 +115,7 @@ class Worker:
     calls: deque[_Call] = field(default_factory=deque)
     since: float = 0.0
     dead: WorkerDied | None = None
+    actor: Any = None
 
 
 class SimulatedCluster:
@@ -312,7 +316,7 @@ class SimulatedCluster:
         values: tuple[Any, ...] = ()
         error: Exception | None = None
         try:
-            values = self._facts(worker) if call.method == "prepare" else self.behaviour.compute(call.method, call.args)
+            values = self._answer(worker, call)
         except Exception as raised:  # as Ray does, it goes to whoever asks for the value
             error = raised
         for ref, value in itertools.zip_longest(call.refs, values):
@@ -320,6 +324,15 @@ class SimulatedCluster:
             self._is_done(ref)
         if worker.calls:
             self._begin(worker)
+
+    def _answer(self, worker: Worker, call: _Call) -> tuple[Any, ...]:
+        behaviour = self.behaviour
+        if behaviour.make is None:
+            return self._facts(worker) if call.method == "prepare" else behaviour.compute(call.method, call.args)
+        worker.actor = worker.actor or behaviour.make(worker.number)
+        parts = len(call.refs) > 1
+        value = worker.actor.timed(call.method, parts, *call.args)
+        return tuple(value) if parts else (value,)
 
     def _facts(self, worker: Worker) -> tuple[dict[str, Any]]:
         assert worker.node is not None
@@ -334,7 +347,7 @@ class SimulatedCluster:
     def _end(self, worker: Worker, death: WorkerDied) -> None:
         if worker.dead is not None:
             return
-        worker.dead = death
+        worker.dead, worker.actor = death, None
         if worker.node is not None:
             if worker.calls:
                 self._spent(worker, worker.calls[0], "lost")
