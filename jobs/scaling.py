@@ -17,9 +17,9 @@ from pathlib import Path
 from raylux.config import Config
 from raylux.cost import costs
 from raylux.cost.costs import RunPlan
-from raylux.cost.fit import rotation_flops
 from raylux.cost.machine import Cluster
 from raylux.cost.model import ModelShape
+from raylux.cost.running import rotation_flops
 from raylux.cost.sizes import covariance_bytes, layer_bytes
 from raylux.errors import UserError
 from raylux.planning import Sizes, find_shape, plan_on

@@ -22,6 +22,7 @@ from raylux.curvature.solvers import Rule
 from raylux.engine.device import placement_of
 from raylux.engine.kept import kept_bytes
 from raylux.engine.plan import Plan, make_plan, probe_count
+from raylux.engine.records import CONTRACTION
 from raylux.placement import Placement, placed
 from raylux.queries import load_queries
 from raylux.store import CorpusReader, RunFolder
@@ -131,7 +132,7 @@ def _workload(config: Config, sizes: Sizes, device: str, placement: Placement | 
     work = Workload(
         model=shape,
         dtype=dtype,
-        contraction=plan.contraction if device == "cpu" else _contraction(config, device),
+        contraction=_settled(config, plan.contraction) if device == "cpu" else _contraction(config, device),
         basis=kind.basis,
         # An optimizer's are read, not summed.
         moments=kind.moments and config.curvature.optimizer is None,
@@ -156,6 +157,8 @@ def _workload(config: Config, sizes: Sizes, device: str, placement: Placement | 
         rank=min(64, config.query.max_rank),
         probes=probe_count(config.query.probes, shape.parameters),
         tile=8 if device == "cpu" else 256,
+        rows=plan.rows,
+        eigh=config.fit.eigh,
         self_influence=config.score.self_influence,
         joint=kind.joint,
         solver_products=products,
@@ -173,6 +176,15 @@ def _solving(config: Config, corpus: int) -> tuple[int, int]:
     rule = Rule.of(setting, 1.0)
     fitted = min(config.fit.sequences, corpus)
     return rule.iterations, fitted if rule.solver.krylov else min(fitted, setting.batch)
+
+
+def _settled(config: Config, chosen: str) -> str:
+    """The precision of contractions that a run in the folder has found good enough, if it has; otherwise ``chosen``."""
+    folder = RunFolder(config.run.folder)
+    if chosen != "bfloat16" or config.engine.contraction_dtype != "auto" or not folder.exists:
+        return chosen
+    known = folder.units(CONTRACTION).get("products")
+    return str(known.meta["dtype"]) if known else chosen
 
 
 def _contraction(config: Config, device: str) -> str:

@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from raylux.batches import TokenRow, collate
 from raylux.capture import Capture, input_groups
 from raylux.cost import contraction, costs, fit, sizes
-from raylux.cost.fit import rotation_flops
 from raylux.cost.machine import Cluster, Device, eigh_flops
 from raylux.cost.model import ModelShape
 from raylux.cost.passes import covariance_held, largest, split
 from raylux.cost.planner import plan_run
+from raylux.cost.running import rotation_flops
 from raylux.cost.serve import distinct
 from raylux.cost.workload import Workload
 from raylux.curvature import Covariances, add_second_moment
@@ -218,6 +218,26 @@ def test_a_device_that_holds_a_part_of_the_sums_makes_passes_of_a_small_model(co
     assert len(more) > count or count == 4
 
 
+def test_what_is_decomposed_in_float32_takes_its_rate() -> None:
+    """The engine's own choice: A where products are in bf16 on a CPU, unless the config says otherwise."""
+    cpu = _cluster(device={"gpu": False, "eigh_float32_tflops": 2.0})
+
+    def seconds(**changes: Any) -> float:
+        stage, _ = fit.eigenbases(_small(**changes), cpu, costs.ENGINE_CPU)
+        return stage.works[0].seconds
+
+    work = _small()
+    inputs, outputs = (
+        sum(map(eigh_flops, sides)) / 1e12
+        for sides in (sizes.input_sides(work.model.tracked, work.model.groups), sizes.output_sides(work.model.tracked))
+    )
+    assert seconds() == pytest.approx(inputs / 2 + outputs)
+    assert seconds(contraction="float32") == pytest.approx(inputs + outputs)
+    assert seconds(moments=False) == pytest.approx(inputs + outputs)
+    assert seconds(eigh="float32") == pytest.approx((inputs + outputs) / 2)
+    assert seconds(eigh="float64") == pytest.approx(inputs + outputs)
+
+
 def test_symmetric_updates_take_half_the_flops() -> None:
     full, half = (plan_run(_small(), _cluster(), can).stage("covariance") for can in (costs.ENGINE, costs.ENGINE_CPU))
     found = {stage: {work.kind: work.flops for work in stage.works} for stage in (full, half)}
@@ -274,6 +294,26 @@ def test_time_follows_rates_tasks_and_the_longest_piece() -> None:
     assert device.seconds(1e12, "float32", 64) == pytest.approx(10.0)
     assert device.seconds(1e12, "float32", touched=20e9) == 2.0
     assert device.eigh_seconds(1000) == eigh_flops(1000) / 1e12
+    assert device.seconds(1e12, "float32", touched=5e9) == 1.0
+    # A core of a CPU computes or moves, and has rates of its own for what it does most.
+    core = device.model_copy(
+        update={
+            "gpu": False, "eigh_float32_tflops": 2.0, "attention_tflops": 0.1, "symmetric_tflops": 0.5, "gelu_ns": 3.0,
+            "bfloat16_small": ((64, 0.2), (1024, 1.0)), "bfloat16_odd": ((64, 0.1), (1024, 0.5)), "host_gb_s": 2.0,
+            "forming_tflops": 0.25,
+        }
+    )  # fmt: skip
+    assert core.seconds(1e12, "float32", touched=5e9) == 1.5
+    assert core.seconds(2e12, "bfloat16", 1024) == 1.0 and core.seconds(2e12, "bfloat16", 1024, odd=True) == 2.0
+    assert core.eigh_seconds(1000, "float32") == core.eigh_seconds(1000) / 2
+    assert device.eigh_seconds(1000, "float32") == device.eigh_seconds(1000)
+    assert core.attention_seconds(1e11, "float32", 64) == 1.0
+    assert core.symmetric_seconds(5e11, "float32", 64, 10e9) == 2.0
+    assert core.symmetric_seconds(5e11, "float64", 1024, 10e9) == 2.0
+    assert core.forming_seconds(25e10, "bfloat16", 64, 10e9) == 2.0
+    assert core.forming_seconds(1e12, "float32", 1024) == 1.0
+    assert core.activation_seconds("gelu", 1e9) == 3.0 and core.activation_seconds("relu", 1e9) == 0.0
+    assert core.renewing(2e9) == 1.0 and device.renewing(2e9) == 0.0
     stage = costs.StageCost("s", (costs.Work("w", 1.0, 0.0, 60.0),), 6, 4, 4, 0.0, 0.0, 0.0, 0.0)
     assert stage.seconds == 20.0 and stage.idle == pytest.approx(0.25)
     assert dataclasses.replace(stage, longest=50.0).seconds == 50.0

@@ -11,6 +11,7 @@ import yaml
 
 from raylux.cli import main
 from raylux.cost import calibrate
+from raylux.cost.machine import Cluster
 from tests.small import Inputs, make_inputs
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +21,10 @@ SIZES = ["--sequences", "1000000", "--tokens", "512", "--queries", "1000"]
 RATES: dict[str, Any] = {
     "float32_tflops": 0.1, "bfloat16_tflops": 0.4, "float64_tflops": 0.05, "eigh_tflops": 0.01, "bandwidth_gb_s": 10.0,
     "disk_gb_s": 1.0, "operation_us": 5.0, "host_gb_s": 10.0, "small": [[64, 0.5], [1024, 1.0]], "eigh_small": [],
+    "bfloat16_small": [[64, 0.2], [1024, 1.0]], "bfloat16_odd": [[64, 0.1], [1024, 0.5]], "forming_tflops": 0.2,
+    "attention_tflops": 0.05, "symmetric_tflops": 0.1, "gelu_ns": 5.0, "silu_ns": 2.0, "eigh_float32_tflops": 0.02,
 }  # fmt: skip
+LISTS = {"small", "bfloat16_small", "bfloat16_odd", "eigh_small"}
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +84,16 @@ def test_rates_are_measured_once_and_again_when_asked(config: str, monkeypatch: 
 def test_this_machine_has_rates(tmp_path: Path) -> None:
     rates = calibrate.measure(1, "cpu", tmp_path)
     assert set(rates) == set(RATES)
-    assert all(value > 0 for name, value in rates.items() if name not in ("small", "eigh_small"))
-    assert all(0 < share <= 1 for _, share in rates["small"])
+    assert all(value > 0 for name, value in rates.items() if name not in LISTS)
+    assert all(0 < share <= 1 for name in LISTS - {"eigh_small"} for _, share in rates[name])
+    # A table is read by its sizes, the smallest first.
+    assert all([size for size, _ in rates[name]] == sorted({size for size, _ in rates[name]}) for name in LISTS)
+    parsed = Cluster.parse(
+        {"devices": 1, "host_memory_gb": 1.0, "network_gb_s": 1.0, "disk_gb_s": 1.0, "disk_tb": 1.0,
+         "device": {name: rate for name, rate in rates.items() if name != "disk_gb_s"}
+         | {"kind": "d", "memory_gb": 1.0, "gpu": False}}, "here"
+    ).device  # fmt: skip
+    assert parsed.seconds(1e9, "bfloat16", 512, odd=True) > 0
 
 
 def test_a_model_that_is_not_here_is_planned_from_its_config_alone(monkeypatch: Any, capsys: Any) -> None:

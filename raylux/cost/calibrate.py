@@ -1,4 +1,8 @@
-"""How fast this machine is, measured in about a second, once per host and number of threads."""
+"""How fast this machine is, measured in some seconds, once per host and number of threads.
+
+What the engine does most is tried as the engine does it: products with rounded bases, symmetric updates, attention and
+activations with their backward passes.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +12,41 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from scipy.linalg import blas
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from torch import Tensor
+from torch.nn import functional
 
+from raylux.blocks import RoundedBasis
 from raylux.cache import build_once, entry_name
 from raylux.cost.machine import Cluster, eigh_flops
 from raylux.errors import UserError
+from raylux.products import gradients_into, rotated
 
 _GEMM_SIZES = (32, 64, 128, 256, 512, 1024)
+_ROTATED_SIZES, _ROTATED_ROWS = (64, 128, 256, 512, 1024), 256
+# Tokens, sides and number of gradients that are formed.
+_FORMED = (128, 512, 16)
+# Dense queries of a product, and entries of a part of a gradient.
+_TILE, _DOTTED = 8, 1 << 18
 _EIGH_SIZES = (64, 256, 768)
+# Heads, tokens and head size on which attention is tried; side and rows of a symmetric update.
+_ATTENTION = (8, 256, 64)
+_SYMMETRIC = (1024, 256)
 _ELEMENTS = 1 << 22
+# Of an activation's batch on a CPU.
+_ACTIVATED = 1 << 19
 _DISK_BYTES = 1 << 25
-_REPEATS = 3
+_REPEATS = 5
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-_FORMAT = 1
+_FORMAT = 3
 
 
 def here(threads: int, workers: int, device: str, folder: str, refresh: bool = False) -> Cluster:
@@ -79,15 +99,30 @@ def measure(threads: int, device: str, folder: Path) -> dict[str, Any]:
     """Measure now; ``folder`` is where the disk is tried."""
     with _threads(threads), torch.inference_mode():
         gemm = {name: [_gemm(n, dtype, device) for n in _GEMM_SIZES] for name, dtype in _DTYPES.items()}
-        eigh = [eigh_flops(n) / _best(_symmetric(n, device), device) for n in _EIGH_SIZES]
+        eigh = [eigh_flops(n) / _best(_eigh(n, torch.float64, device), device) for n in _EIGH_SIZES]
+        quick = _best(_eigh(_EIGH_SIZES[-1], torch.float32, device), device)
         rates: dict[str, Any] = {f"{name}_tflops": found[-1] / 1e12 for name, found in gemm.items()}
+        for name, more in (("bfloat16_small", 0), ("bfloat16_odd", 1)):
+            shares = [(n, _rotation(n + more, device) / gemm["bfloat16"][-1]) for n in _ROTATED_SIZES]
+            rates[name] = [[n, min(1.0, share)] for n, share in shares]
+        thin = {name: _dots(_DTYPES[name], device) / gemm[name][-1] for name in ("float32", "bfloat16")}
         rates["small"] = [[n, min(1.0, r / gemm["float32"][-1])]
                           for n, r in zip(_GEMM_SIZES, gemm["float32"], strict=True)]  # fmt: skip
+        rates["small"].insert(0, [_TILE, min(1.0, thin["float32"])])
+        rates["bfloat16_small"].insert(0, [_TILE, min(1.0, thin["bfloat16"])])
         rates["eigh_tflops"] = eigh[-1] / 1e12
         rates["eigh_small"] = [[n, r / eigh[-1]] for n, r in zip(_EIGH_SIZES, eigh, strict=True)]
+        if device == "cpu":
+            rates["forming_tflops"] = _forming() / 1e12
+        rates["eigh_float32_tflops"] = eigh_flops(_EIGH_SIZES[-1]) / quick / 1e12
+        rates["attention_tflops"] = _attention(device) / 1e12
+        if device == "cpu":
+            rates["symmetric_tflops"] = _symmetric(threads) / 1e12
+            rates["gelu_ns"] = _activation(lambda x: functional.gelu(x, approximate="tanh")) * 1e9
+            rates["silu_ns"] = _activation(functional.silu) * 1e9
         rates["bandwidth_gb_s"] = _bandwidth(device) / 1e9
         rates["operation_us"] = _operation(device) * 1e6
-        rates["host_gb_s"] = rates["bandwidth_gb_s"] if device == "cpu" else _to_host() / 1e9
+        rates["host_gb_s"] = (_into_new() if device == "cpu" else _to_host()) / 1e9
     rates["disk_gb_s"] = _disk(folder) / 1e9
     return rates
 
@@ -103,16 +138,20 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _best(call: Callable[[], Any], device: str, repeats: int = _REPEATS) -> float:
-    """Seconds of the fastest of some calls, after one that does not count."""
+    """Seconds of some calls, the middle one, after one that does not count.
+
+    One thread's are seconds of the processor: what others take of it meanwhile is no part of how fast it is.
+    """
+    now = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     call()
     times = []
     for _ in range(repeats):
         _wait(device)
-        begun = time.perf_counter()
+        begun = now()
         call()
         _wait(device)
-        times.append(time.perf_counter() - begun)
-    return max(min(times), 1e-9)
+        times.append(now() - begun)
+    return max(sorted(times)[repeats // 2], 1e-9)
 
 
 def _wait(device: str) -> None:
@@ -122,7 +161,7 @@ def _wait(device: str) -> None:
 
 def _gemm(n: int, dtype: torch.dtype, device: str) -> float:
     x = torch.randn(n, n, device=device).to(dtype)
-    calls = max(1, 256 // n)
+    calls = max(4, 512 // n)
 
     def products() -> None:
         for _ in range(calls):
@@ -131,9 +170,70 @@ def _gemm(n: int, dtype: torch.dtype, device: str) -> float:
     return calls * 2.0 * n**3 / _best(products, device)
 
 
-def _symmetric(n: int, device: str) -> Callable[[], Any]:
+def _rotation(n: int, device: str) -> float:
+    """FLOP/s of tokens put into a rounded basis, what is corrected of its rounding not counted as FLOPs."""
+    x = torch.randn(1, _ROTATED_ROWS, n, device=device).bfloat16()
+    basis = RoundedBasis.of(torch.eye(n, device=device), torch.bfloat16)
+    calls = max(8, 2048 // n)
+
+    def products() -> None:
+        for _ in range(calls):
+            rotated(x, basis)
+
+    return calls * 2.0 * _ROTATED_ROWS * n**2 / _best(products, device)
+
+
+def _forming() -> float:
+    """FLOP/s of gradients formed of their tokens, one sequence after the other."""
+    tokens, side, count = _FORMED
+    a, g = (torch.randn(count, tokens, side + more).bfloat16() for more in (1, 0))
+    formed = torch.empty(count, side, side + 1, dtype=torch.bfloat16)
+    return 2.0 * count * tokens * side * (side + 1) / _best(lambda: gradients_into(a, g, formed), "cpu")
+
+
+def _dots(dtype: torch.dtype, device: str) -> float:
+    """FLOP/s of some formed gradients against a tile of dense queries."""
+    x, y = (torch.randn(rows, _DOTTED, device=device).to(dtype) for rows in (2 * _TILE, _TILE))
+    return 2.0 * 2 * _TILE**2 * _DOTTED / _best(lambda: x @ y.T, device)
+
+
+def _symmetric(threads: int) -> float:
+    """FLOP/s of a triangle of Σ x xᵀ by the BLAS routine that the engine takes."""
+    n, rows = _SYMMETRIC
+    total, x = torch.zeros(n, n), torch.randn(rows, n)
+    update: Any = blas.ssyrk
+    with threadpool_limits(threads, user_api="blas"):
+        taken = _best(lambda: update(1.0, x.numpy().T, beta=1.0, c=total.numpy().T, overwrite_c=1), "cpu")
+    return float(n**2 * rows) / taken
+
+
+def _attention(device: str) -> float:
+    """FLOP/s of causal attention, forward and backward, half of which are skipped and count."""
+    heads, tokens, size = _ATTENTION
+
+    def passes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    taken = _both_passes(passes, [torch.randn(1, heads, tokens, size, device=device) for _ in range(3)])
+    return 12.0 * heads * tokens**2 * size / taken
+
+
+def _activation(call: Callable[[Tensor], Tensor]) -> float:
+    """Seconds of a number, forward and backward."""
+    return _both_passes(call, [torch.randn(_ACTIVATED)]) / _ACTIVATED
+
+
+def _both_passes(call: Callable[..., Tensor], tensors: Sequence[Tensor]) -> float:
+    """Seconds of an operation and of the gradients by all that goes into it."""
+    with torch.inference_mode(False), torch.enable_grad():
+        inputs = [x.clone().requires_grad_() for x in tensors]
+        back = torch.ones_like(call(*inputs))
+        return _best(lambda: torch.autograd.grad(call(*inputs), inputs, back), inputs[0].device.type)
+
+
+def _eigh(n: int, dtype: torch.dtype, device: str) -> Callable[[], Any]:
     x = torch.randn(n, n, dtype=torch.float64, device=device)
-    gram = x @ x.T
+    gram = (x @ x.T).to(dtype)
     return lambda: torch.linalg.eigh(gram)
 
 
@@ -162,6 +262,12 @@ def _operation(device: str) -> float:
             y.sum().backward()
 
     return _best(chain, device) / 400
+
+
+def _into_new() -> float:
+    """Bytes per second copied into memory that the system has yet to give."""
+    x = torch.ones(2 * _ELEMENTS)  # more than the allocator keeps for later
+    return 8.0 * _ELEMENTS / _best(x.clone, "cpu")
 
 
 def _to_host() -> float:

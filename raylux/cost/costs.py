@@ -17,7 +17,7 @@ LAYERWISE = "queries solved a layer at a time, every basis and probe read once"
 RANGE_FINDER = "low rank by a randomised range finder"
 SPLIT = "a model over several devices that work at once"
 # The engine's symmetric updates are those of a CPU's BLAS: on a GPU they are ahead.
-ENGINE = frozenset({SHARED_ROTATION})
+ENGINE = frozenset({SHARED_ROTATION, TOKEN_SOLVE})
 ENGINE_CPU = ENGINE | {SYMMETRIC}
 AHEAD = frozenset(
     {

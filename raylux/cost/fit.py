@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from raylux.blocks import block_sizes
 from raylux.cost import costs
-from raylux.cost.contraction import rotate_tokens_first
 from raylux.cost.costs import Choice, StageCost, Work
 from raylux.cost.machine import Cluster, Device, eigh_flops
 from raylux.cost.model import ModelShape
 from raylux.cost.passes import Held, Layers, Rooms, covariance_held, cut, moments_held, split
-from raylux.cost.sizes import PROCESS_BYTES, covariance_bytes, covariance_products, covariance_sides, layer_bytes
+from raylux.cost.running import backward_work, forming_seconds, model_work, rotation_flops, rotation_work
+from raylux.cost.sizes import (
+    PROCESS_BYTES,
+    covariance_bytes,
+    covariance_products,
+    input_sides,
+    layer_bytes,
+    output_sides,
+)
 from raylux.cost.workload import Workload
 from raylux.errors import UserError
-from raylux.layers import TrackedLayer
 
 _BATCHES = (16_384, 8_192, 4_096, 2_048, 1_024)
 # A context of CUDA with its libraries, beside the process's own memory on the host.
@@ -24,12 +31,13 @@ GPU_BASE = 1.5e9
 _SQUARING_PASSES = 4
 # Λ is taken from this many bytes of formed gradients at once (curvature/moments.py), twice with the rotated ones.
 _MOMENT_CHUNK = 2 * (1 << 28)
+# Passes over a unit's sums on their way into a CPU's shard: both triangles, widened, added.
+_SUMS_PASSES = 3
 # Of captured a, g and g on true labels, about what one use reads.
 _ONE_OF_TWO = 0.7
-# Operations that start in a block's forward and backward pass, and with each tracked layer beside it.
-_BLOCK_OPERATIONS, LAYER_OPERATIONS = 60, 6
 
-
+# Operations that start with each tracked layer beside its products.
+LAYER_OPERATIONS = 6
 # Of a node's host memory, what factor shards may take: object store, workers and page cache need the rest.
 SHARD_SHARE = 0.5
 
@@ -134,21 +142,6 @@ def passes(work: Workload, cluster: Cluster, held: Held, sums: float) -> tuple[l
     return best
 
 
-def model_work(work: Workload, device: Device, tokens: float, batch: float, blocks: Sequence[Layers]) -> list[Work]:
-    """Forward and backward of ``tokens`` tokens, once for each pass, down to the pass's lowest layer."""
-    model, precision, size = work.model, work.dtype, min(batch, work.model.hidden)
-    touched = tokens * model.pass_bytes(work.itemsize)
-    starting = device.starting(tokens / batch * model.blocks * _BLOCK_OPERATIONS * len(blocks))
-    forward = tokens * (model.forward_flops(work.tokens) + model.again_flops(work.tokens)) * len(blocks)
-    backward = tokens * sum(model.backward_flops(work.tokens, block[0].name) for block in blocks)
-    elementwise = touched * len(blocks)
-    return [
-        Work("forward", forward, 0.0, device.seconds(forward, precision, size)),
-        Work("backward", backward, 0.0, device.seconds(backward, precision, size)),
-        Work("elementwise", 0.0, elementwise, elementwise / (device.bandwidth_gb_s * 1e9) + starting),
-    ]
-
-
 def covariance(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageCost, list[Choice]]:
     """Σ a aᵀ and Σ g gᵀ over the fit's tokens."""
     device, model, groups = cluster.worker, work.model, work.model.groups
@@ -162,15 +155,16 @@ def covariance(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
         flops = _sequence_flops(work, share)
     touched = work.fit_tokens / batch * 2 * covariance_bytes(model.tracked, groups, itemsize, work.blocks)
     units = max(1, math.ceil(work.fit_tokens / work.unit_tokens))
-    sums = covariance_bytes(model.tracked, groups, itemsize, work.blocks)
+    sums = disk = covariance_bytes(model.tracked, groups, itemsize, work.blocks)
     works = [
-        *model_work(work, device, work.fit_tokens, batch, blocks),
+        *model_work(work, device, work.fit_tokens, batch, blocks, drawn=True),
+        Work("covariance products", flops, touched, _covariance_seconds(work, device, flops, size, touched)),
         *_keeping(work, cluster, batch, blocks),
-        Work("covariance products", flops, touched, device.seconds(flops, work.contraction, size, touched)),
-        move(units * sums, cluster),
+        *_widening(work, device),
+        move(units * sums, cluster, _SUMS_PASSES),
+        store(disk, cluster),
     ]
     worker = resident(work, device, batch, blocks, held)
-    disk = covariance_bytes(model.tracked, groups, work.stored, work.blocks)
     stage = StageCost(
         "covariance", tuple(works), units * len(blocks), cluster.workers, cluster.devices, worker,
         min(shard_room(cluster), covariance_bytes(model.tracked, groups, 8, work.blocks)), disk, units * sums,
@@ -196,6 +190,21 @@ def covariance(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
     ]
 
 
+def _covariance_seconds(work: Workload, device: Device, flops: float, size: float, touched: float) -> float:
+    """Products of a and g: in the precision of the sums, but for bf16 on a GPU, which multiplies it exactly."""
+    if device.gpu and work.dtype == "bfloat16" and not work.sequence_products:
+        return device.seconds(flops, "bfloat16", size, touched)
+    precision = "float64" if work.dtype == "float64" else "float32"
+    return device.symmetric_seconds(flops, precision, size, touched)
+
+
+def _widening(work: Workload, device: Device) -> list[Work]:
+    """On a CPU a of every token is written anew, with the bias's coordinate beside it."""
+    leading = [layer for layer in work.model.tracked if layer.name in work.model.leaders]
+    size = work.fit_tokens * work.stored * sum(layer.share * layer.inputs for layer in leading)
+    return [] if device.gpu else [Work("inputs written", 0.0, size, device.renewing(size))]
+
+
 def _sequence_flops(work: Workload, share: float) -> float:
     """G of every sequence, GᵀG and GGᵀ; ``share`` of a product that is computed where it is symmetric."""
     forming = work.fit_tokens * 2.0 * sum(layer.share * layer.parameters for layer in work.model.tracked)
@@ -206,9 +215,14 @@ def _sequence_flops(work: Workload, share: float) -> float:
 def eigenbases(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageCost, list[Choice]]:
     """One decomposition per A and S, spread over the devices of the shards."""
     device, model = cluster.device, work.model
-    whole = covariance_sides(model.tracked, model.groups)
-    sides = sorted((size for side in whole for size in block_sizes(side, work.blocks)), reverse=True)
-    seconds = [device.eigh_seconds(n) for n in sides]
+    inputs, outputs = input_sides(model.tracked, model.groups), output_sides(model.tracked)
+    of = {True: eigh_precision(work, device, True), False: eigh_precision(work, device, False)}
+    matrices = sorted(
+        ((size, of[first]) for first, whole in ((True, inputs), (False, outputs)) for side in whole
+         for size in block_sizes(side, work.blocks)), reverse=True
+    )  # fmt: skip
+    sides = [n for n, _ in matrices]
+    seconds = [device.eigh_seconds(n, precision) for n, precision in matrices]
     parallel = min(cluster.devices, len(model.leaders))
     loads = [0.0] * parallel
     for one in seconds:  # the longest first, to whoever is free
@@ -217,7 +231,7 @@ def eigenbases(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
     worker = base_bytes(device) + 3 * 8 * sides[0] ** 2
     works = (
         Work("eigendecomposition", sum(map(eigh_flops, sides)), 0.0, sum(seconds)),
-        store(2 * disk, cluster),
+        store(2 * disk, cluster, alone=True),
     )
     stage = StageCost(
         "eigenbases", works, len(sides), parallel, cluster.devices, worker, 0.0, disk, 2 * disk, max(loads)
@@ -225,11 +239,20 @@ def eigenbases(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
     return stage, [
         Choice(
             "eigh",
-            "float64",
+            of[True] if of[True] == of[False] else f"{of[True]} of A, {of[False]} of S",
             f"{len(sides)} matrices up to n = {sides[0]:,}, {max(seconds):,.2f} s the largest; "
-            f"all of them {sum(seconds) / 3600:.3f} device-hours, so a lower precision would save little",
+            f"all of them {sum(seconds) / 3600:.3f} device-hours"
+            + (", so a lower precision would save little" if device.gpu else ""),
         )
     ]
+
+
+def eigh_precision(work: Workload, device: Device, inputs: bool) -> str:
+    """In which A (``inputs``) or S is decomposed: the engine's choice where ``fit.eigh`` leaves it to it."""
+    if work.eigh != "auto" or work.dtype == "float64":
+        return "float64" if work.dtype == "float64" else work.eigh
+    quick = inputs and work.moments and not device.gpu and work.contraction == "bfloat16"
+    return "float32" if quick else "float64"
 
 
 def moments(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageCost, list[Choice]]:
@@ -239,24 +262,24 @@ def moments(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[Stag
     blocks, batch = passes(work, cluster, held, layer_bytes(model.tracked, 8))
     shared, kept = costs.SHARED_ROTATION in can, work.kept_share(cluster.workers)
     tokens, sequences = work.fit_tokens, work.fit_sequences
-    rotation = sum(rotation_flops(layer, work.tokens, shared and layer.name not in model.leaders)[0]
-                   for layer in model.tracked) / work.blocks if work.basis else 0.0  # fmt: skip
+    rotation, rotating = rotation_work(work, device, tokens, batch, shared)
     forming = 2.0 * sum(layer.share * layer.parameters for layer in model.tracked)
     # An expert's gradient is formed of the sequences that have a token there.
     reached = work.stored * sum(min(1.0, layer.share * work.tokens) * layer.parameters for layer in model.tracked)
     squared = sequences * _SQUARING_PASSES * reached
-    small = min(work.tokens, *(min(layer.shape) for layer in model.tracked))
-    starting = device.starting(tokens / batch * len(model.tracked) * LAYER_OPERATIONS)
+    starting = device.starting(sequences * len(model.tracked) * LAYER_OPERATIONS)
     units = max(1, math.ceil(tokens / work.unit_tokens))
     sums = layer_bytes(model.tracked, work.stored)
-    side = min(min(layer.shape) for layer in model.tracked)
+    bases = covariance_bytes(model.tracked, model.groups, work.stored, work.blocks) if work.basis else 0
     works = [
         *model_work(work, device, tokens * (1 - kept), batch, blocks),
         *([reading(work, cluster, tokens * kept)] if kept else []),
-        Work("rotation", tokens * rotation, 0.0, device.seconds(tokens * rotation, work.contraction, min(batch, side))),
-        Work("forming", tokens * forming, 0.0, device.seconds(tokens * forming, work.contraction, small)),
-        Work("squaring", 0.0, squared, squared / (device.bandwidth_gb_s * 1e9) + starting),
+        Work("rotation", tokens * rotation, 0.0, rotating),
+        Work("forming", tokens * forming, 0.0, forming_seconds(work, device, tokens)),
+        Work("squaring", 0.0, squared, device.touching(squared) + starting),
         move(units * sums, cluster),
+        # Every node reads all bases.
+        store(sums + cluster.nodes * bases, cluster),
     ]
     worker = resident(work, device, batch, blocks, held) + min(_MOMENT_CHUNK, 2.0 * sums)
     stage = StageCost(
@@ -286,8 +309,11 @@ def _keeping(work: Workload, cluster: Cluster, batch: float, blocks: Sequence[La
     size = share * work.captured_bytes
     found = [Work("keeping captured", 0.0, size, size / (cluster.worker.host_gb_s * 1e9))]
     if work.scores_fit:
-        second = model_work(work, cluster.worker, work.fit_tokens, batch, blocks)[1]
-        found.append(Work("backward, true labels", second.flops, 0.0, second.seconds))
+        device, model, tokens = cluster.worker, work.model, work.fit_tokens
+        second = backward_work("backward, true labels", work, device, tokens, batch, blocks)
+        touched = tokens * model.again_bytes(work.itemsize) * len(blocks)
+        activating = device.activation_seconds(model.activation, tokens * model.activated * len(blocks)) / 2
+        found.append(replace(second, bytes=touched, seconds=second.seconds + device.touching(touched) + activating))
     return found
 
 
@@ -307,20 +333,6 @@ def _kept_choice(work: Workload, cluster: Cluster) -> Choice:
     )
 
 
-def rotation_flops(layer: TrackedLayer, tokens: float, shared: bool = False) -> tuple[float, bool]:
-    """FLOPs per token of the cheaper rotation of a layer, and whether it is that of the tokens (an expert's own).
-
-    Args:
-        layer: [P, M].
-        tokens: T of a sequence, over which a formed gradient's rotation is spread.
-        shared: the layer's inputs are rotated already, with those of its group's leader.
-    """
-    outputs, inputs = layer.shape
-    if rotate_tokens_first(math.ceil(layer.share * tokens), outputs, inputs):
-        return 2.0 * layer.share * (outputs**2 + (0 if shared else inputs**2)), True
-    return 2.0 * outputs * inputs * (outputs + inputs) / tokens, False
-
-
 def _formed_first(work: Workload) -> float:
     """GFLOP per token of forming and rotating every gradient."""
     return sum(
@@ -335,17 +347,26 @@ def resident(work: Workload, device: Device, batch: float, blocks: Sequence[Laye
     return worker_base(work, device) + model_bytes(work) + most
 
 
-def move(size: float, cluster: Cluster) -> Work:
-    """Bytes from workers to shards: through host memory, and over the network where there are several nodes."""
+def move(size: float, cluster: Cluster, passes: int = 1) -> Work:
+    """Bytes from workers to shards: through host memory, and over the network where there are several nodes.
+
+    ``passes``: over them on a CPU, which are work of its own.
+    """
     share = (cluster.nodes - 1) / cluster.nodes
-    network = size * share / (cluster.network_gb_s * 1e9) * min(cluster.per_node, cluster.devices)
-    return Work("moving sums", 0.0, size, size / (cluster.worker.host_gb_s * 1e9) + network)
+    network = size * share / (cluster.network_gb_s * 1e9) * _sharing(cluster)
+    through = size * (1 if cluster.worker.gpu else passes)
+    return Work("moving sums", 0.0, size, through / (cluster.worker.host_gb_s * 1e9) + network)
 
 
-def store(size: float, cluster: Cluster) -> Work:
-    """Bytes to and from the run folder: what a node's devices share."""
-    held = min(cluster.per_node, cluster.devices)
+def store(size: float, cluster: Cluster, alone: bool = False) -> Work:
+    """Bytes to and from the run folder: what a node's workers share, or (``alone``) its devices, each with its task."""
+    held = min(cluster.per_node, cluster.devices) if alone else _sharing(cluster)
     return Work("run folder", 0.0, size, size / (cluster.disk_gb_s * 1e9) * held)
+
+
+def _sharing(cluster: Cluster) -> int:
+    """Workers of a node."""
+    return max(1, min(cluster.per_node, cluster.devices) // cluster.devices_per_worker)
 
 
 def _block_choice(work: Workload) -> Choice:

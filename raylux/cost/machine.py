@@ -26,7 +26,9 @@ USABLE = 0.9
 class Device(Section):
     """One worker's device: a GPU, or a CPU's share of cores.
 
-    A product of matrices runs at ``rate × utilisation × small(size)``, size its smallest dimension.
+    A product of matrices runs at ``rate × utilisation × small(size)``, size its smallest dimension. What is not said of
+    attention, symmetric updates, activations and float32 eigendecompositions is reckoned as products, as full products,
+    as memory alone and as float64.
     """
 
     kind: Name
@@ -38,9 +40,23 @@ class Device(Section):
     utilisation: Share = Field(1.0, description="share of these rates that large products reach; 1: they are measured")
     eigh_tflops: Positive = Field(description="eigh in float64 with vectors, as 14/3 n³ FLOPs over its time")
     small: tuple[tuple[int, Real], ...] = Field((), description="(size, share of the rate) of small products, measured")
+    bfloat16_small: tuple[tuple[int, Real], ...] = Field(
+        (), description="(width, share) of products with square matrices in bfloat16; none: as small"
+    )
+    bfloat16_odd: tuple[tuple[int, Real], ...] = Field(
+        (), description="the same of widths that are odd, as with a bias beside the inputs; none: as bfloat16_small"
+    )
+    forming_tflops: Positive | None = Field(None, description="of gradients formed of their tokens in bfloat16")
+    attention_tflops: Positive | None = Field(None, description="of attention, forward and backward, 12·T²·d FLOPs")
+    symmetric_tflops: Positive | None = Field(None, description="of symmetric rank-k updates, 2·n² FLOPs per row")
+    gelu_ns: Annotated[Real, Field(ge=0)] = Field(0.0, description="of one number through GELU, forward and backward")
+    silu_ns: Annotated[Real, Field(ge=0)] = Field(0.0, description="of one number through SiLU, forward and backward")
+    eigh_float32_tflops: Positive | None = Field(None, description="as eigh_tflops, in float32")
     eigh_small: tuple[tuple[int, Real], ...] = Field((), description="(n, share of eigh's rate), measured")
     operation_us: Annotated[Real, Field(ge=0)] = Field(0.0, description="of starting one operation, however small")
-    host_gb_s: Positive = Field(25.0, description="between device and host memory")
+    host_gb_s: Positive = Field(
+        25.0, description="between device and host memory; on a CPU into memory that was not in use before"
+    )
     gpu: bool = True
 
     @property
@@ -48,22 +64,58 @@ class Device(Section):
         """Bytes that may be used."""
         return self.memory_gb * 1e9 * USABLE
 
-    def rate(self, precision: str, size: float = math.inf) -> float:
-        """FLOP/s of a product whose smallest dimension is ``size``."""
+    def rate(self, precision: str, size: float = math.inf, odd: bool = False) -> float:
+        """FLOP/s of a product whose smallest dimension is ``size``; ``odd``: some width of it is an odd number."""
         peak = {"float32": self.float32_tflops, "bfloat16": self.bfloat16_tflops, "float64": self.float64_tflops}
-        return peak[precision] * 1e12 * self.utilisation * _share(self.small, size)
+        small = self.small
+        if precision == "bfloat16":
+            small = (odd and self.bfloat16_odd) or self.bfloat16_small or self.small
+        return peak[precision] * 1e12 * self.utilisation * _share(small, size)
 
-    def seconds(self, flops: float, precision: str, size: float = math.inf, touched: float = 0.0) -> float:
-        """The longer of computing and of moving ``touched`` bytes through memory."""
-        return max(flops / self.rate(precision, size), touched / (self.bandwidth_gb_s * 1e9))
+    def seconds(
+        self, flops: float, precision: str, size: float = math.inf, touched: float = 0.0, odd: bool = False
+    ) -> float:
+        """The longer of computing and of moving ``touched`` bytes through memory; a CPU's core does not do both."""
+        computing, moving = flops / self.rate(precision, size, odd), self.touching(touched)
+        return max(computing, moving) if self.gpu else computing + moving
+
+    def touching(self, size: float) -> float:
+        """Seconds of moving so many bytes through memory."""
+        return size / (self.bandwidth_gb_s * 1e9)
+
+    def renewing(self, size: float) -> float:
+        """Seconds of putting so many bytes where a CPU's memory was not in use; a GPU keeps its own."""
+        return 0.0 if self.gpu else size / (self.host_gb_s * 1e9)
+
+    def forming_seconds(self, flops: float, precision: str, size: float, touched: float = 0.0) -> float:
+        """Of gradients formed of tokens; ``size``: the smallest dimension of the product."""
+        if self.forming_tflops is None or precision != "bfloat16":
+            return self.seconds(flops, precision, size, touched)
+        return flops / (self.forming_tflops * 1e12) + self.touching(touched)
+
+    def attention_seconds(self, flops: float, precision: str, size: float) -> float:
+        """Of attention, whose products run in a kernel of their own."""
+        own = self.attention_tflops
+        return self.seconds(flops, precision, size) if own is None else flops / (own * 1e12)
+
+    def symmetric_seconds(self, flops: float, precision: str, size: float, touched: float) -> float:
+        """Of symmetric updates in float32 or better; ``flops`` counts a triangle alone where only that is computed."""
+        if self.symmetric_tflops is None or precision != "float32":
+            return self.seconds(flops, precision, size, touched)
+        return flops / (self.symmetric_tflops * 1e12) + self.touching(touched)
+
+    def activation_seconds(self, activation: str, numbers: float) -> float:
+        """What an MLP's activation takes, forward and backward, beside moving its numbers through memory."""
+        return numbers * 1e-9 * {"gelu": self.gelu_ns, "silu": self.silu_ns}.get(activation, 0.0)
 
     def starting(self, operations: float) -> float:
         """Seconds of starting operations from Python; a GPU computes meanwhile."""
         return 0.0 if self.gpu else operations * self.operation_us * 1e-6
 
-    def eigh_seconds(self, n: int) -> float:
-        """Of one symmetric n × n eigendecomposition with vectors in float64."""
-        return eigh_flops(n) / (self.eigh_tflops * 1e12 * _share(self.eigh_small, n))
+    def eigh_seconds(self, n: int, precision: str = "float64") -> float:
+        """Of one symmetric n × n eigendecomposition with vectors."""
+        rate = (self.eigh_float32_tflops if precision == "float32" else None) or self.eigh_tflops
+        return eigh_flops(n) / (rate * 1e12 * _share(self.eigh_small, n))
 
 
 class Cluster(Section):
@@ -102,8 +154,9 @@ class Cluster(Section):
             return self.device
         if self.turns:
             return self.device.model_copy(update={"memory_gb": self.device.memory_gb * count})
-        rates = ("float32_tflops", "bfloat16_tflops", "float64_tflops")
-        more = {name: getattr(self.device, name) * count * SPLIT_SHARE for name in rates}
+        rates = ("float32_tflops", "bfloat16_tflops", "float64_tflops", "attention_tflops", "symmetric_tflops")
+        there = {name: getattr(self.device, name) for name in rates}
+        more = {name: rate * count * SPLIT_SHARE for name, rate in there.items() if rate is not None}
         more |= {name: getattr(self.device, name) * count for name in ("memory_gb", "bandwidth_gb_s", "host_gb_s")}
         return self.device.model_copy(update=more)
 
@@ -122,7 +175,7 @@ class Cluster(Section):
         """As ``load``, from a mapping."""
         if not isinstance(data, dict):
             raise UserError(f"{where}: a cluster is a mapping (devices, device, host_memory_gb, …)")
-        lists = {"small", "eigh_small"}
+        lists = {"small", "bfloat16_small", "bfloat16_odd", "eigh_small"}
         device = data.get("device")
         if isinstance(device, dict):
             device = {k: tuple(map(tuple, v)) if k in lists and isinstance(v, list) else v for k, v in device.items()}

@@ -21,10 +21,13 @@ from raylux.placement import Placement
 # How often the numbers of a token are written or read beside the products, by forward and backward together: those
 # of the residual stream (norms, residuals, positions), and those of the MLP's wide outputs (activation, gate).
 _HIDDEN_PASSES, _WIDE_PASSES = 48, 7
-# Activations that transformers spells out in single operations instead of one.
-_SPELLED_OUT = {"gelu_new": 48, "gelu_fast": 48, "quick_gelu": 16}
-# Numbers of the vocabulary's width: the chosen logits, log-softmax and its gradient, each written and read.
-_VOCABULARY_PASSES = 10
+# Activations that are spelled out in single operations instead of one (``raylux.fused`` makes one of the others).
+_SPELLED_OUT = {"quick_gelu": 16}
+# How often numbers of the vocabulary's width are written or read: the softmax and its gradient; drawing labels of it;
+# the gradient on given labels beside that on the drawn ones.
+_VOCABULARY_PASSES, _DRAWING_PASSES, _GIVEN_PASSES = 16, 4, 6
+# Of the elementwise work of both passes, what the backward pass has.
+_BACKWARD_SHARE = 0.6
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class ModelShape:
         attention: heads × head size.
         vocabulary: V, entries of a row of logits: a classifier's are its classes.
         wide_passes: times that a number of the MLP's wide outputs is read or written beside the products.
+        activation: of the MLP, "gelu" or "silu" in any form, or another's name.
+        gated: of two wide outputs one is activated and multiplied by the other.
         checkpointing: blocks keep their inputs alone, and run again in the backward pass.
         placement: of its parts, where a worker does not hold them all on one device.
     """
@@ -55,6 +60,8 @@ class ModelShape:
     attention: int
     vocabulary: int
     wide_passes: int = _WIDE_PASSES
+    activation: str = ""
+    gated: bool = False
     checkpointing: bool = False
     placement: Placement | None = None
 
@@ -69,7 +76,7 @@ class ModelShape:
             if isinstance(module, nn.Linear | Conv1D) and isinstance(module.weight, nn.Parameter)
         )
         hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
-        activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
+        activation = str(getattr(config, "hidden_act", None) or getattr(config, "activation_function", None))
         size = getattr(config, "head_dim", None) or hidden // heads
         return cls(
             covered.tracked,
@@ -80,7 +87,9 @@ class ModelShape:
             hidden,
             heads * int(size),
             logit_width(model),
-            _SPELLED_OUT.get(str(activation), _WIDE_PASSES),
+            _SPELLED_OUT.get(activation, _WIDE_PASSES),
+            next((name for name in ("gelu", "silu") if name in activation), activation),
+            any(name.rpartition(".")[2].startswith("gate") for name, _ in linears),
         )
 
     def run_by(self, checkpointing: bool, placement: Placement | None) -> ModelShape:
@@ -94,7 +103,11 @@ class ModelShape:
 
     def forward_flops(self, tokens: float) -> float:
         """Of a token in a sequence of ``tokens``: 2 per weight, and 4·T per head coordinate and block."""
-        return 2.0 * sum(size for _, size in self.linears) + 4.0 * tokens * self.attention * self.blocks
+        return 2.0 * sum(size for _, size in self.linears) + self.attention_flops(tokens)
+
+    def attention_flops(self, tokens: float) -> float:
+        """Of a token in the forward pass's attention."""
+        return 4.0 * tokens * self.attention * self.blocks
 
     def again_flops(self, tokens: float) -> float:
         """Of a token in blocks that run again, one time."""
@@ -108,14 +121,30 @@ class ModelShape:
         members = {name for name, leader in self.groups.items() if leader == self.groups[lowest]}
         above = self.linears[names.index(lowest) :]
         linear = sum(size for name, size in above if name not in members)
-        blocks = self.blocks - 1 - block_of(lowest)
-        return 2.0 * linear + 8.0 * tokens * self.attention * blocks
+        return 2.0 * linear + self.attention_backward_flops(tokens, lowest)
 
-    def pass_bytes(self, itemsize: int) -> float:
-        """Bytes that the elementwise work of a token's forward and backward pass moves."""
-        wide = self._wide()
-        block = _HIDDEN_PASSES * self.hidden + self.wide_passes * wide
-        return float(itemsize * self.blocks * block + 4 * _VOCABULARY_PASSES * self.vocabulary)
+    def attention_backward_flops(self, tokens: float, lowest: str | None = None) -> float:
+        """Of a token in the backward pass's attention, down to the layer ``lowest``."""
+        blocks = self.blocks - 1 - block_of(lowest or self.tracked[0].name)
+        return 8.0 * tokens * self.attention * blocks
+
+    def pass_bytes(self, itemsize: int, drawn: bool = False) -> float:
+        """Bytes that the elementwise work of a token's forward and backward pass moves; ``drawn``: with its label."""
+        vocabulary = _VOCABULARY_PASSES + (_DRAWING_PASSES if drawn else 0)
+        return self._block_bytes(itemsize) + float(4 * vocabulary * self.vocabulary)
+
+    def again_bytes(self, itemsize: int) -> float:
+        """Bytes of the elementwise work of a second backward pass, on the given labels."""
+        return _BACKWARD_SHARE * self._block_bytes(itemsize) + float(4 * _GIVEN_PASSES * self.vocabulary)
+
+    def _block_bytes(self, itemsize: int) -> float:
+        block = _HIDDEN_PASSES * self.hidden + self.wide_passes * self._wide()
+        return float(itemsize * self.blocks * block)
+
+    @property
+    def activated(self) -> float:
+        """Numbers of a token that go through an activation."""
+        return self.blocks * self._wide() / (2 if self.gated else 1)
 
     def activation_bytes(
         self, itemsize: int, wanted: Sequence[TrackedLayer], blocks: int | None = None, logits: bool = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raylux.blocks import block_entries
 from raylux.cost import contraction, costs, projecting, solving
@@ -15,24 +15,31 @@ from raylux.cost.fit import (
     base_bytes,
     batch_tokens,
     model_bytes,
-    model_work,
     reading,
     rooms,
-    rotation_flops,
     store,
     worker_base,
 )
 from raylux.cost.machine import Cluster, Device, eigh_flops
-from raylux.cost.sizes import PROCESS_BYTES, covariance_bytes, layer_bytes, query_block, rank_limit
+from raylux.cost.running import forming_seconds, model_work, rotation_flops, rotation_work
+from raylux.cost.sizes import IN_MEMORY, PROCESS_BYTES, covariance_bytes, layer_bytes, query_block, rank_limit
 from raylux.cost.workload import Workload
 
-# Passes of s_test's entries through memory in a solve: divided by Λ + λ, widened, written.
-_SOLVE_PASSES = 4
+# Passes of s_test's entries through memory in a solve: formed, widened, its norm, divided by Λ + λ, rounded, written.
+_SOLVE_PASSES = 8
+# Token rows of a product with a basis in a solve (engine/solve.py).
+_SOLVE_ROWS = 256
+# Passes of a formed gradient's entries through memory beside forming and multiplying them: set to zero.
+_FORMING_PASSES = 1
+# Passes of dense queries through memory until they are ready: read, laid out in tiles.
+_LOADING_PASSES = 2
 # Products with a block of R + 8 vectors in a range finder with two power iterations, and the projection.
 _FINDER_PRODUCTS, _OVERSAMPLING = 6, 8
 # Tokens that one core turns into a row of the prefilter's matrix per second, and how often the corpus is read.
 _PREFILTER_TOKENS = 5e6
 _TOKEN_BYTES = 8
+# Forms that put formed gradients against dense queries.
+_DENSE = (contraction.DENSE, contraction.EXPANDED, contraction.EIGENBASIS)
 
 
 def query(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageCost, list[Choice]]:
@@ -40,19 +47,28 @@ def query(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     device, model, count = cluster.worker, work.model, work.queries
     layers, tokens = model.tracked, work.query_tokens
     low = [layer for layer in layers if work.max_error > 0 and rank_limit(work.max_rank, layer) > 0]
-    tokenwise = costs.TOKEN_SOLVE in can
-    solve = sum(_solve_flops(layer.outputs, layer.inputs, tokens, tokenwise) for layer in layers) if work.basis else 0.0
-    solve /= work.blocks
-    solve += 2.0 * tokens * sum(layer.share * layer.parameters for layer in layers)
+    tokenwise, rounding = costs.TOKEN_SOLVE in can, work.contraction
     touched = count * _SOLVE_PASSES * layer_bytes(layers, work.stored)
     finder = costs.RANGE_FINDER in can
     products = sum(_factorise_flops(*layer.shape, rank_limit(work.max_rank, layer), finder) for layer in low)
     side = min(min(layer.shape) for layer in layers)
-    # A shard solves in the precision of the sums, products in that of contractions where the engine allows it.
-    precision = work.contraction if tokenwise else ("float64" if work.dtype == "float64" else "float32")
+    precision = "float64" if work.dtype == "float64" else "float32"
+    # Layers that may be compressed keep full precision.
+    into = replace(work, tokens=tokens, contraction=precision if low and costs.RANGE_FINDER not in can else rounding)
+    solve, solving_takes = _solve(into, device, tokenwise, precision)
+    forming = 2.0 * tokens * sum(layer.share * layer.parameters for layer in layers)
+    written = count * layer_bytes(layers, work.operand)
+    taken = count * solving_takes + forming_seconds(into, device, count * tokens)
     works = [
-        *model_work(work, device, count * tokens, tokens, [layers]),
-        Work("solve", count * solve, touched, device.seconds(count * solve, precision, side, touched)),
+        *model_work(replace(work, tokens=tokens), device, count * tokens, tokens, [layers]),
+        Work(
+            "solve",
+            count * (solve + forming),
+            touched,
+            max(taken, device.touching(touched))
+            if device.gpu
+            else taken + device.touching(touched) + device.renewing(written),
+        ),
         Work("low rank", count * products, 0.0, device.seconds(count * products, precision, side)),
     ]
     grams = [] if finder else [min(layer.shape) for layer in low]
@@ -70,6 +86,7 @@ def query(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     works += iterated.works
     disk = count * work.query_bytes()
     bases = blocks * (covariance_bytes(layers, model.groups, work.stored, work.blocks) if work.basis else 0)
+    bases += blocks * (layer_bytes(layers, work.stored) if work.moments else 0)
     works.append(store(disk + bases, cluster))
     dense = count * layer_bytes(layers, work.stored)
     held = min(block, count) * (layer_bytes(layers, work.stored) if low else waiting)
@@ -106,10 +123,25 @@ def query(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     ]
 
 
-def _solve_flops(outputs: int, inputs: int, tokens: float, tokenwise: bool) -> float:
-    """Into the eigenbasis, by the gradient or by its tokens where that is cheaper, and back."""
-    back = 2.0 * outputs * inputs * (outputs + inputs)
-    return back + (min(back, 2.0 * tokens * (outputs**2 + inputs**2)) if tokenwise else back)
+def _solve(work: Workload, device: Device, tokenwise: bool, precision: str) -> tuple[float, float]:
+    """FLOPs and seconds of a query's way into the eigenbasis, by its tokens where that is cheaper, and back.
+
+    Args:
+        work: its ``tokens`` are those of a query.
+        device: of a shard.
+        tokenwise: tokens may be rotated, in the precision of contractions.
+        precision: of whatever brings a formed gradient into or out of the eigenbasis.
+    """
+    if not work.basis:
+        return 0.0, 0.0
+    layers = work.model.tracked
+    ways = [2.0 * layer.parameters * (layer.outputs + layer.inputs) / work.blocks for layer in layers]
+    formed = sum(device.seconds(way, precision, min(layer.shape)) for way, layer in zip(ways, layers, strict=True))
+    flops, seconds = (0.0, 0.0) if work.query_basis == "eigen" else (sum(ways), formed)
+    if not tokenwise:
+        return flops + sum(ways), seconds + formed
+    per_token, rotating = rotation_work(work, device, work.tokens, _SOLVE_ROWS)
+    return flops + work.tokens * per_token, seconds + rotating
 
 
 def _factorise_flops(outputs: int, inputs: int, rank: int, finder: bool) -> float:
@@ -168,18 +200,16 @@ def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     layers, tokens = model.tracked, work.candidates * work.tokens * work.padding
     count, batch = float(work.candidates), chosen.batch
     spared = work.fit_tokens * work.kept_share(cluster.workers) if work.scores_fit else 0.0
-    small = min(work.tokens, *(min(layer.shape) for layer in layers))
-    forming = count * work.padding * sum(form.forming for form in chosen.forms)
-    rotation = count * work.padding * sum(form.rotation for form in chosen.forms)
     dots = count * sum(form.dots + form.per_batch / _sequences(work, batch) for form in chosen.forms)
     starting = device.starting(tokens / batch * len(layers) * LAYER_OPERATIONS)
     works = [
         *model_work(work, device, (tokens - spared * work.padding) * chosen.tiles, batch, [layers]),
         *([reading(work, cluster, spared * chosen.tiles)] if spared else []),
-        Work("rotation", rotation, 0.0, device.seconds(rotation, work.contraction)),
-        Work("forming", forming, 0.0, device.seconds(forming, work.contraction, small)),
+        *_meeting(work, device, chosen),
         Work("dots", dots, _dot_bytes(work, chosen), device.seconds(
-            dots, work.contraction, max(work.tile, 64), _dot_bytes(work, chosen)) + starting),
+            dots, work.contraction, max(work.tile, 64) if device.gpu else min(work.tile, work.rows),
+            _dot_bytes(work, chosen)) + starting),
+        *_loading(work, cluster, chosen),
     ]  # fmt: skip
     if chosen.rescored:
         works.append(_rescoring(work, device, chosen))
@@ -190,6 +220,8 @@ def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
         works.append(projecting.lengths(work, device))
     disk = float(work.queries * work.candidates * work.stored)
     read = cluster.workers * work.queries * work.query_bytes() / max(1, cluster.workers / cluster.nodes)
+    if any(form.name == contraction.EIGENBASIS for form in chosen.forms):
+        read += cluster.nodes * covariance_bytes(layers, model.groups, work.stored, work.blocks)
     works.append(store(disk + read + tokens * 4, cluster))
     held = sum(form.held for form in chosen.forms) / chosen.tiles
     units = max(1, math.ceil(work.candidates / work.score_unit))
@@ -201,6 +233,36 @@ def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
         0.0, disk, disk + read,
     )  # fmt: skip
     return stage, _score_choices(work, cluster, chosen, stage)
+
+
+def _meeting(work: Workload, device: Device, chosen: Scoring) -> list[Work]:
+    """Candidates' tokens rotated, and their gradients formed."""
+    count, flops, seconds, touched = work.candidates * work.padding, [0.0, 0.0], [0.0, 0.0], 0.0
+    for form, layer in zip(chosen.forms, work.model.tracked, strict=True):
+        flops[0] += count * form.rotation
+        flops[1] += count * form.forming
+        squares = [side**2 for side in layer.shape]
+        for side, square in zip(layer.shape, squares, strict=True):
+            own = count * form.rotation * square / sum(squares)
+            whole = form.name == contraction.EIGENBASIS
+            read = count * work.tokens / chosen.batch * work.operand * square / work.blocks if whole else 0.0
+            seconds[0] += device.seconds(own, work.contraction, side / work.blocks, read, side % 2 == 1)
+        written = 0.0
+        if form.name in _DENSE:
+            written = _FORMING_PASSES * count * layer.parameters * work.operand
+        size = min(work.tokens, *layer.shape)
+        seconds[1] += device.forming_seconds(count * form.forming, work.contraction, size, written)
+        touched += written
+    return [Work("rotation", flops[0], 0.0, seconds[0]), Work("forming", flops[1], touched, seconds[1])]
+
+
+def _loading(work: Workload, cluster: Cluster, chosen: Scoring) -> list[Work]:
+    """On a CPU: queries laid out in tiles, and read once for each product from the worker's disk if they are many."""
+    held = sum(form.held for form in chosen.forms if form.name in _DENSE)
+    size = cluster.workers * held * _LOADING_PASSES
+    if held > IN_MEMORY:
+        size += held * (cluster.workers + math.ceil(work.candidates * work.padding / work.rows))
+    return [] if cluster.worker.gpu else [Work("queries loaded", 0.0, size, cluster.worker.renewing(size))]
 
 
 def choose_scoring(work: Workload, device: Device, can: frozenset[str]) -> Scoring:
@@ -305,9 +367,10 @@ def _sequences(work: Workload, batch: float) -> float:
 def _dot_bytes(work: Workload, chosen: Scoring) -> float:
     """Formed gradients are read once per tile of queries, each tile once per batch."""
     total = 0.0
-    tiles, batches = math.ceil(work.queries / work.tile), work.candidates / _sequences(work, chosen.batch)
+    tiles = math.ceil(work.queries / work.tile)
+    batches = work.candidates / max(work.rows, _sequences(work, chosen.batch))
     for form, layer in zip(chosen.forms, work.model.tracked, strict=True):
-        if form.name in (contraction.DENSE, contraction.EXPANDED, contraction.EIGENBASIS):
+        if form.name in _DENSE:
             total += layer.parameters * work.operand * (work.candidates * tiles + batches * tiles * work.tile)
     return total
 

@@ -21,6 +21,9 @@ _DENSE_BLOCK, _WAITING_BYTES = 64, GIB // 4
 # size those of so many gradients.
 SOLVE_STATE = 7
 
+# Dense queries up to so many bytes a worker holds in memory, more of them on its disk, read once for each product.
+IN_MEMORY = 256 << 20
+
 # Nominal rates by which units are sized: a unit's compute is to outweigh the moving of its sums. They are
 # constants, not measurements, so that the same run is cut alike everywhere.
 _FLOPS = {"cpu": 1e11, "cuda": 2e14}
@@ -31,8 +34,18 @@ _MOST_UNITS = 64
 
 def covariance_sides(layers: Sequence[TrackedLayer], groups: Mapping[str, str]) -> list[int]:
     """Rows of each A (one per input group) and each S."""
+    return input_sides(layers, groups) + output_sides(layers)
+
+
+def input_sides(layers: Sequence[TrackedLayer], groups: Mapping[str, str]) -> list[int]:
+    """Rows of each A, one per input group."""
     leaders = set(groups.values())
-    return [layer.inputs for layer in layers if layer.name in leaders] + [layer.outputs for layer in layers]
+    return [layer.inputs for layer in layers if layer.name in leaders]
+
+
+def output_sides(layers: Sequence[TrackedLayer]) -> list[int]:
+    """Rows of each S."""
+    return [layer.outputs for layer in layers]
 
 
 def covariance_entries(layers: Sequence[TrackedLayer], groups: Mapping[str, str], blocks: int = 1) -> list[int]:

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass, replace
 
 from raylux.cost.costs import Choice, StageCost, Work
-from raylux.cost.fit import batch_tokens, model_bytes, model_work, move, store, worker_base
+from raylux.cost.fit import batch_tokens, model_bytes, move, store, worker_base
 from raylux.cost.machine import Cluster
+from raylux.cost.running import model_work
 from raylux.cost.sizes import SOLVE_STATE, layer_bytes, solve_block
 from raylux.cost.workload import Workload
 

@@ -42,6 +42,8 @@ class Workload:
         subspace: side r of the subspace that all queries share in a first stage.
         rescored: best sequences of a query that are scored again exactly after a first stage.
         tile: dense queries per product.
+        rows: sequences of such a product.
+        eigh: precision of eigendecompositions, "float32", "float64" or "auto".
         query_basis: "standard" or "eigen", as a run has frozen it; None: the planner's choice.
         keep_bytes: a worker's local disk for the captured a and g of fitted sequences; 0: they are not kept.
         joint: the curvature is one exact matrix over all tracked weights.
@@ -76,6 +78,8 @@ class Workload:
     subspace: int = 256
     rescored: int = 200
     tile: int = 8
+    rows: int = 16
+    eigh: str = "auto"
     query_basis: str | None = None
     keep_bytes: float = 0.0
     scores_fit: bool = False

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from raylux.blocks import Rotation
+from raylux.cost.sizes import IN_MEMORY
 from raylux.curvature import Basis, rotate
 from raylux.engine.kept import Resting
 from raylux.engine.plan import Plan
@@ -26,9 +27,6 @@ from raylux.layers import TrackedLayer, matrices
 from raylux.memory import give_back
 from raylux.routed import Routed, Rows, sequence_parts
 from raylux.store import RunFolder
-
-# Dense queries up to so many bytes are held in memory, more of them on the disk, read once for each pack.
-_IN_MEMORY = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ class Scorer:
             * sum(layer.parameters for layer in matrices(layers))
             * torch.empty(0, dtype=dtype).element_size()
         )
-        hold = Resting().hold if held > _IN_MEMORY else in_memory
+        hold = Resting().hold if held > IN_MEMORY else in_memory
         self._queries: dict[str, LayerQueries | WordQueries] = {
             layer.name: WordQueries(
                 read_word_queries(folder, loaded.files, layer, loaded.ids, dtype, devices[layer.name])
