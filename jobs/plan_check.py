@@ -191,8 +191,8 @@ fitted and scored, dense queries, in process, one thread, one run each. Seconds 
 driver in the run and of the calls by which the rates were measured just before: what else the machine does makes both
 slower, but not alike. Peak memory is the largest resident size of the process (worker and shard in one).
 
-Bounds: bytes within {BYTES_WITHIN}×, time within {TIME_WITHIN}× once calibrated, in every stage that takes {SMALL:.0%} of
-its workload's time or more. One factor for all rows, {factor:.2f}, makes the time of all workloads right; at 1 the
+Bounds: bytes within {BYTES_WITHIN}×, time within {TIME_WITHIN}× once calibrated, in stages that take {SMALL:.0%} of
+their workload's time or more. One factor for all rows, {factor:.2f}, makes the time of all workloads right; at 1 the
 rates need none.
 {said}
 

@@ -17,9 +17,8 @@ from raylux.cost.sizes import (
     PROCESS_BYTES,
     covariance_bytes,
     covariance_products,
-    input_sides,
+    covariance_sides,
     layer_bytes,
-    output_sides,
 )
 from raylux.cost.workload import Workload
 from raylux.errors import UserError
@@ -33,6 +32,11 @@ _SQUARING_PASSES = 4
 _MOMENT_CHUNK = 2 * (1 << 28)
 # Passes over a unit's sums on their way into a CPU's shard: both triangles, widened, added.
 _SUMS_PASSES = 3
+# From this size on (curvature/eigenbases.py) the leading vectors of a matrix are found in float64, the rest in float32.
+QUICK_EIGH = 512
+# FLOPs for each entry of such a matrix: 8 iterations with 64 vectors, reflections of what is left, a check. Copies of a
+# matrix on its way.
+_LEADING_FLOPS, _EIGH_COPIES = 13 * 2 * 64, 5
 # Of captured a, g and g on true labels, about what one use reads.
 _ONE_OF_TWO = 0.7
 
@@ -215,14 +219,10 @@ def _sequence_flops(work: Workload, share: float) -> float:
 def eigenbases(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageCost, list[Choice]]:
     """One decomposition per A and S, spread over the devices of the shards."""
     device, model = cluster.device, work.model
-    inputs, outputs = input_sides(model.tracked, model.groups), output_sides(model.tracked)
-    of = {True: eigh_precision(work, device, True), False: eigh_precision(work, device, False)}
-    matrices = sorted(
-        ((size, of[first]) for first, whole in ((True, inputs), (False, outputs)) for side in whole
-         for size in block_sizes(side, work.blocks)), reverse=True
-    )  # fmt: skip
-    sides = [n for n, _ in matrices]
-    seconds = [device.eigh_seconds(n, precision) for n, precision in matrices]
+    whole = covariance_sides(model.tracked, model.groups)
+    sides = sorted((size for side in whole for size in block_sizes(side, work.blocks)), reverse=True)
+    of = [eigh_precision(work, device, n) for n in sides]
+    seconds = [_decomposing(device, n, precision) for n, precision in zip(sides, of, strict=True)]
     parallel = min(cluster.devices, len(model.leaders))
     loads = [0.0] * parallel
     for one in seconds:  # the longest first, to whoever is free
@@ -239,7 +239,9 @@ def eigenbases(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
     return stage, [
         Choice(
             "eigh",
-            of[True] if of[True] == of[False] else f"{of[True]} of A, {of[False]} of S",
+            f"float32 but for the leading vectors in {of.count('float32')}, float64 in {of.count('float64')}"
+            if "float32" in of
+            else "float64",
             f"{len(sides)} matrices up to n = {sides[0]:,}, {max(seconds):,.2f} s the largest; "
             f"all of them {sum(seconds) / 3600:.3f} device-hours"
             + (", so a lower precision would save little" if device.gpu else ""),
@@ -247,12 +249,16 @@ def eigenbases(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
     ]
 
 
-def eigh_precision(work: Workload, device: Device, inputs: bool) -> str:
-    """In which A (``inputs``) or S is decomposed: the engine's choice where ``fit.eigh`` leaves it to it."""
-    if work.eigh != "auto" or work.dtype == "float64":
-        return "float64" if work.dtype == "float64" else work.eigh
-    quick = inputs and work.moments and not device.gpu and work.contraction == "bfloat16"
-    return "float32" if quick else "float64"
+def eigh_precision(work: Workload, device: Device, n: int) -> str:
+    """Of a matrix's vectors but for the leading ones: the engine's choice where ``fit.eigh`` leaves it to it."""
+    quick = work.eigh == "float32" or (work.eigh == "auto" and work.moments and not device.gpu)
+    return "float32" if quick and n >= QUICK_EIGH else "float64"
+
+
+def _decomposing(device: Device, n: int, precision: str) -> float:
+    """Seconds of a matrix: its leading vectors by products in float64 where the rest is decomposed in float32."""
+    leading = device.seconds(_LEADING_FLOPS * n**2, "float64") if precision == "float32" else 0.0
+    return leading + device.eigh_seconds(n, precision) + device.renewing(_EIGH_COPIES * 8.0 * n**2)
 
 
 def moments(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageCost, list[Choice]]:

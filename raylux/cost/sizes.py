@@ -34,18 +34,8 @@ _MOST_UNITS = 64
 
 def covariance_sides(layers: Sequence[TrackedLayer], groups: Mapping[str, str]) -> list[int]:
     """Rows of each A (one per input group) and each S."""
-    return input_sides(layers, groups) + output_sides(layers)
-
-
-def input_sides(layers: Sequence[TrackedLayer], groups: Mapping[str, str]) -> list[int]:
-    """Rows of each A, one per input group."""
     leaders = set(groups.values())
-    return [layer.inputs for layer in layers if layer.name in leaders]
-
-
-def output_sides(layers: Sequence[TrackedLayer]) -> list[int]:
-    """Rows of each S."""
-    return [layer.outputs for layer in layers]
+    return [layer.inputs for layer in layers if layer.name in leaders] + [layer.outputs for layer in layers]
 
 
 def covariance_entries(layers: Sequence[TrackedLayer], groups: Mapping[str, str], blocks: int = 1) -> list[int]:
