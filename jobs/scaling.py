@@ -22,7 +22,7 @@ from raylux.cost.model import ModelShape
 from raylux.cost.running import rotation_flops
 from raylux.cost.sizes import covariance_bytes, layer_bytes
 from raylux.errors import UserError
-from raylux.planning import Sizes, find_shape, plan_on
+from raylux.planning import Found, Sizes, find_shape, plan_on
 from raylux.report import plans
 
 ROOT = Path(__file__).parent.parent
@@ -55,12 +55,18 @@ def config(model: str, *overrides: str) -> Config:
 
 
 @cache
+def found(model: str) -> Found:
+    """A model's shape, which no number of devices changes."""
+    return find_shape(config(model))
+
+
+@cache
 def plan(model: str, devices: int, split: int | None = None) -> RunPlan:
     """The plan of a model on so many H100s."""
     cluster = Cluster.load(ROOT / "configs" / "clusters" / f"h100-{devices}.yaml")
     cluster = cluster.model_copy(update={"devices_per_worker": split or SPLIT[model]})
     settings = config(model, *SHORTER.get(devices, ()))
-    return plan_on(settings, SIZES, cluster, costs.AHEAD)
+    return plan_on(settings, SIZES, cluster, costs.AHEAD, found(model))
 
 
 @cache
@@ -69,14 +75,14 @@ def turns(gpus: int) -> RunPlan:
     cluster = Cluster.load(ROOT / "configs" / "clusters" / "h100-64.yaml")
     spread = (f"engine.gpus_per_worker={gpus}", "model.device_map=balanced")
     settings = config("llama-3-70b", *SHORTER[64], *spread)
-    return plan_on(settings, replace(SIZES, queries=ASKED), cluster, costs.ENGINE)
+    return plan_on(settings, replace(SIZES, queries=ASKED), cluster, costs.ENGINE, found("llama-3-70b"))
 
 
 def shapes() -> str:
     """What the models' shapes alone say."""
     rows = []
     for name in ("smollm2-135m", "llama-3-8b", "llama-3-70b"):
-        shape, _, _ = find_shape(config(name))
+        shape, _, _ = found(name)
         tracked, tokens = shape.tracked, SIZES.tokens or 0
         forming = 2.0 * layer_bytes(tracked, 1)
         first = forming + sum(rotation_flops(layer, tokens)[0] for layer in tracked)
@@ -108,13 +114,13 @@ def summary() -> str:
     rows = []
     for model in SPLIT:
         for devices in DEVICES:
-            found = plan(model, devices)
-            hours = {stage.name: plans.hours_text(stage.device_hours) for stage in found.stages}
+            one = plan(model, devices)
+            hours = {stage.name: plans.hours_text(stage.device_hours) for stage in one.stages}
             stages = [hours[name] for name in ("covariance", "eigenbases", "lambda", "query", "score")]
             rows.append(
                 [
-                    NAMES[model], str(devices), plans.time_text(found.seconds), *stages,
-                    f"**{found.device_hours:,.1f}**", f"{found.dollars or 0:,.0f}", plans.bytes_text(found.disk_bytes),
+                    NAMES[model], str(devices), plans.time_text(one.seconds), *stages,
+                    f"**{one.device_hours:,.1f}**", f"{one.dollars or 0:,.0f}", plans.bytes_text(one.disk_bytes),
                 ]
             )  # fmt: skip
     names = ("model", "H100s", "time", "covariance", "eigenbases", "Λ", "query", "score", "device-hours", "$", "disk")
@@ -125,16 +131,14 @@ def spread() -> str:
     """A row per number of GPUs of a worker."""
     rows = []
     for gpus in GPUS:
-        found = turns(gpus)
-        passes = [next(c.value for c in found.choices if c.name == name) for name in ("covariance passes", "Λ passes")]
-        fullest = max(stage.device_bytes for stage in found.stages)
-        hours = [
-            plans.hours_text(found.stage(name).device_hours) for name in ("covariance", "lambda", "query", "score")
-        ]
+        one = turns(gpus)
+        passes = [next(c.value for c in one.choices if c.name == name) for name in ("covariance passes", "Λ passes")]
+        fullest = max(stage.device_bytes for stage in one.stages)
+        hours = [plans.hours_text(one.stage(name).device_hours) for name in ("covariance", "lambda", "query", "score")]
         rows.append(
             [
                 str(gpus), *(each.partition(",")[0] for each in passes), plans.bytes_text(fullest),
-                plans.time_text(found.seconds), *hours, f"**{found.device_hours:,.1f}**",
+                plans.time_text(one.seconds), *hours, f"**{one.device_hours:,.1f}**",
             ]
         )  # fmt: skip
     names = (
@@ -158,7 +162,7 @@ def section() -> str:
     small, large = plan("llama-3-8b", 8), plan("llama-3-70b", 64)
     verdict = f"{small.device_hours:.1f} device-hours; floor {FLOOR:.0f}, aim {AIM:.0f}"
     floor = SIZES.sequences or 0
-    shape, _, _ = find_shape(config("llama-3-8b"))
+    shape, _, _ = found("llama-3-8b")
     tokens = SIZES.tokens or 0
     bare = floor * tokens * (shape.forward_flops(tokens) + shape.backward_flops(tokens))
     return f"""

@@ -45,7 +45,10 @@ class Sizes:
     candidates: int | None = None
 
 
-def find_shape(config: Config) -> tuple[ModelShape, models.ModelFiles, int | None]:
+Found = tuple[ModelShape, models.ModelFiles, int | None]
+
+
+def find_shape(config: Config) -> Found:
     """Shapes of a config's model, its files, and its context; a folder that holds config.json alone will do.
 
     Raises:
@@ -86,13 +89,19 @@ def plan_here(config: Config, sizes: Sizes, refresh: bool = False) -> tuple[RunP
     return plan_run(work, cluster, costs.ENGINE if cluster.device.gpu else costs.ENGINE_CPU), cluster
 
 
-def plan_on(config: Config, sizes: Sizes, cluster: Cluster, can: frozenset[str] = costs.AHEAD) -> RunPlan:
-    """A plan on a cluster that need not be here; it may count on what the engine does not do yet, and says so."""
+def plan_on(
+    config: Config, sizes: Sizes, cluster: Cluster, can: frozenset[str] = costs.AHEAD, found: Found | None = None
+) -> RunPlan:
+    """A plan on a cluster that need not be here; it may count on what the engine does not do yet, and says so.
+
+    ``found``: by ``find_shape`` of the same model and kind of curvature, where several plans share it; None: it is
+    found, which of a model of 80 layers takes seconds.
+    """
     device = "cuda" if cluster.device.gpu else "cpu"
     placement = _placement_on(config, cluster, device)
     if placement is not None and len(placement.computing) > 1:
         cluster = cluster.of_workers(placement.gpus)
-    work, _ = _workload(config, sizes, device, placement)
+    work, _ = _workload(config, sizes, device, placement, found)
     return plan_run(work, cluster, can)
 
 
@@ -108,12 +117,14 @@ def _placement_on(config: Config, cluster: Cluster, device: str) -> Placement | 
     return placed(structure, setting, device, gpus, room)
 
 
-def _workload(config: Config, sizes: Sizes, device: str, placement: Placement | None = None) -> tuple[Workload, Plan]:
+def _workload(
+    config: Config, sizes: Sizes, device: str, placement: Placement | None = None, found: Found | None = None
+) -> tuple[Workload, Plan]:
     check_blocks(config.curvature.kind, config.curvature.blocks)
     check_segment(
         config.curvature.kind, config.curvature.segment, config.curvature.solver, config.query.carried_from is not None
     )
-    shape, files, context = find_shape(config)
+    shape, files, context = found or find_shape(config)
     shape = shape.run_by(config.model.checkpointing, placement)
     lengths, query_lengths = _lengths(config, sizes, files, context)
     plan = make_plan(

@@ -34,7 +34,7 @@ FILTER = ("prefilter.kind=idf", "prefilter.top=40", "query.max_error=0")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     """Inputs with a run beside them."""
-    inputs = make_inputs(tmp_path_factory.mktemp("made"), "gpt2")
+    inputs = make_inputs(tmp_path_factory.mktemp("made"), "gpt2", n_layer=1)
     inputs.run(inputs.base / "run", *FILTER)
     return inputs
 
@@ -77,7 +77,7 @@ def other_question(inputs: Inputs) -> None:
 
 # A change of a file -> the stage it needs, and what the line says.
 CHANGES: dict[Callable[[Inputs], None], tuple[str, str]] = {
-    other_weights: ("fit", "weights differ: 1 of 28 tensors (first: transformer.h.0.mlp.c_fc.weight)"),
+    other_weights: ("fit", "weights differ: 1 of 16 tensors (first: transformer.h.0.mlp.c_fc.weight)"),
     other_model_config: ("fit", "config.json differs"),
     other_tokenizer: ("corpus", "tokenizer differs (tokenizer.json)"),
     other_corpus: ("corpus", "the corpus's files changed (content"),

@@ -14,7 +14,7 @@ def test_llama_3_8b_on_eight_devices_keeps_within_its_floor() -> None:
     found = scaling.plan("llama-3-8b", 8)
     assert found.device_hours <= scaling.FLOOR
     # Running the model over the candidates is a bound from below at any utilisation.
-    shape, _, _ = scaling.find_shape(scaling.config("llama-3-8b"))
+    shape, _, _ = scaling.found("llama-3-8b")
     bare = 512e6 * (shape.forward_flops(512) + shape.backward_flops(512))
     assert found.stage("score").device_hours > bare / 989e12 / 3600
 

@@ -14,7 +14,7 @@ IDF = ("prefilter.kind=idf", "prefilter.top=9")
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    return make_inputs(tmp_path_factory.mktemp("inputs"), "gpt2")
+    return make_inputs(tmp_path_factory.mktemp("inputs"), "gpt2", n_layer=1)
 
 
 @pytest.fixture(autouse=True)
