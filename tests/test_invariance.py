@@ -143,6 +143,8 @@ def test_scores_do_not_depend_on_how_many_queries_stand_beside_them(tmp_path: Pa
 
 
 # Many queries of like length run several at a time, in batches of a shape that follows from a query's length.
+# Tokens of each query's two best, which ``contents`` reads, are enough of so many.
+MANY = (*FAST, "score.token_top=2")
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +159,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Inputs, list[dict[st
     ]
     asked[40] |= {"measurement": "contrast", "contrast": "olaf whose garden"}
     write_lines(inputs.queries, asked)
-    run = inputs.run(base / "usual", *FAST)
+    run = inputs.run(base / "usual", *MANY)
     assert len(asked) == 45 and run.settings["plan"]["query_tokens"] > 0
     return inputs, asked, base / "usual"
 
@@ -167,14 +169,14 @@ def test_queries_in_batches_do_not_depend_on_their_company(many: Any, tmp_path: 
     inputs, asked, usual = many
     for part in (asked[:32], asked[:31:-1]):
         write_lines(inputs.queries, part)
-        inputs.run(tmp_path / "grown", *FAST)
+        inputs.run(tmp_path / "grown", *MANY)
     assert differing(contents(tmp_path / "grown"), contents(usual)) == []
 
 
 def test_queries_in_batches_on_two_workers_on_ray(many: Any, tmp_path: Path, ray_cluster: Any) -> None:
     inputs, asked, usual = many
     write_lines(inputs.queries, asked)
-    inputs.run(tmp_path / "ray", *FAST, *_how(2, 1, 1))
+    inputs.run(tmp_path / "ray", *MANY, *_how(2, 1, 1))
     assert differing(contents(tmp_path / "ray"), contents(usual)) == []
 
 
@@ -184,7 +186,7 @@ def test_queries_in_batches_against_each_by_itself(many: Any, tmp_path: Path, mo
     found = []
     for name, least in (("together", 32), ("alone", 1000)):
         monkeypatch.setattr("raylux.engine.choices._MANY_QUERIES", least)
-        run = inputs.run(tmp_path / name, *DENSE)
+        run = inputs.run(tmp_path / name, *DENSE, "score.token_top=0")
         assert bool(run.settings["plan"]["query_tokens"]) == (name == "together")
         found.append(run.scores().sortby("sequence").to_numpy())
     assert error(*found) <= FLOAT32
@@ -205,7 +207,7 @@ def test_what_ends_its_worker_is_given_up_and_its_company_is_not(
 
     monkeypatch.setattr(LocalBackend, "run", failing)
     write_lines(inputs.queries, asked)
-    inputs.run(tmp_path / "run", *FAST)
+    inputs.run(tmp_path / "run", *MANY)
     assert max(sizes) == 16 and sizes.count(1) >= 16
     without = tuple(query["id"] for query in asked if query["id"] != "q5")
     found, wanted = contents(tmp_path / "run", without), contents(usual, without)
