@@ -151,6 +151,7 @@ def _workload(
         blocks=config.curvature.blocks,
         sequence_products=kind.statistics == "sequences",
         fit_sequences=min(config.fit.sequences, corpus),
+        covariance_sequences=config.fit.covariance_sequences,
         corpus=corpus,
         candidates=candidates,
         tokens=tokens,

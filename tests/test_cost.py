@@ -263,6 +263,21 @@ def test_what_is_kept_of_the_fit_takes_no_second_pass() -> None:
     assert forward(2, scored=True) == (0, 0)
 
 
+@pytest.mark.parametrize("keep", [0.0, 0.1, 0.25, 0.5, 2.0])
+def test_a_and_s_of_a_quarter_run_the_model_over_a_quarter(keep: float) -> None:
+    """What A and S leave out is run once, for Λ; kept tensors serve no more than what was run for them."""
+
+    def forward(**changes: Any) -> tuple[float, float]:
+        plan = plan_run(_small(keep_bytes=keep * _small().captured_bytes / 8, **changes), _cluster(), costs.ENGINE)
+        one, two = ({w.kind: w.flops for w in plan.stage(name).works}["forward"] for name in ("covariance", "lambda"))
+        return one, two
+
+    whole, quarter = forward(), forward(covariance_sequences=25)
+    assert quarter[0] == pytest.approx(whole[0] / 4)
+    assert quarter[1] == pytest.approx(whole[0] * (1 - min(keep, 0.25)))
+    assert forward(covariance_sequences=1000) == whole
+
+
 def test_a_form_is_chosen_by_its_whole_cost() -> None:
     def best(sequences: int, queries: int, rank: int, room: float = math.inf) -> str:
         forms = contraction.forms(4096, 14336, 512, queries, rank, 256, 2)

@@ -147,7 +147,8 @@ def passes(work: Workload, cluster: Cluster, held: Held, sums: float) -> tuple[l
 
 
 def covariance(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageCost, list[Choice]]:
-    """Σ a aᵀ and Σ g gᵀ over the fit's tokens."""
+    """Σ a aᵀ and Σ g gᵀ over the fit's tokens, or over those of its first sequences."""
+    work = work.summed()
     device, model, groups = cluster.worker, work.model, work.model.groups
     itemsize = work.stored
     held = covariance_held(groups, itemsize, work.blocks)
@@ -266,7 +267,8 @@ def moments(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[Stag
     device, model = cluster.worker, work.model
     held = moments_held(model.groups, work.operand if work.basis else 0, work.stored, work.blocks)
     blocks, batch = passes(work, cluster, held, layer_bytes(model.tracked, 8))
-    shared, kept = costs.SHARED_ROTATION in can, work.kept_share(cluster.workers)
+    shared, first = costs.SHARED_ROTATION in can, work.summed()
+    kept, beyond = first.fit_tokens * first.kept_share(cluster.workers), work.beyond(cluster.workers)
     tokens, sequences = work.fit_tokens, work.fit_sequences
     rotation, rotating = rotation_work(work, device, tokens, batch, shared)
     forming = 2.0 * sum(layer.share * layer.parameters for layer in model.tracked)
@@ -278,8 +280,9 @@ def moments(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[Stag
     sums = layer_bytes(model.tracked, work.stored)
     bases = covariance_bytes(model.tracked, model.groups, work.stored, work.blocks) if work.basis else 0
     works = [
-        *model_work(work, device, tokens * (1 - kept), batch, blocks),
-        *([reading(work, cluster, tokens * kept)] if kept else []),
+        *model_work(work, device, tokens - kept, batch, blocks),
+        *([reading(work, cluster, kept)] if kept else []),
+        *(_keeping(beyond, cluster, batch, blocks) if beyond and work.scores_fit else []),
         Work("rotation", tokens * rotation, 0.0, rotating),
         Work("forming", tokens * forming, 0.0, forming_seconds(work, device, tokens)),
         Work("squaring", 0.0, squared, device.touching(squared) + starting),
@@ -293,13 +296,13 @@ def moments(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[Stag
         min(shard_room(cluster), layer_bytes(model.tracked, 8)), sums, units * sums,
         device_bytes=fullest(work, device, batch, blocks, held),
     )  # fmt: skip
-    first = sum(rotation_flops(layer, work.tokens)[1] for layer in model.tracked)
+    early = sum(rotation_flops(layer, work.tokens)[1] for layer in model.tracked)
     return stage, [
         _kept_choice(work, cluster),
         _pass_choice("Λ passes", blocks, sum(map(held, model.tracked)), work, device, batch),
         Choice(
             "Λ rotation",
-            f"tokens first in {first} of {len(model.tracked)} layers"
+            f"tokens first in {early} of {len(model.tracked)} layers"
             + (f", inputs once for each of {len(model.leaders)} groups" if shared else ""),
             f"{(rotation + forming) / 1e9:,.3g} GFLOP per token with forming, "
             f"{_formed_first(work) / 1e9:,.3g} if gradients were rotated",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raylux.cost.contraction import captured_width
 from raylux.cost.model import ModelShape
@@ -25,6 +25,7 @@ class Workload:
         sequence_products: A and S are sums over sequences' gradients, not over tokens.
         blocks: in which A and S are kept.
         fit_sequences: that the curvature is fitted on.
+        covariance_sequences: of them, those that A and S are summed over; None: all.
         corpus: sequences of the corpus, which the prefilter reads.
         candidates: sequences that are scored.
         tokens: mean length of a sequence.
@@ -91,6 +92,7 @@ class Workload:
     solver_sequences: int = 0
     sequence_products: bool = False
     blocks: int = 1
+    covariance_sequences: int | None = None
 
     @property
     def itemsize(self) -> int:
@@ -110,6 +112,19 @@ class Workload:
     @property
     def fit_tokens(self) -> float:
         return self.fit_sequences * self.tokens
+
+    def summed(self) -> Workload:
+        """With no more fitted sequences than A and S are summed over."""
+        most = self.fit_sequences if self.covariance_sequences is None else self.covariance_sequences
+        return replace(self, fit_sequences=min(most, self.fit_sequences))
+
+    def beyond(self, workers: int) -> Workload | None:
+        """With the fitted sequences beyond those alone, and the disk that those leave; None: there are none."""
+        first = self.summed()
+        if first.fit_sequences == self.fit_sequences:
+            return None
+        left = max(0.0, self.keep_bytes - first.captured_bytes / workers)
+        return replace(self, fit_sequences=self.fit_sequences - first.fit_sequences, keep_bytes=left)
 
     def stored_rank(self, layer: TrackedLayer) -> int:
         """The assumed rank of a layer's s_test; 0: dense, as low rank would not halve its memory."""
