@@ -97,7 +97,11 @@ def _safetensors(path: str, where: str, structure: nn.Module) -> Callable[[str],
 def _state(path: str, where: str, structure: nn.Module) -> Callable[[str], Any]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except pickle.UnpicklingError:  # what torch says of it is advice to read it all the same
+        raise UserError(
+            f"{where}: no optimizer's state that can be read safely, without running code of the file; {_INSTEAD}"
+        ) from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{where}: no optimizer's state that can be read safely ({one_line(error)})") from None
     state = found.get("state") if isinstance(found, Mapping) else None
     groups = found.get("param_groups") if isinstance(found, Mapping) else None
