@@ -35,22 +35,22 @@ class Behaviour:
         service: draws the seconds of a call.
         startup: draws the seconds from a worker's place on a node to its loaded model.
         compute: what a call returns, one value per reference (missing ones are None); it may raise.
-        make: of a worker, by its number, once it has a place: something with ``GradientWorker``'s ``prepare`` and
-            ``timed``, which answers all its calls; None: ``compute`` answers, without a process's own state.
         fate: asked as a call begins to run: whether its worker dies of it, or hangs.
         numerics: of a node, by its number.
         tick: seconds within which a driver takes finished calls together; above 0 it needs fewer turns.
         call: seconds that a call takes of the driver, whatever its worker does.
+        make: of a worker, by its number, once it has a place: something with ``GradientWorker``'s ``prepare`` and
+            ``timed``, which answers all its calls; None: ``compute`` answers, without a process's own state.
     """
 
     service: Callable[[random.Random, str, tuple[Any, ...]], float] = lambda draw, method, args: 60.0
     startup: Callable[[random.Random], float] = lambda draw: 90.0
     compute: Callable[[str, tuple[Any, ...]], tuple[Any, ...]] = _nothing
-    make: Callable[[int], Any] | None = None
     fate: Callable[[str, tuple[Any, ...]], Fate | None] = _no_fate
     numerics: Callable[[int], dict[str, Any]] = lambda node: {"torch": "", "device": "simulated", "threads": 1}
     tick: float = 0.0
     call: float = 0.0
+    make: Callable[[int], Any] | None = None
 
 
 @dataclass
