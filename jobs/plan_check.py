@@ -145,7 +145,7 @@ def _watch(process: psutil.Process, ended: threading.Event, peak: list[float]) -
 def check(names: Sequence[str], base: Path) -> list[Row]:
     """All rows, of the workloads named; their runs are made in ``base``, unless they are there."""
     rows: list[Row] = []
-    fresh = not any((base / name / _PEAK).exists() for name in names)
+    fresh = not made(names, base)
     for place, name in enumerate(names):
         case, folder = WORKLOADS[name].prepare(), base / name
         done = (folder / _PEAK).exists()
@@ -163,8 +163,13 @@ def check(names: Sequence[str], base: Path) -> list[Row]:
     return rows
 
 
-def page(rows: Sequence[Row]) -> str:
-    """What was found, as Markdown."""
+def made(names: Sequence[str], base: Path) -> list[str]:
+    """Workloads whose runs are in a folder."""
+    return [name for name in names if (base / name / _PEAK).exists()]
+
+
+def page(rows: Sequence[Row], earlier: Sequence[str] = ()) -> str:
+    """What was found, as Markdown; ``earlier``: workloads whose runs were there already."""
     totals = [row for row in rows if row.whole]
     factor = sum(row.measured for row in totals) / sum(row.planned for row in totals)
     least = {row.run: SMALL * row.measured for row in totals}
@@ -183,6 +188,7 @@ def page(rows: Sequence[Row]) -> str:
             missed.append(f"{row.run}: {row.name} ({after:.2f})")
     asked = ", ".join(f"{name} with {QUERIES[name]} queries" for name in dict.fromkeys(row.run for row in rows))
     names = ("workload", "what", "planned", "measured", "planned / measured", "after the factor", "within bounds")
+    note = f" Runs of {', '.join(earlier)} are earlier ones: the engine may have changed since." if earlier else ""
     said = "Everything keeps within them." if not missed else f"Missed: {'; '.join(missed)}."
     return f"""# The plan against the run
 
@@ -193,7 +199,7 @@ slower, but not alike. Peak memory is the largest resident size of the process (
 
 Bounds: bytes within {BYTES_WITHIN}×, time within {TIME_WITHIN}× once calibrated, in stages that take {SMALL:.0%} of
 their workload's time or more. One factor for all rows, {factor:.2f}, makes the time of all workloads right; at 1 the
-rates need none.
+rates need none.{note}
 {said}
 
 {markdown(names, lines)}
@@ -212,8 +218,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown workload '{unknown[0]}'")
     try:
         with contextlib.ExitStack() as stack:
-            made = stack.enter_context(tempfile.TemporaryDirectory(prefix="raylux-plan-check-"))
-            text = page(check(names, options.folder or Path(made)))
+            base = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raylux-plan-check-")))
+            earlier = made(names, base)
+            text = page(check(names, base), earlier)
     except RayluxError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
