@@ -188,14 +188,15 @@ def page(rows: Sequence[Row], earlier: Sequence[str] = ()) -> str:
             missed.append(f"{row.run}: {row.name} ({after:.2f})")
     asked = ", ".join(f"{name} with {QUERIES[name]} queries" for name in dict.fromkeys(row.run for row in rows))
     names = ("workload", "what", "planned", "measured", "planned / measured", "after the factor", "within bounds")
+    when = " at another time" if earlier else " just before"
     note = f" Runs of {', '.join(earlier)} are earlier ones: the engine may have changed since." if earlier else ""
     said = "Everything keeps within them." if not missed else f"Missed: {'; '.join(missed)}."
     return f"""# The plan against the run
 
 Written by `python jobs/plan_check.py --write`: the benchmark's workloads ({asked}), all sequences
 fitted and scored, dense queries, in process, one thread, one run each. Seconds are CPU seconds, of worker, shard and
-driver in the run and of the calls by which the rates were measured just before: what else the machine does makes both
-slower, but not alike. Peak memory is the largest resident size of the process (worker and shard in one).
+driver in the run and of the calls by which the rates were measured{when}: what else the machine does
+makes both slower, but not alike. Peak memory is the largest resident size of the process (worker and shard in one).
 
 Bounds: bytes within {BYTES_WITHIN}×, time within {TIME_WITHIN}× once calibrated, in stages that take {SMALL:.0%} of
 their workload's time or more. One factor for all rows, {factor:.2f}, makes the time of all workloads right; at 1 the

@@ -78,6 +78,12 @@ def test_rates_are_measured_once_and_again_when_asked(config: str, monkeypatch: 
     for more, count in (([], 1), ([], 1), (["--calibrate"], 2)):
         assert main(["plan", config, "--json", *more]) == 0
         assert len(calls) == count
+    # What was measured again is what later plans go by.
+    monkeypatch.setattr(calibrate, "measure", lambda *_: RATES | {"disk_gb_s": 2.0})
+    assert main(["plan", config, "--json", "--calibrate"]) == 0
+    monkeypatch.setattr(calibrate, "measure", lambda *_: pytest.fail("measured once more"))
+    assert main(["plan", config, "--json"]) == 0
+    assert calibrate.measured(1, "cpu")["disk_gb_s"] == 2.0
     capsys.readouterr()
 
 

@@ -83,9 +83,18 @@ def here(threads: int, workers: int, device: str, folder: str, refresh: bool = F
 def measured(threads: int, device: str, refresh: bool = False) -> dict[str, Any]:
     """Rates by the names of ``Device``, and disk_gb_s; from the cache where it has them."""
     facts = (_FORMAT, platform.node(), os.cpu_count(), torch.__version__, threads, _name(device))
-    name = entry_name(f"{platform.node()}-{device}-{threads}", *facts, *([time.time_ns()] if refresh else []))
-    folder = build_once("calibration", name, lambda place: _write(place / "rates.json", threads, device))
+    new: list[Path] = []
+
+    def build(place: Path) -> None:
+        new.append(place)
+        _write(place / "rates.json", threads, device)
+
+    folder = build_once("calibration", entry_name(f"{platform.node()}-{device}-{threads}", *facts), build)
     try:
+        if refresh and not new:
+            with tempfile.TemporaryDirectory(dir=folder) as apart:
+                _write(Path(apart) / "rates.json", threads, device)
+                os.replace(Path(apart) / "rates.json", folder / "rates.json")
         return dict(json.loads((folder / "rates.json").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: cannot be read ({error}); delete it, it is measured again") from None
