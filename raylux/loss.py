@@ -74,7 +74,7 @@ def logit_loss(logits: Tensor, targets: Tensor, labeller: Labeller | None, both:
         part: slice | Tensor = slice(start, start + rows) if dense else places[start : start + rows]
         keep = counted[part]
         x = logits[part].to(wide, copy=True)
-        top = x.max(1).values
+        top = x.amax(1)
         p = x.sub_(top[:, None]).exp_()
         norm = p.sum(1)
         p.div_(norm[:, None])
