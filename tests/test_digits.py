@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from jobs import leave_one_out, pbrf
-from jobs.digits import gaps, removals
+from jobs import fragility, leave_one_out, pbrf
+from jobs.digits import depths, gaps, removals
 from jobs.digits.data import CLASSES, Digits
 from jobs.digits.training import Sgd, forward, network, states_of, train
 
@@ -39,14 +39,12 @@ def test_a_fit_ends_where_the_gradient_vanishes() -> None:
 
 def test_networks_trained_together_are_those_trained_alone() -> None:
     digits, out = Digits.split(3, 40), [-1, 7, 9]
-    model = network(6, 1)
-    together = train(
-        states_of(model, 3), digits.x, digits.y, torch.tensor(out), 2, 4, Sgd(0.1, batch=8), first=1, pull=0.1
-    )
+    model, sgd = network(6, 1, depth=3), Sgd(0.1, batch=8, decay=0.2)
+    together = train(states_of(model, 3), digits.x, digits.y, torch.tensor(out), 2, 4, sgd, first=1, pull=0.1)
     for place, leave in enumerate(out):
-        own = network(6, 1)
+        own = network(6, 1, depth=3)
         begun = [p.detach().clone() for p in own.parameters()]
-        search = torch.optim.SGD(own.parameters(), 0.1, 0.9)
+        search = torch.optim.SGD(own.parameters(), 0.1, 0.9, weight_decay=0.2)
         for epoch in (1, 2):
             order = torch.randperm(40, generator=torch.Generator().manual_seed(4_000_012 + epoch))
             for rows in order.split(8):
@@ -71,7 +69,17 @@ def test_what_influence_predicts(tmp_path: Path) -> None:
     assert all(truth in text for truth in gaps.TRUTHS) and all(gap in text for gap in gaps.GAPS)
 
 
-@pytest.mark.parametrize("job", [leave_one_out, pbrf])
+def test_depth_and_weight_decay(tmp_path: Path) -> None:
+    """The points that influence names do what it says in a shallow network that goes on without them."""
+    settings = depths.Settings(train=60, hidden=8, epochs=16, damping=0.1, questions=2, removed=6, seeds=1)
+    found = [depths.cell(settings, depth, 1e-2, 5, tmp_path / str(depth)) for depth in (1, 3)]
+    assert all(len(own) == 2 for one in found for own in one.correlation.values())
+    assert min(found[0].correlation[depths.WARM]) >= 0.8
+    text = fragility.page(settings, found, "command")
+    assert "| 1 | 0.01 |" in text and "| depth 3 |" in text and "| weight decay 0.01 |" in text
+
+
+@pytest.mark.parametrize("job", [leave_one_out, pbrf, fragility])
 def test_settings_without_sense_are_one_line(job: object, capsys: pytest.CaptureFixture[str]) -> None:
     assert job.main(["--removed", "0"]) == 2  # type: ignore[attr-defined]
     assert capsys.readouterr().err.startswith("error: --")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,12 @@ State = dict[str, Tensor]
 """Parameters by name; of R networks [R, ...]."""
 
 
-def network(hidden: int, seed: int, inputs: int = 64) -> nn.Module:
-    """A tanh MLP of two hidden layers, float64, as torch starts one."""
+def network(hidden: int, seed: int, inputs: int = 64, depth: int = 2) -> nn.Module:
+    """A tanh MLP of ``depth`` hidden layers, float64, as torch starts one."""
     torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, CLASSES)
-    ).double()
+    widths = [inputs, *[hidden] * depth]
+    layers = [part for pair in pairwise(widths) for part in (nn.Linear(*pair), nn.Tanh())]
+    return nn.Sequential(*layers, nn.Linear(hidden, CLASSES)).double()
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,13 @@ class Sgd:
         rate: of learning.
         momentum: of it.
         batch: points of a step.
+        decay: μ of a term (μ/2)‖θ‖² in the loss.
     """
 
     rate: float
     momentum: float = 0.9
     batch: int = 32
+    decay: float = 0.0
 
 
 def states_of(model: nn.Module, count: int) -> State:
@@ -83,7 +86,8 @@ def train(
             gradients = torch.autograd.grad(total, list(own.values()))
             with torch.no_grad():
                 for name, gradient in zip(own, gradients, strict=True):
-                    speed[name].mul_(sgd.momentum).add_(gradient + pull * (own[name] - start[name]))
+                    drawn = pull * (own[name] - start[name]) + sgd.decay * own[name]
+                    speed[name].mul_(sgd.momentum).add_(gradient + drawn)
                     states[name] = (own[name] - sgd.rate * speed[name]).detach()
     return states
 
