@@ -146,7 +146,7 @@ def test_queries_on_the_disk_give_the_same_bits(
     usual = scores(inputs, tmp_path / "memory")
     rested: list[int] = []
     hold = scorer.Resting.hold
-    monkeypatch.setattr(scorer, "_IN_MEMORY", 0)
+    monkeypatch.setattr(scorer, "IN_MEMORY", 0)
     monkeypatch.setattr(scorer.Resting, "hold", lambda self, x: rested.append(len(x)) or hold(self, x))
     assert np.array_equal(scores(inputs, tmp_path / "disk"), usual) and rested
 

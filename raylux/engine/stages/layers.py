@@ -144,7 +144,8 @@ def _pass(ctx: Context, units: FitUnits, sums: LayerSums, layers: Sequence[Track
         ctx.keepers = {**done.workers, **ctx.keepers}
     if done.heads:
         key, objects = ctx.folder.write("factors/labels", {"labels": units.joined(done.heads)})
-        ctx.folder.commit(LABELS, f"{sums.stage} {len(ctx.folder.committed(LABELS))}", objects, key=key)
+        before = len(ctx.folder.committed(LABELS))
+        ctx.folder.commit(LABELS, f"labels {before}" if before else "labels", objects, key=key)
     return done
 
 
