@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
+from raylux.modelcheck import check_folder
 from raylux.models import coverage, load_model, load_structure, load_tokenizer
 from tests.architectures import build
 from tests.malformed import Case, case, refused, table
@@ -310,3 +312,15 @@ def test_gguf(case: Case, gguf_bytes: bytes, tmp_path: Path) -> None:
 def test_gguf_with_nan(gguf_bytes: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(gguf_bytes[:-64] + np.full(16, np.nan, np.float32).tobytes())
     refused(lambda: load_model(find(tmp_path / "a.gguf"), "float32", "cpu"), "NaN or infinity in the weights")
+
+
+def test_weights_larger_than_this_machine_are_no_broken_file(tmp_path: Path) -> None:
+    """Its shapes serve a plan for a cluster; the file has holes in the place of numbers."""
+    build("llama").save_pretrained(tmp_path)
+    size = 2 * psutil.virtual_memory().total // 4 * 4
+    header = json.dumps({"w": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
+    header += b" " * (-len(header) % 8)
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    assert check_folder(tmp_path, "model.path", trust_remote_code=False) == "causal-lm"
