@@ -9,7 +9,6 @@ A small Llama is trained on Wikipedia leads (the study of ``jobs/datamodel.py``,
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -76,14 +75,9 @@ def measured(options: dict[str, Any], command: str) -> pages.Page:
     """Train, score, compare."""
     study = Study.of(Settings(**options))
     model = train_model(study.texts, study.tokenizer, study.settings.training(FIRST_SEED))
-    with tempfile.TemporaryDirectory() as folder:
-        cases = [("identity", 1), *((kind, blocks) for kind in KINDS for blocks in BLOCKS)]
-        scores = {
-            (kind, blocks): methods.scores(
-                study, model, Path(folder) / f"{kind}-{blocks}", kind, [f"curvature.blocks={blocks}"]
-            )
-            for kind, blocks in cases
-        }
+    cases = [("identity", 1), *((kind, blocks) for kind in KINDS for blocks in BLOCKS)]
+    asked = {case: (case[0], [f"curvature.blocks={case[1]}"]) for case in cases}
+    scores = methods.each(study, model, asked)
     return pages.Page(page(study.settings, scores, command))
 
 

@@ -10,7 +10,6 @@ labels and λ. Another draw of the fitted sequences tells how far two fits on al
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -72,11 +71,8 @@ def measured(options: dict[str, Any], command: str) -> pages.Page:
     """Train, score, compare."""
     study = Study.of(Settings(**options))
     model = train_model(study.texts, study.tokenizer, study.settings.training(FIRST_SEED))
-    with tempfile.TemporaryDirectory() as folder:
-        scores = {
-            case: methods.scores(study, model, Path(folder) / str(place), "ekfac", keys)
-            for place, (case, keys) in enumerate(cases(study.settings.train).items())
-        }
+    asked = {case: (methods.EKFAC, keys) for case, keys in cases(study.settings.train).items()}
+    scores = methods.each(study, model, asked)
     return pages.Page(page(study.settings, scores, command))
 
 

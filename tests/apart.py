@@ -63,10 +63,18 @@ class Processes:
     _asked: Counter[int] = field(default_factory=Counter)
 
     def backend(
-        self, worker: WorkerSpec, shards: list[ShardSpec], workers: int, timeout: float, *_: Any, **__: Any
+        self,
+        worker: WorkerSpec,
+        shards: list[ShardSpec],
+        workers: int,
+        timeout: float,
+        started: bool,
+        capacity: Any,
+        notify: Notify,
+        *_: Any,
+        **__: Any,
     ) -> SimulatedBackend:
         """In the place of ``RayBackend``, with its arguments."""
-        notify: Notify = _[2]
 
         def worker_made(number: int) -> _Apart:
             self.workers[number] += 1

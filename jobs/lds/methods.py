@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import xarray as xr
@@ -18,11 +20,23 @@ from raylux.combined import Combined
 from raylux.errors import UserError
 
 EKFAC = "ekfac"
+Case = TypeVar("Case", bound=Hashable)
 
 
 def scores(study: Study, model: PreTrainedModel, folder: Path, kind: str, overrides: Sequence[str] = ()) -> np.ndarray:
     """raylux's scores [Q, N], in the order of the texts."""
     return array(study, run(study, model, folder, kind, overrides))
+
+
+def each(
+    study: Study, model: PreTrainedModel, cases: Mapping[Case, tuple[str, Sequence[str]]]
+) -> dict[Case, np.ndarray]:
+    """``scores`` of one model by several kinds and keys of the config, each in a folder that does not stay."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {
+            case: scores(study, model, Path(folder) / str(place), kind, keys)
+            for place, (case, (kind, keys)) in enumerate(cases.items())
+        }
 
 
 def run(study: Study, model: PreTrainedModel, folder: Path, kind: str, overrides: Sequence[str] = ()) -> raylux.Run:

@@ -8,7 +8,7 @@ al. 2020, equations 11 and 9). In the eigenbasis, with W = Q_Sᵀ V Q_A, they ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -72,12 +72,10 @@ def add_projected_squares(
     metrics: Mapping[str, Projected],
 ) -> None:
     """``add_squares`` in the metrics of some layers, a sequence at a time."""
-    for name, metric in metrics.items():
-        for place, v in each_gradient(inputs[groups[name]], grads[name]):
-            step = metric.solve(v).flatten()
-            flat = v.flatten()
-            found = torch.stack([torch.dot(flat, flat).double(), metric.square(v), torch.dot(step, step).double()])
-            total[:, place] += found.to(total.device)
+    for name, place, v in _each_of(metrics, inputs, grads, groups):
+        step, flat = metrics[name].solve(v).flatten(), v.flatten()
+        found = torch.stack([torch.dot(flat, flat).double(), metrics[name].square(v), torch.dot(step, step).double()])
+        total[:, place] += found.to(total.device)
 
 
 def add_projected_lengths(
@@ -88,9 +86,17 @@ def add_projected_lengths(
     metrics: Mapping[str, Projected],
 ) -> None:
     """``total`` [N] float64 += the square that scores are divided by, of each sequence's gradient in some layers."""
-    for name, metric in metrics.items():
+    for name, place, v in _each_of(metrics, inputs, grads, groups):
+        total[place] += metrics[name].square(v).to(total.device)
+
+
+def _each_of(
+    layers: Iterable[str], inputs: Mapping[str, Rows], grads: Mapping[str, Rows], groups: Mapping[str, str]
+) -> Iterator[tuple[str, int, Tensor]]:
+    """Layer, place and gradient, as ``each_gradient``."""
+    for name in layers:
         for place, v in each_gradient(inputs[groups[name]], grads[name]):
-            total[place] += metric.square(v).to(total.device)
+            yield name, place, v
 
 
 def each_gradient(a: Rows, g: Rows) -> Iterator[tuple[int, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -11,38 +11,28 @@ import torch
 
 from raylux import gpu, profiling
 from raylux.batches import KEPT_PADDING, Batch, TokenRow, fit_batches, is_scored_so
-from raylux.capture import Capture, Captured, Labeller
+from raylux.capture import Captured, Labeller
 from raylux.curvature import Covariances, add_second_moments, weighted
 from raylux.curvature.joint import COLUMNS
 from raylux.engine.captures import FIT, CapturedSequences
+from raylux.engine.parts import WorkerPart
 from raylux.engine.records import Contraction, FactorFiles
 from raylux.engine.scorer import Bases
 from raylux.routed import Rows
 from raylux.sampling import drawn_before
-from raylux.store import CorpusReader
 
 Part = dict[str, Any]
 """What goes to one shard: arrays by layer, and counts."""
 
 
-class FitSums(ABC):
-    """Methods of ``GradientWorker``, which has the rest.
+class FitSums(WorkerPart):
+    """Sums of the fit.
 
     The layers that are summed are those that ``shards`` names: all of the model's, or those of a layer pass.
     """
 
-    spec: Any
-    device: str
-    devices: dict[str, str]
-    compute: torch.dtype
     _kept: CapturedSequences
     _bases: Bases
-    _capture: Capture | None
-
-    @property
-    @abstractmethod
-    def reader(self) -> CorpusReader:
-        """The corpus of the run."""
 
     @abstractmethod
     def _run(

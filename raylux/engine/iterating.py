@@ -6,37 +6,29 @@ state again, and the step is taken again.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from raylux import gpu, profiling
 from raylux.curvature import KINDS, Spectral
 from raylux.curvature.solvers import SOLVERS, LayerSolve
 from raylux.engine import numerics
+from raylux.engine.parts import ShardPart
 from raylux.engine.records import STATE, Fitted, each_query, read_joint, read_state, tensor
 from raylux.errors import NumericsError
-from raylux.layers import TrackedLayer
-from raylux.store import RunFolder
 
 Objects = dict[str, tuple[int, str]]
 Saved = tuple[dict[str, str], Objects, numerics.Numerics]
 """Layer -> key of its state, the objects written, and what their bits depend on."""
 
 
-class IterativeSolves(ABC):
-    """Methods of ``FactorShard``, which has the rest."""
+class IterativeSolves(ShardPart):
+    """Solves that take products with the Gauss-Newton matrix."""
 
-    spec: Any
-    folder: RunFolder
-    layers: dict[str, TrackedLayer]
-    compute: torch.dtype
-    _sums: dict[str, np.ndarray]
-    _counts: dict[str, int]
     _solves: dict[str, LayerSolve]
     _block: dict[str, list[Tensor]]
     _factors: dict[str, list[tuple[Tensor, Tensor]]]
@@ -44,10 +36,6 @@ class IterativeSolves(ABC):
     @abstractmethod
     def _curvature(self, name: str, fitted: Fitted) -> tuple[Spectral, float]:
         """A layer's curvature, and its λ."""
-
-    @abstractmethod
-    def _tokens(self, part: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
-        """a [T, M] and g [T, P] of a query in a layer."""
 
     def begin_solve(
         self, solver: str, fitted: Fitted, *parts: Mapping[str, Any] | Sequence[Mapping[str, Any]]

@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from raylux import gpu, profiling
 from raylux.curvature.joint import joined, split
 from raylux.engine import numerics
 from raylux.engine.iterating import Objects, Saved
+from raylux.engine.parts import ShardPart
 from raylux.engine.records import STATE, Fitted, each_query, read_joint
-from raylux.store import RunFolder
 
 
-class JointSolves(ABC):
-    """Methods of ``FactorShard``, which has the rest."""
-
-    spec: Any
-    folder: RunFolder
-    compute: torch.dtype
-    _sums: dict[str, np.ndarray]
-    _counts: dict[str, int]
-
-    @abstractmethod
-    def _storage(self) -> type: ...
-
-    @abstractmethod
-    def _tokens(self, part: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
-        """a [T, M] and g [T, P] of a query in a layer."""
+class JointSolves(ShardPart):
+    """Solves by one matrix over all layers."""
 
     def write_joint(self) -> dict[str, tuple[str, Objects, dict[str, Any]]]:
         """Write each layer's rows of it [P · M, D], the mean over sequences, and its own diagonal [P, M] as its Λ."""

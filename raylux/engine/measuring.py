@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +11,11 @@ import psutil
 
 from raylux import models, profiling
 from raylux.batches import TokenRow
-from raylux.capture import Capture
+from raylux.engine.parts import WorkerPart
 from raylux.errors import UserError
 from raylux.evaluate import ProximalObjective, Questions, measure
 from raylux.evaluate.exact import exact_norms
 from raylux.layers import TrackedLayer
-from raylux.store import CorpusReader
 
 # Memory for the gradients that choose the coordinates of a search.
 _DRAWN_BYTES = 1 << 30
@@ -55,18 +53,10 @@ def draws(layers: Sequence[TrackedLayer]) -> int:
     return max(_FEWEST_DRAWS, min(size + size // 2, _MOST_DRAWS, _DRAWN_BYTES // (8 * size)))
 
 
-class ProximalMeasurements(ABC):
-    """Methods of ``GradientWorker``, which has the rest."""
+class ProximalMeasurements(WorkerPart):
+    """Measurements at the proximal optimum."""
 
-    spec: Any
-    device: str
-    _capture: Capture | None
     _objective: tuple[str, ProximalObjective] | None
-
-    @property
-    @abstractmethod
-    def reader(self) -> CorpusReader:
-        """The corpus of the run."""
 
     def measure_unit(self, asked: Measuring, row: int) -> dict[str, Any]:
         """Change of every query's measurement by each dose of one corpus row.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,27 +11,15 @@ from torch import Tensor
 
 from raylux import gpu, profiling
 from raylux.batches import fit_batches
-from raylux.capture import Capture
 from raylux.curvature.gauss_newton import add_products, energy
+from raylux.engine.parts import WorkerPart
 from raylux.engine.records import Directions, read_state, tensor
-from raylux.store import CorpusReader, RunFolder
 
 
-class GaussNewtonProducts(ABC):
-    """Methods of ``GradientWorker``, which has the rest."""
+class GaussNewtonProducts(WorkerPart):
+    """Products with the Gauss-Newton matrix of the fitted sequences."""
 
-    spec: Any
-    device: str
-    devices: dict[str, str]
-    folder: RunFolder
-    compute: torch.dtype
-    _capture: Capture | None
     _aimed: tuple[Directions, list[dict[str, Tensor]]] | None
-
-    @property
-    @abstractmethod
-    def reader(self) -> CorpusReader:
-        """The corpus of the run."""
 
     def product_unit(
         self, rows: np.ndarray, shards: Sequence[Sequence[str]], directions: Directions

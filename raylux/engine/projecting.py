@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,45 +12,25 @@ import torch
 from torch import Tensor
 
 from raylux import gpu, profiling
-from raylux.batches import Batch, TokenRow
-from raylux.capture import Captured, Labeller
+from raylux.capture import Captured
 from raylux.curvature import Spectral
 from raylux.curvature.squares import each_gradient
+from raylux.engine.fitting import FitSums
 from raylux.engine.iterating import Objects
+from raylux.engine.parts import ShardPart
 from raylux.engine.records import Fitted, LoadedCurvature, read_projected
 from raylux.engine.solve import Form, Solved, Tokens, solve_layer
 from raylux.engine.weighing import Curvatures
 from raylux.routed import Rows
-from raylux.store import CorpusReader, RunFolder
 
 
-class ProjectedSums(ABC):
-    """Methods of ``GradientWorker``, which has the rest."""
+class ProjectedSums(FitSums):
+    """Sums of the fit of a kind that projects gradients."""
 
-    spec: Any
-    compute: torch.dtype
-    devices: dict[str, str]
     _curvatures: Curvatures
-
-    @property
-    @abstractmethod
-    def reader(self) -> CorpusReader:
-        """The corpus of the run."""
-
-    @abstractmethod
-    def _run(
-        self,
-        batch: Batch,
-        sampled: bool | Labeller,
-        both: bool = False,
-        wanted: Collection[str] | None = None,
-    ) -> Captured: ...
 
     @abstractmethod
     def _widened(self, captured: Captured) -> tuple[dict[str, Rows], dict[str, Rows]]: ...
-
-    @abstractmethod
-    def _fit_batches(self, sequences: Sequence[TokenRow]) -> list[Batch]: ...
 
     def projected_unit(
         self, rows: np.ndarray, labels: np.ndarray | None, shards: Sequence[Sequence[str]], loaded: LoadedCurvature
@@ -86,17 +66,8 @@ class ProjectedSums(ABC):
         return (None, *parts)
 
 
-class ProjectedFactors(ABC):
-    """Methods of ``FactorShard``, which has the rest."""
-
-    spec: Any
-    folder: RunFolder
-    compute: torch.dtype
-    _sums: dict[str, np.ndarray]
-    _counts: dict[str, int]
-
-    @abstractmethod
-    def _storage(self) -> type: ...
+class ProjectedFactors(ShardPart):
+    """What a shard makes of them."""
 
     def write_projected(self) -> dict[str, tuple[str, Objects, dict[str, Any]]]:
         """Write the mean outer product of each layer's projections [K·K, K·K]."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from raylux.curvature.squares import (
     add_projected_squares,
     add_squares,
 )
+from raylux.engine.parts import WorkerPart
 from raylux.engine.records import Contraction, LoadedCurvature, read_curvature, read_joint, read_projected
 from raylux.engine.scorer import Pack, PackPart
 from raylux.errors import NumericsError
@@ -121,13 +121,9 @@ class Curvatures:
         self._held, self._of, self._joint, self._projected = {}, None, None, {}
 
 
-class SelfInfluences(ABC):
-    """Methods of ``GradientWorker``, which has the rest."""
+class SelfInfluences(WorkerPart):
+    """Lengths of gradients, self-influences, steps."""
 
-    spec: Any
-    device: str
-    folder: RunFolder
-    compute: torch.dtype
     _curvatures: Curvatures
 
     @abstractmethod

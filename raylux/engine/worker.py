@@ -22,7 +22,7 @@ from raylux.capture import Capture, Captured, Labeller
 from raylux.curvature import Statistics
 from raylux.engine import numerics
 from raylux.engine.captures import GIVEN, CapturedSequences
-from raylux.engine.fitting import FitSums, Part
+from raylux.engine.fitting import Part
 from raylux.engine.measuring import ProximalMeasurements
 from raylux.engine.multiplying import GaussNewtonProducts
 from raylux.engine.plan import Plan
@@ -72,7 +72,7 @@ class QuerySpec:
     weights: tuple[float, ...]
 
 
-class GradientWorker(FitSums, ProjectedSums, GaussNewtonProducts, ProximalMeasurements, SelfInfluences):
+class GradientWorker(ProjectedSums, GaussNewtonProducts, ProximalMeasurements, SelfInfluences):
     """Holds a frozen model and answers for units; it keeps nothing that another worker would miss.
 
     What a unit needs beside the model (bases, queries) comes with the call and is read from the run folder

@@ -1,0 +1,49 @@
+"""What the classes that ``GradientWorker`` and ``FactorShard`` are put together from know of the rest."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raylux.capture import Capture
+from raylux.layers import TrackedLayer
+from raylux.store import CorpusReader, RunFolder
+
+
+class WorkerPart(ABC):
+    """Methods of ``GradientWorker``, which has the rest."""
+
+    spec: Any
+    device: str
+    devices: dict[str, str]
+    folder: RunFolder
+    compute: torch.dtype
+    _capture: Capture | None
+
+    @property
+    @abstractmethod
+    def reader(self) -> CorpusReader:
+        """The corpus of the run."""
+
+
+class ShardPart(ABC):
+    """Methods of ``FactorShard``, which has the rest."""
+
+    spec: Any
+    folder: RunFolder
+    layers: dict[str, TrackedLayer]
+    compute: torch.dtype
+    _sums: dict[str, np.ndarray]
+    _counts: dict[str, int]
+
+    @abstractmethod
+    def _storage(self) -> type: ...
+
+    @abstractmethod
+    def _tokens(self, part: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
+        """a [T, M] and g [T, P] of a query in a layer."""
