@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from raylux.engine.pace import Pace
 from raylux.engine.progress import Reporter
@@ -20,8 +21,11 @@ from raylux.engine.simulate_backend import ShardBehaviour, ShardFate, SimulatedB
 from raylux.engine.sums import Finished, SumPass, Units
 from raylux.layers import TrackedLayer
 from raylux.store import RunFolder
+from raylux.triangles import triangle_entries, unpack
 
 LAYERS = tuple(TrackedLayer(f"l{place}", 3, 2, False, False) for place in range(2))
+# Rows of A and of S.
+SIZES = {"A": 3, "S": 2}
 
 
 class DriverKilled(BaseException):
@@ -34,8 +38,8 @@ def part(unit: int, layers: list[TrackedLayer]) -> dict[str, Any]:
     for layer in layers:
         draw = np.random.default_rng([unit, int(layer.name[1:])])
         scale = 10.0 ** draw.integers(-6, 6)
-        sums["inputs"][layer.name] = (scale * draw.standard_normal((3, 3))).astype(np.float32)
-        sums["grads"][layer.name] = (scale * draw.standard_normal((2, 2))).astype(np.float32)
+        sums["inputs"][layer.name] = (scale * draw.standard_normal(triangle_entries([SIZES["A"]]))).astype(np.float32)
+        sums["grads"][layer.name] = (scale * draw.standard_normal(triangle_entries([SIZES["S"]]))).astype(np.float32)
         sums["rows"][layer.name] = 10 + unit
     return sums
 
@@ -179,7 +183,7 @@ def expected(units: int, out: tuple[int, ...] = ()) -> dict[str, Any]:
             total = total + more[side][layer.name]
         rows = sum(more["rows"][layer.name] for more in counted)
         sums[f"{name}:{layer.name}"] = total
-        mean = (total / rows).astype(np.float32)
+        mean = unpack(torch.from_numpy((total / rows).astype(np.float32)), SIZES[name]).numpy()
         found[f"{name}:{layer.name}"] = mean.tobytes()
         eigenvalue = float(np.trace(mean, dtype=np.float64)) / len(mean)
         found[f"counts {name}:{layer.name}"] = {"rows": rows, "sequences": sequences, "mean": eigenvalue}

@@ -19,6 +19,7 @@ from raylux.batches import mask_of_rows
 from raylux.blocks import Blocks, block_sizes
 from raylux.products import aligned, wide_product
 from raylux.routed import Routed, Rows
+from raylux.triangles import pack
 
 
 @dataclass
@@ -66,6 +67,14 @@ class Covariances:
     def grads(self) -> dict[str, Tensor]:
         """Layer -> Σ g gᵀ [P, P]; likewise."""
         return {name: _joined(parts) for name, parts in self._grads.items()}
+
+    def triangles(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """``inputs`` and ``grads`` as lower triangles, block after block (``triangles.pack``)."""
+        inputs, grads = (
+            {name: torch.cat([pack(part) for part in parts.values()]) for name, parts in sums.items()}
+            for sums in (self._inputs, self._grads)
+        )
+        return inputs, grads
 
 
 def _counted(g: Tensor, mask: Tensor) -> int:

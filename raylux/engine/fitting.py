@@ -65,7 +65,7 @@ class FitSums(WorkerPart):
 
         Returns:
             The labels the gradients were taken on (flat, in the order of ``rows``), None where they were given; then
-            a part per shard.
+            a part per shard, its sums as triangles (``raylux.triangles``).
         """
         wanted = frozenset(name for names in shards for name in names)
         keeps = contraction.scored and self.spec.keep != 0
@@ -82,7 +82,9 @@ class FitSums(WorkerPart):
                 dtype = contraction.torch_dtype
                 self._keep(rows, batch, captured, self._operands(captured, dtype), dtype)
             unit.note(batch, captured)
-        arrays = [{name: gpu.to_host(x).numpy() for name, x in found.items()} for found in (sums.inputs, sums.grads)]
+        with profiling.of("covariance"):
+            triangles = sums.triangles()
+        arrays = [{name: gpu.to_host(x).numpy() for name, x in found.items()} for found in triangles]
         parts = [
             {
                 "inputs": {name: arrays[0][name] for name in names if name in arrays[0]},

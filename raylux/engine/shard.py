@@ -42,6 +42,7 @@ from raylux.influence.words import WordGradient
 from raylux.layers import TrackedLayer
 from raylux.memory import give_back
 from raylux.store import RunFolder
+from raylux.triangles import pack, triangle_entries, unpack_blocks
 
 Objects = dict[str, tuple[int, str]]
 Written = dict[str, tuple[str, Objects, dict[str, Any]]]
@@ -110,12 +111,18 @@ class FactorShard(IterativeSolves, JointSolves, ProjectedFactors):
             counts: layer -> token rows summed, and "" -> sequences summed.
         """
         own = set(self._own())
-        self._sums = {
-            name: self.folder.group(key).read("sum").copy() for name, key in (keys or {}).items() if name in own
-        }
+        self._sums = {name: self._snapshotted(name, key) for name, key in (keys or {}).items() if name in own}
         self._counts = {name: count for name, count in (counts or {}).items() if not name or name in self.layers}
         self._next, self._ahead = cursor, {}
         give_back()
+
+    def _snapshotted(self, name: str, key: str) -> np.ndarray:
+        """A sum from a snapshot; raylux wrote both triangles of covariances before it summed one."""
+        total: np.ndarray = self.folder.group(key).read("sum")
+        if name in self.layers or total.size == triangle_entries(self._sizes(name)):
+            return total.copy()
+        whole = Blocks.of(torch.from_numpy(total.copy()).flatten(), self._sizes(name))
+        return torch.cat([pack(block) for block in whole.parts]).numpy()
 
     def add(self, unit: int, part: Mapping[str, Any] | None) -> int:
         """Take a unit's part; None: the unit was given up. A unit that is in the sums already is dropped.
@@ -163,10 +170,11 @@ class FactorShard(IterativeSolves, JointSolves, ProjectedFactors):
         """Write A of each input group and S of each layer as means over tokens: name -> key, objects, counts."""
         written = {}
         for name, total in self._sums.items():
-            rows = self._counts[name.partition(":")[2]]
+            rows, sizes = self._counts[name.partition(":")[2]], self._sizes(name)
             # To an expert perhaps no token was routed: its sums are zeros.
-            mean: np.ndarray = (total / max(1, rows)).astype(self._storage())
-            sizes = self._sizes(name)
+            triangles: np.ndarray = (total / max(1, rows)).astype(self._storage())
+            square = unpack_blocks(torch.from_numpy(triangles), sizes)
+            mean = (square.flat() if isinstance(square, Blocks) else square).numpy()
             facts = {} if mean.ndim == 2 else {"sizes": sizes}
             key, objects = self.folder.write(f"factors/{_tidy(name)}/covariance", {"matrix": mean}, facts)
             eigenvalue = _trace(mean, sizes) / sum(sizes)

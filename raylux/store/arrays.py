@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import zarr
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
-from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import Buffer, BufferPrototype
 
 from raylux.errors import RayluxError
@@ -61,7 +60,7 @@ def _write_array(store: Store, name: str, array: np.ndarray) -> None:
         shape=array.shape,
         dtype=array.dtype,
         chunks=chunks or "auto",
-        compressors=[Crc32cCodec()],
+        compressors=None,  # the group's index has a checksum of each chunk; one of Zarr's own would cost a copy
         # One folder per array instead of one per dimension: each costs an fsync.
         chunk_key_encoding={"name": "default", "separator": "."},
         # Zarr reads a lost chunk as its fill value: one that no array holds gives the loss away.
