@@ -82,7 +82,7 @@ class TestAgainstAutograd:
             expected = reference.gradients(model, list(found), reference.Example(row.tokens, row.labels))
             for layer, gradient in found.items():
                 error = np.linalg.norm(gradient[place] - expected[layer]) / np.linalg.norm(expected[layer])
-                assert error <= 1e-6
+                assert error <= 3e-6
 
     def test_tied_embeddings_are_what_the_models_have(self) -> None:
         for name in ("gpt2", "llama", "opt"):

@@ -123,7 +123,7 @@ class TestBf16:
         a, g = normal(5, 6, 7, seed=1), normal(5, 6, 30, seed=2)
         queries = [normal(30, 7, seed=place) for place in range(11)]
         whole = LayerQueries.build((30, 7), queries, tokens=6)
-        monkeypatch.setattr("raylux.influence.dots._SLICE", 28)
+        monkeypatch.setattr("raylux.influence.dots.SLICE", 28)
         parts = LayerQueries.build((30, 7), queries, tokens=6)
         assert (len(whole.tiles[0]), len(parts.tiles[0])) == (1, 8)
         torch.testing.assert_close(parts.scores([(a, g)]), whole.scores([(a, g)]), rtol=1e-12, atol=1e-12)

@@ -84,6 +84,14 @@ def test_arrays_larger_than_a_chunk(local: RunFolder, monkeypatch: pytest.Monkey
     assert np.array_equal(local.group(key).read("matrix"), ARRAYS["matrix"])
 
 
+def test_chunks_are_as_equal_as_can_be(local: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zarr writes the last chunk as large as the others: 16 rows of which 15 fit would be written twice."""
+    monkeypatch.setattr("raylux.store.arrays._CHUNK_BYTES", 15 * 8)
+    key = local.write("any", {"matrix": np.arange(16.0)})[0]
+    assert [path.stat().st_size for path in _object(local, f"{key}/matrix").glob("c.*")] == [64, 64]
+    assert np.array_equal(local.group(key).read("matrix"), np.arange(16.0))
+
+
 def test_the_ledger_keeps_any_name_of_a_unit(folder: RunFolder) -> None:
     names = ["A:model.layers.0.mlp", "Ω/../x", "a b", "%2F", "."]
     for name in names:

@@ -7,7 +7,7 @@ Q_Sᵀ G Q_A.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import overload
 
 import torch
@@ -92,19 +92,29 @@ def add_second_moments(
     grads: Mapping[str, Rows],
     groups: Mapping[str, str],
     bases: Mapping[str, Basis],
+    turned: Callable[[Mapping[str, Rows]], None] | None = None,
 ) -> None:
     """``add_second_moment`` for every layer; layers of one input group share the rotation of their inputs.
 
-    A sequence of which no token was routed to an expert adds zeros to its sum, and counts.
+    A sequence of which no token was routed to an expert adds zeros to its sum, and counts. ``turned`` is told of the
+    inputs of each group whose tokens are rotated, as they are in the eigenbasis.
     """
-    held: tuple[str, Rows] | None = None
+    group = ""
+    a: Rows | None = None
+    a_turned: Rows | None = None
     for name, g in grads.items():
-        (q_a, q_s), a = bases[name], inputs[groups[name]]
+        q_a, q_s = bases[name]
+        if a is None or group != groups[name]:
+            group, a_turned = groups[name], None
+            a = inputs[group]
+        own = a
         if rotate_tokens_first(row_count(a), width(g), width(a)):
-            if held is None or held[0] != groups[name]:
-                held = groups[name], rotate(a, q_a)
-            a, g, q_a, q_s = held[1], rotate(g, q_s), None, None
-        for _, own_a, own_g in sequence_parts(a, g):
+            if a_turned is None:
+                a_turned = rotate(a, q_a)
+                if turned is not None and q_a is not None:
+                    turned({group: a_turned})
+            own, g, q_a, q_s = a_turned, rotate(g, q_s), None, None
+        for _, own_a, own_g in sequence_parts(own, g):
             add_second_moment(totals[name], own_a, own_g, q_a, q_s)
 
 

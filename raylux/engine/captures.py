@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -11,14 +12,45 @@ from torch import Tensor
 from raylux.batches import Batch
 from raylux.cost.contraction import captured_width
 from raylux.engine.kept import Kept
+from raylux.engine.records import FactorFiles
 from raylux.layers import TrackedLayer
+from raylux.profiling import of
 from raylux.routed import Routed, Rows
 
-# What is kept of a sequence: its inputs, its gradients on the labels of the fit, and on those given.
-INPUTS, FIT, GIVEN = "inputs", "fit", "given"
+# What is kept of a sequence: its inputs, its gradients on the labels of the fit, and on those given; and its inputs in
+# the eigenbases.
+INPUTS, FIT, GIVEN, TURNED = "inputs", "fit", "given", "turned"
 
 Captures = Mapping[str, Rows]
 """a by input group, or g by layer, of a batch."""
+
+Captured = tuple[Captures, Captures]
+"""a and g of a batch."""
+
+
+class _Resting(Mapping[str, Rows]):
+    """What is kept of a batch; each tensor is read when it is asked for, and is not held here.
+
+    Args:
+        names: of the tensors.
+        read: one of them; None where the disk fails.
+        again: all of them, computed; asked for at most once by those who share it.
+    """
+
+    def __init__(self, names: Sequence[str], read: Callable[[str], Rows | None], again: Callable[[], Captures]) -> None:
+        self._names, self._read, self._again = names, read, again
+
+    def __getitem__(self, name: str) -> Rows:
+        if name not in self._names:
+            raise KeyError(name)
+        found = self._read(name)
+        return self._again()[name] if found is None else found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class CapturedSequences:
@@ -36,6 +68,7 @@ class CapturedSequences:
     ) -> None:
         self._kept, self._layers, self._groups, self._devices = Kept(limit), layers, groups, devices
         self._routed = frozenset(layer.name for layer in layers if layer.routed)
+        self._basis: FactorFiles | None = None
 
     def keep(self, rows: np.ndarray, batch: Batch, inputs: Captures, grads: Captures, given: Captures) -> None:
         """Keep the sequences of a batch, as far as they fit.
@@ -62,28 +95,68 @@ class CapturedSequences:
         there = self._kept.names((INPUTS, row)), self._kept.names((which, row))
         return all(name in there[0] for name in inputs) and all(name in there[1] for name in grads)
 
+    def keep_turned(self, rows: np.ndarray, batch: Batch, basis: FactorFiles, turned: Captures) -> None:
+        """Keep inputs of a batch as they are in the eigenbases ``basis``, for the scores: as far as they fit.
+
+        Of sequences whose gradients on their own labels are kept; the others are run again for the scores.
+
+        Args:
+            rows: corpus rows, in which ``batch.rows`` are places.
+            batch: whose inputs they are.
+            basis: the eigenbases.
+            turned: a Q by input group.
+        """
+        self._basis = basis
+        share = self._share(turned)
+        with of("keep"):
+            for place, at in enumerate(batch.rows):
+                if (GIVEN, int(rows[at])) in self._kept:
+                    self._kept.put((TURNED, int(rows[at])), {name: x[place] for name, x in turned.items()}, share)
+
     def batch(
         self,
         rows: np.ndarray,
         batch: Batch,
         which: str,
         dtype: torch.dtype,
-        wanted: Collection[str] | None = None,
-    ) -> tuple[dict[str, Rows], dict[str, Rows]] | None:
-        """a and g of a batch whose sequences are all kept; rows beyond them repeat the first, as its tokens do."""
-        places = [int(rows[at]) for at in batch.rows]
-        if not all(self.has(row, which, wanted) for row in places):
+        wanted: Collection[str] | None,
+        again: Callable[[], Captured],
+    ) -> Captured | None:
+        """a and g of a batch whose sequences are all kept, each read when it is asked for.
+
+        Rows beyond the sequences repeat the first, as the batch's tokens do. ``again`` runs the batch, should the disk
+        fail.
+        """
+        if not all(self.has(int(rows[at]), which, wanted) for at in batch.rows):
             return None
-        filled = [places[at] if at < len(places) else places[0] for at in range(len(batch.mask))]
-        found = []
-        for what, names in zip((INPUTS, which), self._names(wanted), strict=True):
-            shapes = [self._kept.shapes((what, row)) for row in filled]
-            tensors = {name: self._empty(name, [own[name] for own in shapes], dtype) for name in names}
-            for place, row in enumerate(filled):
-                if not self._kept.read((what, row), {name: x[place] for name, x in tensors.items()}):
+        filled, computed = self._filled(rows, batch), cache(again)
+        inputs, grads = self._names(wanted)
+        return (
+            _Resting(inputs, lambda name: self._read(INPUTS, filled, name, dtype), lambda: computed()[0]),
+            _Resting(grads, lambda name: self._read(which, filled, name, dtype), lambda: computed()[1]),
+        )
+
+    def turned(self, rows: np.ndarray, batch: Batch, dtype: torch.dtype, name: str, basis: FactorFiles) -> Rows | None:
+        """Inputs of a batch in the eigenbases, where all of its sequences' are kept so."""
+        filled = self._filled(rows, batch)
+        if basis != self._basis or not all(name in self._kept.names((TURNED, row)) for row in filled):
+            return None
+        return self._read(TURNED, filled, name, dtype)
+
+    @staticmethod
+    def _filled(rows: np.ndarray, batch: Batch) -> list[int]:
+        """The corpus row of each row of a batch."""
+        places = [int(rows[at]) for at in batch.rows]
+        return [places[at] if at < len(places) else places[0] for at in range(len(batch.mask))]
+
+    def _read(self, what: str, rows: Sequence[int], name: str, dtype: torch.dtype) -> Rows | None:
+        """One tensor of a batch with so many rows; None where the disk fails."""
+        with of("read"):
+            found = self._empty(name, [self._kept.shapes((what, row))[name] for row in rows], dtype)
+            for place, row in enumerate(rows):
+                if not self._kept.read((what, row), {name: found[place]}):
                     return None
-            found.append({name: self._moved(name, x) for name, x in tensors.items()})
-        return found[0], found[1]
+            return self._moved(name, found)
 
     def _names(self, wanted: Collection[str] | None) -> tuple[list[str], list[str]]:
         """Input groups and layers, in order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,7 @@ class FitSums(WorkerPart):
         bases = self._bases.get(files, dtype, wanted)
         # What the pass before did not run, it did not keep either.
         keeps = bool(files.eigen) and contraction.scored and self.spec.keep != 0
+        turns = self.spec.plan.query_basis == "eigen"
         sequences = self.reader.rows(rows)
         unit = _Labels(sequences, labels, sampled)
         totals = {
@@ -130,7 +132,8 @@ class FitSums(WorkerPart):
             if layer.name in wanted
         }
         for batch in self._fit_batches(sequences):
-            kept = None if labels is None else self._kept.batch(rows, batch, FIT, dtype, wanted)
+            again = partial(self._again, batch, unit.labeller, wanted, dtype)
+            kept = None if labels is None else self._kept.batch(rows, batch, FIT, dtype, wanted, again)
             if kept is None:
                 both = keeps and self._is_scored_so(batch)
                 captured = self._run(batch, unit.labeller, both, wanted)
@@ -138,7 +141,8 @@ class FitSums(WorkerPart):
                 if both:
                     self._keep(rows, batch, captured, kept, dtype)
                 unit.note(batch, captured)
-            add_second_moments(totals, *kept, self.spec.groups, bases)
+            turned = partial(self._kept.keep_turned, rows, batch, files) if keeps and turns else None
+            add_second_moments(totals, *kept, self.spec.groups, bases, turned)
         parts = [
             {"moments": {name: gpu.to_host(totals[name]).numpy() for name in names}, "sequences": len(sequences)}
             for names in shards
@@ -172,6 +176,12 @@ class FitSums(WorkerPart):
             for names in shards
         ]
         return (None, *parts)
+
+    def _again(
+        self, batch: Batch, labeller: bool | Labeller, wanted: Collection[str], dtype: torch.dtype
+    ) -> tuple[dict[str, Rows], dict[str, Rows]]:
+        """a and g of a batch that was kept, on the same labels."""
+        return self._operands(self._run(batch, labeller, False, wanted), dtype)
 
     def _keep(
         self,

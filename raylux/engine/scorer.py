@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,29 +46,37 @@ class LoadedQueries:
     basis: FactorFiles
 
 
+def _nowhere(group: str, basis: FactorFiles) -> None:
+    """Nothing is kept."""
+
+
 @dataclass
 class PackPart:
     """A batch among those of a pack.
 
     Attributes:
         places: of its sequences in the caller's list; rows beyond them are filler.
+        rows: N, filler included.
         tokens: padded tokens of a sequence.
-        inputs: input group -> a [N, T, M]; an expert's ``Routed``.
+        inputs: input group -> a [N, T, M]; an expert's ``Routed``. What is kept is read at each look.
         grads: layer -> g [N, T, P].
+        turned: (input group, eigenbases) -> a as it is in these, where that is kept.
     """
 
     places: tuple[int, ...]
+    rows: int
     tokens: int
-    inputs: dict[str, Rows]
-    grads: dict[str, Rows]
+    inputs: Mapping[str, Rows]
+    grads: Mapping[str, Rows]
+    turned: Callable[[str, FactorFiles], Rows | None] = _nowhere
 
     def __len__(self) -> int:
-        return len(next(iter(self.grads.values())))
+        return self.rows
 
 
 @dataclass
 class Pack:
-    """Batches that are scored together, in products of ``rows`` rows."""
+    """Batches that are scored together, in products of ``rows`` rows: queries are read once for all of them."""
 
     parts: list[PackPart]
     rows: int
@@ -84,11 +92,14 @@ class Pack:
         return torch.cat([squared_norms(part.inputs, part.grads, groups) for part in self.parts]).sqrt()
 
 
-def packs(parts: Iterable[PackPart], rows: int) -> Iterator[Pack]:
-    """Gather batches until a product of ``rows`` rows is full; a batch of more rows than that stands alone."""
+def packs(parts: Iterable[PackPart], rows: int, products: int = 1) -> Iterator[Pack]:
+    """Gather batches until ``products`` products of ``rows`` rows are full.
+
+    A batch of more rows than a product stands alone, in one.
+    """
     held: list[PackPart] = []
     for part in parts:
-        if held and sum(map(len, held)) + len(part) > rows:
+        if held and (len(part) > rows or sum(map(len, held)) + len(part) > rows * products):
             yield Pack(held, rows)
             held = []
         if len(part) > rows:
@@ -130,7 +141,12 @@ class Bases:
 
 
 class Scorer:
-    """Queries ready to be put against packs."""
+    """Queries ready to be put against packs.
+
+    Attributes:
+        loaded: which.
+        rests: dense ones rest on the disk.
+    """
 
     def __init__(
         self,
@@ -150,7 +166,8 @@ class Scorer:
             * sum(layer.parameters for layer in matrices(layers))
             * torch.empty(0, dtype=dtype).element_size()
         )
-        hold = Resting().hold if held > IN_MEMORY else in_memory
+        self.rests = held > IN_MEMORY
+        hold = Resting().hold if self.rests else in_memory
         self._queries: dict[str, LayerQueries | WordQueries] = {
             layer.name: WordQueries(
                 read_word_queries(folder, loaded.files, layer, loaded.ids, dtype, devices[layer.name])
@@ -174,18 +191,19 @@ class Scorer:
         """[rows, Q] of each layer, in order."""
         held: tuple[str, list[Rows]] | None = None
         for layer in self._layers:
-            group, (q_a, q_s) = self._groups[layer.name], self._bases[layer.name]
+            group, q_s = self._groups[layer.name], self._bases[layer.name][1]
             if held is None or held[0] != group:
-                held = group, [rotate(part.inputs[group], q_a) for part in pack.parts]
+                held = None  # not beside the next
+                held = group, [self._turned(part, layer.name) for part in pack.parts]
             grads = [rotate(part.grads[layer.name], q_s) for part in pack.parts]
             yield self._queries[layer.name].scores(list(zip(held[1], grads, strict=True)), pack.rows)
 
     def token_scores(self, place: int, part: PackPart) -> Tensor:
         """[N, T]: each token's share of the score of the query at ``place``, over all layers."""
-        whole = torch.zeros(len(part), part.tokens, dtype=torch.float64, device=next(iter(part.grads.values())).device)
+        device = part.grads[self._layers[0].name].device
+        whole = torch.zeros(len(part), part.tokens, dtype=torch.float64, device=device)
         for layer in self._layers:
-            q_a, q_s = self._bases[layer.name]
-            a, g = rotate(part.inputs[self._groups[layer.name]], q_a), rotate(part.grads[layer.name], q_s)
+            a, g = self._turned(part, layer.name), rotate(part.grads[layer.name], self._bases[layer.name][1])
             if isinstance(g, Routed):
                 self._add_routed(whole, layer.name, place, a, g)
                 continue
@@ -197,6 +215,12 @@ class Scorer:
                 # A module called c times has c·T rows; a token's share is the sum over its calls.
                 whole += shares.reshape(len(part), -1, part.tokens).sum(1)
         return whole
+
+    def _turned(self, part: PackPart, layer: str) -> Rows:
+        """a of a layer as its queries are."""
+        group, q_a = self._groups[layer], self._bases[layer][0]
+        found = None if q_a is None else part.turned(group, self.loaded.basis)
+        return rotate(part.inputs[group], q_a) if found is None else found
 
     def _add_routed(self, whole: Tensor, name: str, place: int, a: Rows, g: Routed) -> None:
         """Add the shares of an expert's tokens, where they stand in their sequences."""

@@ -9,7 +9,7 @@ import os
 import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,13 +32,16 @@ from raylux.engine.scorer import Bases, LoadedQueries, Pack, PackPart, Scorer, p
 from raylux.engine.weighing import Curvatures, SelfInfluences
 from raylux.errors import NumericsError
 from raylux.fused import fuse_activations
-from raylux.influence.dots import sequence_gradients
+from raylux.influence.dots import SLICE, sequence_gradients
 from raylux.layers import TrackedLayer, matrices
 from raylux.memory import give_back_at_once
 from raylux.placement import Placement
 from raylux.routed import Rows
 from raylux.sampling import sample_labels
 from raylux.store import CorpusReader, RunFolder
+
+# Bytes of kept sequences in a layer, and of what is formed of them, that are held at a time.
+_TOGETHER = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -260,7 +263,8 @@ class GradientWorker(ProjectedSums, GaussNewtonProducts, ProximalMeasurements, S
         total = np.full((len(ids), len(rows)), np.nan, dtype)
         by_layer = np.full((len(ids), len(self.spec.layers), len(rows)), np.nan, dtype) if layers else None
         norm = np.full(len(rows), np.nan, dtype)
-        for pack in self._packs(rows, loaded.contraction):
+        together = self._products(loaded.contraction.torch_dtype) if scorer.rests else 1
+        for pack in self._packs(rows, loaded.contraction, products=together):
             places = [place for part in pack.parts for place in part.places]
             counted = torch.tensor(pack.counted, device=self.device)
             whole = torch.zeros(sum(map(len, pack.parts)), len(loaded.ids), dtype=torch.float64, device=self.device)
@@ -305,11 +309,17 @@ class GradientWorker(ProjectedSums, GaussNewtonProducts, ProximalMeasurements, S
         )
 
     def _packs(
-        self, rows: np.ndarray, contraction: Contraction, kept: bool = True, wanted: Collection[str] | None = None
+        self,
+        rows: np.ndarray,
+        contraction: Contraction,
+        kept: bool = True,
+        wanted: Collection[str] | None = None,
+        products: int = 1,
     ) -> Iterator[Pack]:
         """Captured sequences, as many together as a product takes; those that are kept are not run again.
 
-        ``wanted``: names of the layers that are captured; default: all.
+        ``wanted``: names of the layers that are captured; default: all. ``products``: of the sequences that are kept,
+        as many together as so many products take.
         """
         plan, dtype = self.spec.plan, contraction.torch_dtype
         sequences = self.reader.rows(rows)
@@ -319,11 +329,35 @@ class GradientWorker(ProjectedSums, GaussNewtonProducts, ProximalMeasurements, S
         def parts(chosen: list[int], which: str | None) -> Iterator[PackPart]:
             own = rows[chosen]
             for batch in score_batches([sequences[at] for at in chosen], plan.batch_tokens, plan.longest):
-                tokens = self._kept.batch(own, batch, which, dtype, wanted) if which else None
-                tokens = tokens or self._operands(self._run(batch, sampled=False, wanted=wanted), dtype)
-                yield PackPart(tuple(chosen[at] for at in batch.rows), batch.mask.shape[1], *tokens)
+                again = partial(self._captured, batch, dtype, wanted)
+                tokens = self._kept.batch(own, batch, which, dtype, wanted, again) if which else None
+                places, count = tuple(chosen[at] for at in batch.rows), len(batch.mask)
+                if tokens is None:
+                    yield PackPart(places, count, batch.mask.shape[1], *again())
+                    continue
+                turned = partial(self._kept.turned, own, batch, dtype)
+                yield PackPart(places, count, batch.mask.shape[1], *tokens, turned)
 
-        yield from packs(chain(parts(here, GIVEN), parts(rest, None)), plan.rows)
+        yield from packs(parts(here, GIVEN), plan.rows, products)
+        yield from packs(parts(rest, None), plan.rows)
+
+    def _captured(
+        self, batch: Batch, dtype: torch.dtype, wanted: Collection[str] | None
+    ) -> tuple[dict[str, Rows], dict[str, Rows]]:
+        """a and g of a batch on its own labels."""
+        return self._operands(self._run(batch, sampled=False, wanted=wanted), dtype)
+
+    def _products(self, dtype: torch.dtype) -> int:
+        """Of how many products kept sequences are taken together, so that queries on the disk are read once for them.
+
+        Their tokens in one layer, and what is formed of them, are held at a time.
+        """
+        plan = self.spec.plan
+        own = matrices(self.spec.layers)
+        entries = max((plan.longest * (layer.inputs + layer.outputs) for layer in own), default=1)
+        formed = max((layer.parameters for layer in own), default=1)
+        each = torch.empty(0, dtype=dtype).element_size() * plan.rows * max(entries, min(formed, SLICE))
+        return max(1, _TOGETHER // each)
 
     # common
 

@@ -25,7 +25,7 @@ TILE = 8
 
 # Entries of a gradient that are formed and multiplied at a time: the buffer stays small however large the layer, and
 # what is rounded to bf16 is a part of a sum, not the whole. A GPU wants large products, and rounds no sum.
-_SLICE = 1 << 19
+SLICE = 1 << 19
 _GPU_SLICE = 1 << 22
 
 
@@ -94,7 +94,7 @@ class LayerQueries:
         first = queries[0] if queries else torch.zeros(0)
         some = first if isinstance(first, Tensor) else first[0]
         result = cls(len(queries), shape, some.dtype)
-        step = max(1, (_GPU_SLICE if some.is_cuda else _SLICE) // inputs)
+        step = max(1, (_GPU_SLICE if some.is_cuda else SLICE) // inputs)
         result.slices = [slice(start, min(start + step, outputs)) for start in range(0, outputs, step)]
         dense: dict[int, Tensor] = {}
         for place, query in enumerate(queries):
@@ -124,7 +124,7 @@ class LayerQueries:
 
         Args:
             batches: a [N, T, M] and g [N, T, P] of each, in the dtype of the queries.
-            rows: of the products, at least as many as there are sequences; default: as many.
+            rows: of each product; default: as many as there are sequences.
 
         Returns:
             [N, Q] over all batches, in float32 or better.
@@ -146,34 +146,38 @@ class LayerQueries:
     def _scores(self, parts: Sequence[tuple[Tensor, Tensor]], rows: int | None) -> Tensor:
         parts = [(_whole_blocks(a), _whole_blocks(g)) for a, g in parts]
         count = sum(len(a) for a, _ in parts)
-        some = parts[0][0]
-        result = torch.zeros(rows or count, self.count, dtype=_wide(self.dtype), device=some.device)
+        some, rows = parts[0][0], rows or count
+        result = torch.zeros(-(-count // rows) * rows, self.count, dtype=_wide(self.dtype), device=some.device)
         if self.tiles:
-            self._dense(parts, result)
+            self._dense(parts, result, rows)
         for place, (left, right) in self.factors.items():
             with of("dot"):
                 shares = [((g @ left).to(result.dtype) * (a @ right)).sum((1, 2)) for a, g in parts]
                 result[:count, place] += torch.cat(shares)
         return result[:count]
 
-    def _dense(self, parts: Sequence[tuple[Tensor, Tensor]], result: Tensor) -> None:
+    def _dense(self, parts: Sequence[tuple[Tensor, Tensor]], result: Tensor, rows: int) -> None:
         parts = [(aligned(a), g) for a, g in parts]
-        inputs = parts[0][0].shape[2]
+        inputs, count = parts[0][0].shape[2], sum(len(a) for a, _ in parts)
+        largest = max(part.stop - part.start for part in self.slices) * inputs
+        formed = torch.empty(len(result) * largest, dtype=self.dtype, device=result.device)
         for index, part in enumerate(self.slices):
             size = part.stop - part.start
-            gradient = torch.zeros(len(result), size, inputs, dtype=self.dtype, device=result.device)
+            gradient = formed[: len(result) * size * inputs].view(len(result), size, inputs)
+            gradient[count:] = 0
             at = 0
             with of("form"):
                 for a, g in parts:
                     gradients_into(a, g[..., part], gradient[at : at + len(a)])
                     at += len(a)
-            flat = gradient.view(len(result), -1)
+            products = list(zip(gradient.flatten(1).split(rows), result.split(rows), strict=True))
             for number, tile in enumerate(self.tiles):
                 with of("read"):
                     queries = tile[index]()
                 with of("dot"):
-                    columns = result[:, number * self.tile : (number + 1) * self.tile]
-                    columns += wide_product(flat, queries.T)[:, : columns.shape[1]]
+                    for flat, scores in products:
+                        columns = scores[:, number * self.tile : (number + 1) * self.tile]
+                        columns += wide_product(flat, queries.T)[:, : columns.shape[1]]
 
     def token_scores(self, place: int, a: Tensor, g: Tensor) -> Tensor:
         """Each token's share of the score of query ``place``: [N, T]; they sum to the sequence's score."""

@@ -52,14 +52,12 @@ def write_group(files: Files, key: str, arrays: Mapping[str, np.ndarray], attrs:
 
 
 def _write_array(store: Store, name: str, array: np.ndarray) -> None:
-    rows = max(1, _CHUNK_BYTES // max(1, array[:1].nbytes)) if array.ndim else 1
-    chunks = (max(1, min(rows, array.shape[0])), *(max(1, size) for size in array.shape[1:])) if array.ndim else ()
     created = zarr.create_array(
         store,
         name=name,
         shape=array.shape,
         dtype=array.dtype,
-        chunks=chunks or "auto",
+        chunks=_chunks(array) or "auto",
         compressors=None,  # the group's index has a checksum of each chunk; one of Zarr's own would cost a copy
         # One folder per array instead of one per dimension: each costs an fsync.
         chunk_key_encoding={"name": "default", "separator": "."},
@@ -69,6 +67,15 @@ def _write_array(store: Store, name: str, array: np.ndarray) -> None:
     )
     if array.size:
         created[...] = array
+
+
+def _chunks(array: np.ndarray) -> tuple[int, ...]:
+    """Shape of an array's chunks: runs of rows, as equal as can be, since Zarr fills the last one up to the others."""
+    if not array.ndim:
+        return ()
+    most = max(1, _CHUNK_BYTES // max(1, array[:1].nbytes))
+    rows = len(array)
+    return (max(1, -(-rows // max(1, -(-rows // most)))), *(max(1, size) for size in array.shape[1:]))
 
 
 class Group:
