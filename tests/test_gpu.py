@@ -48,6 +48,8 @@ def test_a_width_is_filled_up_in_bf16_on_a_gpu_alone() -> None:
     assert products.aligned_width(1024, torch.bfloat16, cuda) == 1024
     assert products.aligned_width(1025, torch.float32, cuda) == 1025
     assert products.aligned_width(1025, torch.bfloat16, cpu) == 1025
+    assert products.aligned_width(1025, torch.float32, cpu) == 1032
+    assert products.aligned_width(1025, torch.float64, cpu) == 1025
 
 
 @pytest.fixture
