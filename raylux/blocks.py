@@ -29,6 +29,11 @@ def block_entries(width: int, count: int) -> int:
     return sum(size * size for size in block_sizes(width, count))
 
 
+def triangle_entries(sizes: Sequence[int]) -> int:
+    """Entries of one triangle of each of some symmetric blocks with so many rows, diagonals included."""
+    return sum(size * (size + 1) // 2 for size in sizes)
+
+
 @dataclass(frozen=True)
 class Blocks:
     """A block-diagonal matrix Q [n, n]; ``Q @ x``, ``x @ Q`` and ``Q.T`` are what they are of a dense one.

@@ -14,12 +14,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from raylux.blocks import Blocks, Square
-
-
-def triangle_entries(sizes: Sequence[int]) -> int:
-    """Entries of the triangles of blocks with so many rows."""
-    return sum(size * (size + 1) // 2 for size in sizes)
+from raylux.blocks import Blocks, Square, triangle_entries
 
 
 def pack(matrix: Tensor) -> Tensor:

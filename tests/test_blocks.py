@@ -10,7 +10,7 @@ import torch
 
 from raylux.blocks import Blocks, block_entries, block_sizes
 from raylux.cost import costs, sizes
-from raylux.cost.passes import covariance_held, largest, split
+from raylux.cost.passes import largest, moments_held, split, triangles_held
 from raylux.cost.planner import plan_run
 from raylux.curvature import Covariances, square_eigenbasis
 from raylux.engine.records import COVARIANCE, EIGEN, MOMENTS
@@ -186,9 +186,10 @@ def test_flops_and_memory_fall_with_the_blocks_and_a_refusal_names_them() -> Non
     assert sums[1] == 2 * sums[2] == 4 * sums[4]
     # Half of a node's memory is the shards', who hold the sums of one layer pass at a time.
     layers = split(model.tracked, model.groups, len(model.groups))
-    least = largest(layers, covariance_held(model.groups, 8, 4))
+    least = max(largest(layers, triangles_held(model.groups, 8, 2)), largest(layers, moments_held(model.groups, 0, 8)))
     tight = _cluster(device={"memory_gb": 400.0}, host_memory_gb=3.0 * least / 1e9)
     line = _said(_work(), tight, costs.ENGINE_CPU)
-    assert "set curvature.blocks=4, or take" in line
-    plan_run(_work(blocks=4), tight, costs.ENGINE_CPU)
-    assert "curvature.blocks" not in _said(_work(blocks=4), _cluster(host_memory_gb=1.0), costs.ENGINE_CPU)
+    assert "set curvature.blocks=2, or take" in line
+    plan_run(_work(blocks=2), tight, costs.ENGINE_CPU)
+    # Λ is not cut: where it does not fit, blocks are of no use.
+    assert "curvature.blocks" not in _said(_work(), _cluster(host_memory_gb=1.0), costs.ENGINE_CPU)

@@ -167,7 +167,8 @@ def test_bytes_by_hand() -> None:
     few, many = (plan.worker_bytes(layers, groups, 1000, 4, queries) for queries in (1, 1000))
     assert many - sizes.PROCESS_BYTES == 4000 + 1000 * plan.layer_bytes(layers)
     assert few < many
-    assert plan.shards_bytes(layers, groups, 4, 0) == plan.covariance_bytes(layers, groups, 8)
+    # Of each sum one triangle is held.
+    assert plan.shards_bytes(layers, groups, 4, 0) == 8 * (2 * 8 * 9 + 3 * 20 * 21) // 2
 
 
 @pytest.fixture

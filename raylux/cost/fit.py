@@ -19,6 +19,7 @@ from raylux.cost.sizes import (
     covariance_products,
     covariance_sides,
     layer_bytes,
+    triangle_bytes,
 )
 from raylux.cost.workload import Workload
 from raylux.errors import UserError
@@ -30,7 +31,7 @@ GPU_BASE = 1.5e9
 _SQUARING_PASSES = 4
 # Λ is taken from this many bytes of formed gradients at once (curvature/moments.py), twice with the rotated ones.
 _MOMENT_CHUNK = 2 * (1 << 28)
-# Passes over a unit's sums on their way into a CPU's shard: both triangles, widened, added.
+# Passes over a unit's sums on their way into a CPU's shard: one triangle taken out, widened, added.
 _SUMS_PASSES = 3
 # From this size on (curvature/eigenbases.py) the leading vectors of a matrix are found in float64, the rest in float32.
 QUICK_EIGH = 512
@@ -152,7 +153,7 @@ def covariance(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
     device, model, groups = cluster.worker, work.model, work.model.groups
     itemsize = work.stored
     held = covariance_held(groups, itemsize, work.blocks)
-    blocks, batch = passes(work, cluster, held, covariance_bytes(model.tracked, groups, 8, work.blocks))
+    blocks, batch = passes(work, cluster, held, triangle_bytes(model.tracked, groups, 8, work.blocks))
     share = 0.5 if costs.SYMMETRIC in can else 1.0
     size = min(batch, model.hidden)
     flops = work.fit_tokens * 2.0 * covariance_products(model.tracked, groups, work.blocks) * share
@@ -160,7 +161,8 @@ def covariance(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
         flops = _sequence_flops(work, share)
     touched = work.fit_tokens / batch * 2 * covariance_bytes(model.tracked, groups, itemsize, work.blocks)
     units = max(1, math.ceil(work.fit_tokens / work.unit_tokens))
-    sums = disk = covariance_bytes(model.tracked, groups, itemsize, work.blocks)
+    disk = covariance_bytes(model.tracked, groups, itemsize, work.blocks)
+    sums = triangle_bytes(model.tracked, groups, itemsize, work.blocks)
     works = [
         *model_work(work, device, work.fit_tokens, batch, blocks, drawn=True),
         Work("covariance products", flops, touched, _covariance_seconds(work, device, flops, size, touched)),
@@ -172,7 +174,7 @@ def covariance(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[S
     worker = resident(work, device, batch, blocks, held)
     stage = StageCost(
         "covariance", tuple(works), units * len(blocks), cluster.workers, cluster.devices, worker,
-        min(shard_room(cluster), covariance_bytes(model.tracked, groups, 8, work.blocks)), disk, units * sums,
+        min(shard_room(cluster), triangle_bytes(model.tracked, groups, 8, work.blocks)), disk, units * sums,
         device_bytes=fullest(work, device, batch, blocks, held),
     )  # fmt: skip
     return stage, [

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from raylux.blocks import block_entries
+from raylux.blocks import block_entries, block_sizes, triangle_entries
 from raylux.layers import TrackedLayer
 
 Layers = Sequence[TrackedLayer]
@@ -29,6 +29,17 @@ def covariance_held(groups: Mapping[str, str], itemsize: int, blocks: int = 1) -
     def held(layer: TrackedLayer) -> float:
         inputs = block_entries(layer.inputs, blocks) if layer.name in leaders else 0
         return float(itemsize * (block_entries(layer.outputs, blocks) + inputs))
+
+    return held
+
+
+def triangles_held(groups: Mapping[str, str], itemsize: int, blocks: int = 1) -> Held:
+    """As ``covariance_held``, one triangle of each block: what the shards hold of A and S while they are summed."""
+    leaders = frozenset(groups.values())
+
+    def held(layer: TrackedLayer) -> float:
+        sides = (layer.outputs, layer.inputs) if layer.name in leaders else (layer.outputs,)
+        return float(itemsize * sum(triangle_entries(block_sizes(side, blocks)) for side in sides))
 
     return held
 

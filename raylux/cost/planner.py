@@ -7,8 +7,8 @@ import math
 from raylux.cost import costs, fit, projecting, serve, solving
 from raylux.cost.costs import Choice, RunPlan
 from raylux.cost.machine import USABLE, Cluster
-from raylux.cost.passes import covariance_held, largest, split
-from raylux.cost.sizes import covariance_bytes, layer_bytes
+from raylux.cost.passes import largest, moments_held, split, triangles_held
+from raylux.cost.sizes import layer_bytes, triangle_bytes
 from raylux.cost.workload import Workload
 from raylux.errors import UserError
 
@@ -113,7 +113,9 @@ def _shards(work: Workload, cluster: Cluster) -> Choice:
 
     def least_in(blocks: int) -> int:
         """What they must hold at once: in layer passes the sums of one pass."""
-        return int(largest(split(layers, groups, len(groups)), covariance_held(groups, 8, blocks)))
+        least = split(layers, groups, len(groups))
+        covariances = largest(least, triangles_held(groups, 8, blocks)) if work.basis else 0.0
+        return int(max(covariances, largest(least, moments_held(groups, 0, 8)) if work.moments else 0.0))
 
     least = least_in(work.blocks)
     if least > room:
@@ -137,7 +139,7 @@ def _shards(work: Workload, cluster: Cluster) -> Choice:
 def _sums(work: Workload, blocks: int) -> int:
     """Bytes of the larger of the two sets of sums, in float64."""
     layers = work.model.tracked
-    covariances = covariance_bytes(layers, work.model.groups, 8, blocks) if work.basis else 0
+    covariances = triangle_bytes(layers, work.model.groups, 8, blocks) if work.basis else 0
     return max(covariances, layer_bytes(layers, 8) if work.moments else 0)
 
 

@@ -205,7 +205,7 @@ def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     works = [
         *model_work(work, device, (tokens - spared * work.padding) * chosen.tiles, batch, [layers]),
         *([reading(work, cluster, spared * chosen.tiles)] if spared else []),
-        *_meeting(work, device, chosen),
+        *_meeting(work, device, chosen, spared / work.tokens),
         Work("dots", dots, _dot_bytes(work, chosen), device.seconds(
             dots, work.contraction, max(work.tile, 64) if device.gpu else min(work.tile, work.rows),
             _dot_bytes(work, chosen)) + starting),
@@ -235,15 +235,17 @@ def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     return stage, _score_choices(work, cluster, chosen, stage)
 
 
-def _meeting(work: Workload, device: Device, chosen: Scoring) -> list[Work]:
-    """Candidates' tokens rotated, and their gradients formed."""
+def _meeting(work: Workload, device: Device, chosen: Scoring, kept: float) -> list[Work]:
+    """Candidates' tokens rotated, and their gradients formed; of ``kept`` candidates Λ has rotated the inputs."""
     count, flops, seconds, touched = work.candidates * work.padding, [0.0, 0.0], [0.0, 0.0], 0.0
     for form, layer in zip(chosen.forms, work.model.tracked, strict=True):
-        flops[0] += count * form.rotation
         flops[1] += count * form.forming
         squares = [side**2 for side in layer.shape]
-        for side, square in zip(layer.shape, squares, strict=True):
-            own = count * form.rotation * square / sum(squares)
+        early = rotation_flops(layer, work.tokens)[1]
+        for place, (side, square) in enumerate(zip(layer.shape, squares, strict=True)):
+            turned = kept * work.padding if early and place == 1 else 0.0
+            own = max(0.0, count - turned) * form.rotation * square / sum(squares)
+            flops[0] += own
             whole = form.name == contraction.EIGENBASIS
             read = count * work.tokens / chosen.batch * work.operand * square / work.blocks if whole else 0.0
             seconds[0] += device.seconds(own, work.contraction, side / work.blocks, read, side % 2 == 1)
@@ -257,7 +259,10 @@ def _meeting(work: Workload, device: Device, chosen: Scoring) -> list[Work]:
 
 
 def _loading(work: Workload, cluster: Cluster, chosen: Scoring) -> list[Work]:
-    """On a CPU: queries laid out in tiles, and read once for each product from the worker's disk if they are many."""
+    """On a CPU: queries laid out in tiles, and read once for each product from the worker's disk if they are many.
+
+    Those that are put against sequences which a worker keeps are read less often: counted as if there were none.
+    """
     held = sum(form.held for form in chosen.forms if form.name in _DENSE)
     size = cluster.workers * held * _LOADING_PASSES
     if held > IN_MEMORY:

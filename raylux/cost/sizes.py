@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from raylux.blocks import block_entries
 from raylux.cost.costs import Passes
-from raylux.cost.passes import covariance_held, largest, moments_held, split
+from raylux.cost.passes import covariance_held, largest, moments_held, split, triangles_held
 from raylux.layers import TrackedLayer
 
 GIB = 1 << 30
@@ -60,6 +60,13 @@ def covariance_bytes(
     return itemsize * sum(covariance_entries(layers, groups, blocks))
 
 
+def triangle_bytes(
+    layers: Sequence[TrackedLayer], groups: Mapping[str, str], itemsize: int = 4, blocks: int = 1
+) -> int:
+    """One triangle of each A and S: what is sent to the shards and held there."""
+    return int(sum(map(triangles_held(groups, itemsize, blocks), layers)))
+
+
 def layer_bytes(layers: Sequence[TrackedLayer], itemsize: int = 4) -> int:
     """One gradient, or one Λ, over all tracked layers."""
     return itemsize * sum(layer.parameters for layer in layers)
@@ -102,7 +109,7 @@ def shards_bytes(
     blocks: int = 1,
 ) -> int:
     """Memory of all factor shards together at their peak: a pass's sums in float64, or bases with a block of s_test."""
-    sums = int(largest(split(layers, groups, passes.covariance), covariance_held(groups, 8, blocks)))
+    sums = int(largest(split(layers, groups, passes.covariance), triangles_held(groups, 8, blocks)))
     sums = max(sums, int(largest(split(layers, groups, passes.moments), moments_held(groups, 0, 8))))
     held = queries * layer_bytes(layers, itemsize)
     if iterative:

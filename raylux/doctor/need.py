@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from raylux import sources
-from raylux.cost.sizes import covariance_bytes, factor_bytes, layer_bytes
+from raylux.cost.sizes import factor_bytes, layer_bytes, triangle_bytes
 from raylux.curvature import KINDS
 from raylux.doctor.case import Case
 from raylux.errors import UserError
@@ -51,7 +51,7 @@ def _factors(case: Case) -> int:
     blocks = setting.blocks
     found = factor_bytes(layers, model.groups, case.itemsize, kind.basis, kind.moments, blocks, setting.projected)
     if kind.basis:  # beside them, while the fit runs, its running sums in float64
-        found += covariance_bytes(layers, model.groups, 8, blocks)
+        found += triangle_bytes(layers, model.groups, 8, blocks)
     return found
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from raylux import gpu, profiling
-from raylux.blocks import Blocks, block_sizes
+from raylux.blocks import Blocks, block_sizes, triangle_entries
 from raylux.curvature import Spectral, square_eigenbasis
 from raylux.engine import numerics
 from raylux.engine.carrying import Later
@@ -42,7 +42,7 @@ from raylux.influence.words import WordGradient
 from raylux.layers import TrackedLayer
 from raylux.memory import give_back
 from raylux.store import RunFolder
-from raylux.triangles import pack, triangle_entries, unpack_blocks
+from raylux.triangles import pack, unpack_blocks
 
 Objects = dict[str, tuple[int, str]]
 Written = dict[str, tuple[str, Objects, dict[str, Any]]]

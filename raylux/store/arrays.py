@@ -20,7 +20,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 
 from raylux.errors import RayluxError
 from raylux.profiling import of
-from raylux.store.damage import UNSEALED, broken_seal, damaged, read_whole, seal
+from raylux.store.damage import UNSEALED, broken_seal, damaged, read_array, read_whole, seal
 from raylux.store.files import Batch, Files, Objects
 
 _CHUNK_BYTES = 1 << 26
@@ -197,7 +197,7 @@ class _Reading(_Objects):
 
     def __init__(self, files: Files, key: str, objects: Objects, keep: bool) -> None:
         super().__init__(read_only=True)
-        self._keep, self._last = keep, dict[str, tuple[str, bytes]]()  # array -> its last chunk
+        self._keep, self._last = keep, dict[str, tuple[str, bytes | np.ndarray]]()  # array -> its last chunk
         self._files, self._key, self.objects = files, key, objects
         self._meta: dict[str, bytes] = {}  # small, never changed, and asked for at each read
 
@@ -210,6 +210,7 @@ class _Reading(_Objects):
             raise damaged(self._files, name, "missing from the group's index")
         size, checksum = self.objects[key]
         array = key.rpartition("/")[0]
+        data: bytes | np.ndarray
         if key in self._meta:
             data = self._meta[key]
         elif array in self._last and self._last[array][0] == key:
@@ -217,9 +218,9 @@ class _Reading(_Objects):
         elif size < _SMALL and not self._files.remote:
             data = read_whole(self._files, name, size, checksum)
         else:
-            data = await asyncio.to_thread(read_whole, self._files, name, size, checksum)
+            data = await asyncio.to_thread(read_array, self._files, name, size, checksum)
         if key.endswith(_META):
-            self._meta[key] = data
+            self._meta[key] = bytes(data)
         elif self._keep:
             self._last[array] = key, data
         return prototype.buffer.from_bytes(_part(data, byte_range))
@@ -231,7 +232,7 @@ class _Reading(_Objects):
         raise _refused(f"write {key}")
 
 
-def _part(data: bytes, wanted: ByteRequest | None) -> bytes:
+def _part(data: bytes | np.ndarray, wanted: ByteRequest | None) -> Any:
     if isinstance(wanted, RangeByteRequest):
         return data[wanted.start : wanted.end]
     if isinstance(wanted, OffsetByteRequest):

@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
 
 from raylux.errors import UserError
 from raylux.store.files import Files, crc
+
+Read = TypeVar("Read", bytes, np.ndarray)
+"""Bytes of an object."""
 
 UNSEALED = "00000000"
 _SEAL = re.compile(rb"""checksum["']?: ["']([0-9a-f]{8})["']""")
@@ -60,22 +66,32 @@ def read_whole(files: Files, key: str, size: int, checksum: str) -> bytes:
     Raises:
         DamagedError: it is missing, or has another size or checksum.
     """
-    data, problem = _compare(files, key, size, checksum)
+    return _whole(files, files.get, key, size, checksum)
+
+
+def read_array(files: Files, key: str, size: int, checksum: str) -> np.ndarray:
+    """``read_whole`` of a large object, in numpy's memory [size]."""
+    return _whole(files, files.array, key, size, checksum)
+
+
+def _whole(files: Files, get: Callable[[str], Read], key: str, size: int, checksum: str) -> Read:
+    data, problem = _compare(get, key, size, checksum)
     if problem and files.remote:  # an answer cut on its way is not damage
-        data, problem = _compare(files, key, size, checksum)
-    if problem:
+        data, problem = _compare(get, key, size, checksum)
+    if data is None:
         raise damaged(files, key, problem)
     return data
 
 
-def _compare(files: Files, key: str, size: int, checksum: str) -> tuple[bytes, str]:
+def _compare(get: Callable[[str], Read], key: str, size: int, checksum: str) -> tuple[Read | None, str]:
+    """What was read, if it is what was written; and what is wrong with it."""
     try:
-        data = files.get(key)
+        data = get(key)
     except FileNotFoundError:
-        return b"", "missing"
+        return None, "missing"
     if len(data) != size:
-        return b"", f"{len(data)} bytes instead of {size}"
-    return data, "" if crc(data) == checksum else "checksum differs"
+        return None, f"{len(data)} bytes instead of {size}"
+    return (data, "") if crc(data) == checksum else (None, "checksum differs")
 
 
 def seal(key: str, text: str) -> bytes:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from raylux.errors import UserError
 from raylux.store.bucket import HANDS, Bucket
 from raylux.store.disk import PART, Disk
@@ -111,6 +113,13 @@ class Files:
         """The object's bytes. Raises FileNotFoundError."""
         with self._telling(key, "read", FileNotFoundError):
             return self._store.get(_inside(key))
+
+    def array(self, key: str) -> np.ndarray:
+        """The object's bytes [n]. Raises FileNotFoundError."""
+        with self._telling(key, "read", FileNotFoundError):
+            if isinstance(self._store, Disk):
+                return self._store.array(_inside(key))
+            return np.frombuffer(self._store.get(_inside(key)), np.uint8)
 
     def size(self, key: str) -> int | None:
         """Bytes of the object; None if there is none."""

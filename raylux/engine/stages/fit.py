@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from raylux.cost.passes import covariance_held, moments_held
+from raylux.cost.passes import moments_held, triangles_held
 from raylux.engine.context import Context
 from raylux.engine.quarantine import given_up
 from raylux.engine.records import (
@@ -67,7 +67,7 @@ def _layers(ctx: Context) -> set[str]:
 def _covariances(ctx: Context, units: FitUnits) -> None:
     if set(matrices(ctx)) - ctx.folder.committed(COVARIANCE):
         contraction, sampled = precision.resolve(ctx), ctx.config.fit.labels == "sampled"
-        held = covariance_held(ctx.groups, 8, ctx.config.curvature.blocks)
+        held = triangles_held(ctx.groups, 8, ctx.config.curvature.blocks)
         names = ("covariance", "covariance_unit", "write_covariances")
         beyond = units.beyond(ctx.config.fit.covariance_sequences)
         sums = LayerSums(COVARIANCE, *names, ctx.passes.covariance, held, _sides, (sampled, contraction), beyond)
