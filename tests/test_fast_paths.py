@@ -62,6 +62,39 @@ def test_what_is_kept_changes_no_bit(
     assert differing(contents(tmp_path / "little"), contents(tmp_path / "never")) == []
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("on_disk", [False, True], ids=["in memory", "on the disk"])
+def test_inputs_that_the_fit_has_rotated_give_the_same_bits(
+    inputs: Inputs, tmp_path: Path, dtype: str, on_disk: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They serve the scores; where a file cannot be read any more, the sequences are run again."""
+    from raylux.engine import scorer
+    from raylux.engine.captures import CapturedSequences
+    from raylux.engine.kept import Kept
+
+    # In layers as small as these it would pay for few of the sequences.
+    monkeypatch.setattr("raylux.curvature.moments.rotate_tokens_first", lambda *shape: True)
+    how = ("prefilter.kind=none", f"engine.contraction_dtype={dtype}", "query.basis=eigen")
+    scores(inputs, tmp_path / "never", *how, "engine.keep_captured=never")
+    found: list[bool] = []
+    turned = CapturedSequences.turned
+
+    def watched(self: CapturedSequences, *call: object) -> object:
+        rows = turned(self, *call)  # type: ignore[arg-type]
+        found.append(rows is not None)
+        return rows
+
+    monkeypatch.setattr(CapturedSequences, "turned", watched)
+    if on_disk:
+        monkeypatch.setattr(scorer, "IN_MEMORY", 0)
+    scores(inputs, tmp_path / "kept", *how)
+    assert found and all(found), "nothing was served as it is in the eigenbases: nothing is tested"
+    assert differing(contents(tmp_path / "kept"), contents(tmp_path / "never")) == []
+    monkeypatch.setattr(Kept, "read", lambda self, key, into: False)
+    scores(inputs, tmp_path / "failed", *how)
+    assert differing(contents(tmp_path / "failed"), contents(tmp_path / "never")) == []
+
+
 def test_the_eigenbases_give_the_same_scores(inputs: Inputs, tmp_path: Path) -> None:
     """In float64, total, by layer and by token: a rotation on either side of a product changes nothing."""
     plain, eigen = (
