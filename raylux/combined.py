@@ -3,7 +3,8 @@
 The combined influence of a sequence is Σ_k w_k · influence_k. With kind ``identity`` and w_k the learning rates of the
 checkpoints that is TracIn (Pruthi et al. 2020, equation 3); with any kind and equal weights, the mean over models. Of
 runs that stand for the segments of one training, each of whose queries were carried back from the next one's
-(``query.carried_from``), the parts add up: that is SOURCE (Bae et al. 2024, equation 11).
+(``query.carried_from``), the parts add up: that is SOURCE (Bae et al. 2024, equation 11). Where several checkpoints
+stand for a segment, its part is their mean.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import pandas as pd
 import xarray as xr
 
 from raylux import ranking
+from raylux.engine.stages.carrying import END, prints_of, taken
 from raylux.errors import UserError
 from raylux.evaluate.datamodel import spearman
 from raylux.normalised import Normalise, unit
@@ -33,26 +35,31 @@ class Combined:
 
     Attributes:
         runs: at least one, in the order given.
-        weights: [K] of each; default: 1/K, the mean; 1 where they are the segments of one training.
+        weights: [K] of each; default: 1/K, the mean; where they are the segments of one training 1, or one by the
+            number of checkpoints that stand for its segment.
 
     Raises:
-        UserError: other weights than runs, or none that counts; the runs differ in unit, N, sequences or queries.
+        UserError: other weights than runs, or none that counts; the runs differ in unit, N, sequences or queries;
+            no weights, and checkpoints are missing that queries were carried from.
     """
 
     def __init__(self, runs: Sequence[Run], weights: Sequence[float] | None = None) -> None:
         if not runs:
             raise UserError("no run is named; name at least one run folder")
         self.runs = list(runs)
-        each = 1.0 if self._segments else 1 / len(runs)
-        self.weights = np.full(len(runs), each) if weights is None else np.asarray(weights, np.float64)
+        for run in self.runs[1:]:
+            self._check(run)
+        self._whole, lacking = self._segments()
+        if weights is None and lacking:
+            raise UserError(lacking)
+        default = np.full(len(runs), 1 / len(runs)) if self._whole is None else self._whole
+        self.weights = default if weights is None else np.asarray(weights, np.float64)
         if len(self.weights) != len(runs):
             raise UserError(
                 f"{len(self.weights)} weights for {len(runs)} runs; give one for each, or none for the mean"
             )
         if not np.isfinite(self.weights).all() or not self.weights.any():
             raise UserError(f"weights {self.weights.tolist()}: finite numbers are wanted, and one that is not 0")
-        for run in self.runs[1:]:
-            self._check(run)
 
     def _check(self, other: Run) -> None:
         first = self.runs[0]
@@ -70,11 +77,31 @@ class Combined:
         if not self._shared(first, other):
             raise UserError(f"{names} have no query in common")
 
-    @property
-    def _segments(self) -> bool:
-        """Whether the runs are segments of one training: the queries of all but the last come from a later one."""
-        ends = [run for run in self.runs if run.config.query.carried_from is None]
-        return len(ends) == 1 and all(run.segment is not None for run in self.runs)
+    def _segments(self) -> tuple[np.ndarray | None, str]:
+        """Weights [K] of runs that are all checkpoints of one training's segments, by which these add up.
+
+        Runs of one segment have their queries from the same runs, those of the next one and all of these; of the last
+        segment from none, or from the end of the training.
+
+        Returns:
+            None where the runs are no segments of one training; and what is wrong where some of them would be.
+        """
+        if len(self.runs) == 1 or not self.queries or any(run.segment is None for run in self.runs):
+            return None, ""
+        query = self.queries[0]
+        after = [frozenset(taken(run.store).get(query, ())) for run in self.runs]
+        if not any(after):
+            return None, ""
+        members = {group: [run for run, own in zip(self.runs, after, strict=True) if own == group] for group in after}
+        prints = [{prints_of(run.store, [query]).get(query) for run in runs} for runs in members.values()]
+        for group, runs in members.items():
+            ends = len(runs) == 1 if not group else all(one.startswith(END) for one in group)
+            if (not ends and group not in prints) or len({run.segment for run in runs}) > 1:
+                return None, (
+                    f"{redacted(runs[0].folder)} is of one segment of a training, and the others with it are not the "
+                    "whole of it: name the runs of all checkpoints of all segments, as they are now, or give weights"
+                )
+        return np.array([1 / len(members[group]) for group in after]), ""
 
     @staticmethod
     def _shared(one: Run, other: Run) -> list[str]:
@@ -94,8 +121,8 @@ class Combined:
     def unit(self) -> str:
         """That of the runs; weighted where the weights neither sum to 1 nor add up segments."""
         unit = self.runs[0].unit
-        whole = self.weights == 1 if self._segments else math.isclose(self.weights.sum(), 1.0)
-        return unit if np.all(whole) else f"weighted {unit}"
+        whole = math.isclose(self.weights.sum(), 1.0) if self._whole is None else np.allclose(self.weights, self._whole)
+        return unit if whole else f"weighted {unit}"
 
     def top(
         self,

@@ -205,10 +205,19 @@ class QuerySection(Section):
         "auto", description="eigen: leave s_test in the eigenbases and rotate the candidates; auto: the cheaper way"
     )
     max_rank: Count = Field(256, description="above this rank a layer's s_test is kept dense")
-    carried_from: Name | None = Field(
-        None, description="run folder of the segment of training after this one, whose queries are carried back to it"
+    carried_from: Name | Annotated[Names, Field(min_length=1)] | None = Field(
+        None,
+        union_mode="left_to_right",
+        description="run folder of the segment, or stage, of training after this one, whose queries are carried back "
+        "to it; several: of its checkpoints",
     )
     probes: Count | Auto = Field("auto", description="sequences on which the error is measured; auto: 32 to 128")
+
+    @property
+    def later(self) -> tuple[str, ...]:
+        """The run folders that ``carried_from`` names."""
+        named = self.carried_from
+        return (named,) if isinstance(named, str) else named or ()
 
 
 class ScoreSection(Section):

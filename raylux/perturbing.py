@@ -125,7 +125,7 @@ def _solved(ctx: Context, query: str) -> dict[str, Tensor]:
     eigen = ctx.plan.query_basis == "eigen"
     found = {}
     for layer in ctx.coverage.tracked:
-        (own,) = read_layer_queries(folder, files, layer, [query], dtype, device)
+        (own,) = read_layer_queries(folder, files, layer.name, [query], dtype, device)
         s = own if isinstance(own, Tensor) else own[0] @ own[1].T
         if eigen:
             s = Spectral(

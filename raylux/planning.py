@@ -121,9 +121,7 @@ def _workload(
     config: Config, sizes: Sizes, device: str, placement: Placement | None = None, found: Found | None = None
 ) -> tuple[Workload, Plan]:
     check_blocks(config.curvature.kind, config.curvature.blocks)
-    check_segment(
-        config.curvature.kind, config.curvature.segment, config.curvature.solver, config.query.carried_from is not None
-    )
+    check_segment(config.curvature.kind, config.curvature.segment, config.curvature.solver, bool(config.query.later))
     shape, files, context = found or find_shape(config)
     shape = shape.run_by(config.model.checkpointing, placement)
     lengths, query_lengths = _lengths(config, sizes, files, context)

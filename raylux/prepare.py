@@ -145,9 +145,7 @@ def read(config: Config, folder: RunFolder, restart: str | None, asked: Sequence
     """
     check_stage_name(restart)
     check_blocks(config.curvature.kind, config.curvature.blocks)
-    check_segment(
-        config.curvature.kind, config.curvature.segment, config.curvature.solver, config.query.carried_from is not None
-    )
+    check_segment(config.curvature.kind, config.curvature.segment, config.curvature.solver, bool(config.query.later))
     solvers.check(config.curvature.kind, config.curvature, config.fit.labels, config.model.dtype)
     known = _known(folder)
     if known:

@@ -141,6 +141,11 @@ class Run:
         return self.config.curvature.segment
 
     @property
+    def carried(self) -> bool:
+        """Whether its queries come through the segment or stage of training after it."""
+        return bool(self.config.query.later)
+
+    @property
     def train_size(self) -> int:
         """N: ``score.train_size``, or the number of sequences of the corpus."""
         return self.config.score.train_size or len(self.sequences)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import raylux
 from raylux.curvature import Spectral
 from raylux.engine.records import QUERY
 from raylux.engine.shard import FactorShard
+from raylux.engine.stages.carrying import taken
 from raylux.errors import UserError
 from tests import reference
 from tests import test_exact as exact
@@ -106,42 +109,83 @@ def test_two_segments_are_an_unrolled_training() -> None:
 # ------------------------------------------------------------------------------------------- whole runs
 
 
-def expected(runs: Sequence[raylux.Run], models: Sequence[Any], kind: str, lengths: Sequence[float]) -> np.ndarray:
-    """SOURCE by dense matrices and autograd [Q, N]: the first model is that of the last segment."""
-    layers = runs[0].settings["model"]["layers"]
-    asked = [reference.question_gradient(models[0], layers, question) for question in exact.QUESTIONS]
+Segment = Sequence[tuple[raylux.Run, Any]]
+"""Its checkpoints, each a run and its model."""
+
+
+def expected(segments: Sequence[Segment], kind: str, lengths: Sequence[float]) -> np.ndarray:
+    """SOURCE by dense matrices and autograd [Q, N], the last segment first; of each the mean over its checkpoints."""
+    run, last = segments[0][0]
+    layers = run.settings["model"]["layers"]
+    asked = [reference.question_gradient(last, layers, question) for question in exact.QUESTIONS]
     total = np.zeros((len(asked), len(exact.TEXTS)))
     carried = [{name: query[name].reshape(-1) for name in layers} for query in asked]
-    for run, model, length in zip(runs, models, lengths, strict=True):
-        fit = exact.fitted_on(run)
-        grads = [reference.gradients(model, layers, example) for example in fit]
-        pairs = [reference.token_pairs(model, layers, example) for example in fit]
-        sequences = [reference.gradients(model, layers, example) for example in exact.corpus_of(run)]
-        for name in layers:
-            matrix = reference.curvature(kind, [g[name] for g in grads], [p[name] for p in pairs]).matrix
-            took, left = response(matrix, length), expm(-length * matrix)
-            for place, query in enumerate(carried):
-                solved = took @ query[name]
-                total[place] -= [solved @ sequence[name].reshape(-1) for sequence in sequences]
-                query[name] = left @ query[name]
+    for segment, length in zip(segments, lengths, strict=True):
+        before = [{name: np.zeros_like(query[name]) for name in layers} for query in carried]
+        for run, model in segment:
+            fit = exact.fitted_on(run)
+            grads = [reference.gradients(model, layers, example) for example in fit]
+            pairs = [reference.token_pairs(model, layers, example) for example in fit]
+            sequences = [reference.gradients(model, layers, example) for example in exact.corpus_of(run)]
+            for name in layers:
+                matrix = reference.curvature(kind, [g[name] for g in grads], [p[name] for p in pairs]).matrix
+                took, left = response(matrix, length) / len(segment), expm(-length * matrix) / len(segment)
+                for place, query in enumerate(carried):
+                    solved = took @ query[name]
+                    total[place] -= [solved @ sequence[name].reshape(-1) for sequence in sequences]
+                    before[place][name] += left @ query[name]
+        carried = before
     return total / len(exact.TEXTS)
 
 
-@pytest.mark.parametrize(("kind", "basis"), [("ekfac", "eigen"), ("diagonal", "standard")])
-def test_runs_of_segments_add_up_to_source(kind: str, basis: str, tmp_path: Path) -> None:
-    models, lengths = [exact.gpt2(), moved(1)], (0.3, 0.9)
-    how = (f"curvature.kind={kind}", f"query.basis={basis}", "fit.labels=dataset")
-    runs: list[raylux.Run] = []
-    for place, (model, length) in enumerate(zip(models, lengths, strict=True)):
-        after = [f"query.carried_from={runs[-1].folder}"] if runs else []
-        runs.append(attribute(model, tmp_path / str(place), *how, f"curvature.segment={length}", *after))
+def trained(folder: Path, models: Sequence[Sequence[Any]], lengths: Sequence[float], *how: str) -> list[Segment]:
+    """Runs of a training, the last segment first; it ends with the first model."""
+    segments: list[Segment] = []
+    after: list[str] = []
+    if len(models[0]) > 1:
+        after = [attribute(models[0][0], folder / "end", "curvature.kind=identity").folder]
+    for place, (checkpoints, length) in enumerate(zip(models, lengths, strict=True)):
+        carried = [f"query.carried_from={json.dumps(after)}"] if after else []
+        options = (*how, f"curvature.segment={length}", *carried)
+        runs = [attribute(model, folder / f"{place}-{at}", *options) for at, model in enumerate(checkpoints)]
+        segments.append(list(zip(runs, checkpoints, strict=True)))
+        after = [run.folder for run in runs]
+    return segments
+
+
+LENGTHS = (0.3, 0.9)
+
+
+def test_runs_of_segments_add_up_to_source(tmp_path: Path) -> None:
+    how = ("curvature.kind=diagonal", "query.basis=standard", "fit.labels=dataset")
+    segments = trained(tmp_path, [[exact.gpt2()], [moved(1)]], LENGTHS, *how)
+    runs = [run for segment in segments for run, _ in segment]
     found = raylux.combine(runs)
     assert found.unit == "nats" and found.weights.tolist() == [1.0, 1.0]
-    assert reference.difference(found.scores(), expected(runs, models, kind, lengths)) < 1e-9
+    assert reference.difference(found.scores(), expected(segments, "diagonal", LENGTHS)) < 1e-9
     assert raylux.combine(runs, [1.0, 0.5]).unit == "weighted nats"
-    alone = attribute(models[1], tmp_path / "alone", *how, "curvature.segment=0.9")
+    alone = attribute(moved(1), tmp_path / "alone", *how, "curvature.segment=0.9")
     assert reference.difference(alone.scores(), runs[1].scores()) > 0.1, "its own queries are others"
     assert raylux.combine([runs[0], alone]).weights.tolist() == [0.5, 0.5], "two ends are no one training"
+
+
+def test_checkpoints_of_a_segment_are_averaged(tmp_path: Path) -> None:
+    """What each adds up and what each hands on; the earliest segment has one, in eigenbases of its own."""
+    how = ("curvature.kind=ekfac", "query.basis=eigen", "fit.labels=dataset")
+    segments = trained(tmp_path, [[exact.gpt2(), moved(2)], [moved(1)]], LENGTHS, *how)
+    (last, _), (also, _) = segments[0]
+    ((first, _),) = segments[1]
+    found = raylux.combine([first, last, also])
+    assert found.unit == "nats" and found.weights.tolist() == [1.0, 0.5, 0.5]
+    assert reference.difference(found.scores(), expected(segments, "ekfac", LENGTHS)) < 1e-9
+    for part in ([first, last], [first, last, last]):
+        with pytest.raises(UserError, match="the others with it are not the whole of it") as error:
+            raylux.combine(part)
+        assert "\n" not in str(error.value)
+    assert raylux.combine([first, last], [1.0, 1.0]).unit == "weighted nats"
+    mixed = f"query.carried_from={json.dumps([last.folder, str(tmp_path / 'end')])}"
+    with pytest.raises(UserError, match=r"curvature\.segment 0\.3 and None, so are not of one segment"):
+        attribute(moved(1), tmp_path / "mixed", *how, "curvature.segment=0.9", mixed)
 
 
 # ------------------------------------------------------------------------------------ bits, and what is refused
@@ -187,7 +231,7 @@ def test_bits_over_workers_and_after_an_interruption(
         (("curvature.segment=0.5", "curvature.kind=gauss_newton"), "kind=gauss_newton has no eigenvalues"),
         (("curvature.segment=0.5", "curvature.solver=pcg"), "which a segment does not take"),
         (("curvature.segment=0",), "greater than 0"),
-        (("query.carried_from=LATER",), "set curvature.segment, or leave query.carried_from out"),
+        (("query.carried_from=LATER",), "segment of training and this one for none; set curvature.segment here too"),
         (("curvature.segment=0.5", "query.carried_from=nowhere"), "not a run folder"),
         (("curvature.segment=0.5", "query.carried_from=LATER", 'model.layers=["*up_proj"]'), "tracks other layers"),
     ],
@@ -231,6 +275,14 @@ def test_what_cannot_be_carried(inputs: Inputs, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has solved 'a' anew since.*add --restart query"):
         inputs.run(tmp_path / "run", *again)
     assert differing(contents(inputs.run(tmp_path / "run", *again, restart="query").folder), before)
+
+
+def test_a_run_of_before_there_were_several_says_whence_it_carried() -> None:
+    """Its ledger has one print of a query, where now there is a list."""
+    metas: list[dict[str, Any]] = [{"carried": {"a": "one"}}, {"carried": {"b": ["one", "two"]}}, {}]
+    units = {str(place): SimpleNamespace(meta=meta) for place, meta in enumerate(metas)}
+    folder: Any = SimpleNamespace(units=lambda _: units)
+    assert taken(folder) == {"a": ["one"], "b": ["one", "two"]}
 
 
 def test_a_segment_is_no_proximal_step(later: raylux.Run) -> None:

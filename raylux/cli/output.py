@@ -93,6 +93,8 @@ def sizes_line(run: Run) -> str:
         return ""
     if run.segment is not None:
         return "one segment of a training: sizes go by curvature.segment, and add up with those of the other segments"
+    if run.carried:
+        return "through a later stage of training: sizes go by the λ of both stages, and cannot be calibrated"
     found = run.calibration
     if found is None:
         return f"not calibrated: sizes may be off by a factor of 2 to 10; raylux calibrate {run.folder}"

@@ -132,20 +132,25 @@ def check_words(kind: str, layers: Sequence[TrackedLayer]) -> None:
 
 
 def check_segment(kind: str, segment: float | None, solver: str, carried: bool) -> None:
-    """Raises UserError where a run cannot stand for a segment of training (SOURCE).
+    """Raises UserError where a run cannot stand for a segment of training (SOURCE), or for the stage before another.
 
     Args:
         kind: of curvature.
         segment: h; None: it is none.
         solver: of queries.
-        carried: queries come from the segment after it.
+        carried: queries come from the segment or stage after it.
     """
     named = ", ".join(name for name, one in KINDS.items() if one.spectral)
     if segment is None:
-        if carried:
+        if carried and not KINDS[kind].predicts:
             raise UserError(
-                "query.carried_from: queries are carried back from one segment of training to the one before; set "
-                "curvature.segment, or leave query.carried_from out"
+                f"query.carried_from: curvature.kind={kind} has no (G + λ)⁻¹ for what is carried; set a fitted kind, "
+                "as ekfac, or leave query.carried_from out"
+            )
+        if carried and solver != "direct":
+            raise UserError(
+                f"query.carried_from: curvature.solver={solver} solves for a gradient of this model, not for what is "
+                "carried; set curvature.solver=direct, or leave query.carried_from out"
             )
     elif not KINDS[kind].spectral:
         raise UserError(
@@ -159,12 +164,23 @@ def check_segment(kind: str, segment: float | None, solver: str, carried: bool) 
         )
 
 
-def check_end(segment: float | None, what: str) -> None:
-    """Raises UserError where ``what``, a command, is about the damped inverse and a run has none."""
+def check_end(segment: float | None, carried: bool, what: str) -> None:
+    """Raises UserError where ``what``, a command, is about a proximal step of the run's own model and the run is not.
+
+    Args:
+        segment: as in ``check_segment``, like ``carried``.
+        carried: see ``segment``.
+        what: the command.
+    """
     if segment is not None:
         raise UserError(
             f"{what}: curvature.segment={segment} predicts what a segment of training does, not a proximal step that "
             "could be measured; take a run without curvature.segment"
+        )
+    if carried:
+        raise UserError(
+            f"{what}: with query.carried_from a run predicts what its sequences do through a later training, not a "
+            "proximal step of its own model that could be measured; take a run without query.carried_from"
         )
 
 

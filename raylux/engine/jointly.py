@@ -12,6 +12,7 @@ from torch import Tensor
 from raylux import gpu, profiling
 from raylux.curvature.joint import joined, split
 from raylux.engine import numerics
+from raylux.engine.carrying import Later, mean_carried
 from raylux.engine.iterating import Objects, Saved
 from raylux.engine.parts import ShardPart
 from raylux.engine.records import STATE, Fitted, each_query, read_joint
@@ -33,7 +34,9 @@ class JointSolves(ShardPart):
             written[name] = key, objects, facts
         return written
 
-    def solve_jointly(self, fitted: Fitted, block: str, shards: int, *parts: Sequence[Mapping[str, Any]]) -> Saved:
+    def solve_jointly(
+        self, fitted: Fitted, block: str, shards: int, later: Sequence[Later], *parts: Sequence[Mapping[str, Any]]
+    ) -> Saved:
         """(G + λ)⁻¹ ∇f of a block of queries, over all layers: written as the state of a solve that is done.
 
         Any one shard does it, of what all of them have.
@@ -42,6 +45,7 @@ class JointSolves(ShardPart):
             fitted: what the fit left.
             block: its name.
             shards: how many parts there are of each query.
+            later: the runs that the queries are carried from, for which their own gradients give way.
             *parts: of each query one for each shard: a list of itself, ``inputs`` [T, M] by group and ``grads`` [T, P]
                 by layer.
 
@@ -52,13 +56,15 @@ class JointSolves(ShardPart):
         shapes = self.spec.shapes
         with profiling.of("eigendecomposition"):
             matrix = read_joint(self.folder, fitted, self.spec.kind, shapes, self.spec.damping, self.spec.device)
+        carried = {name: mean_carried(later, name, self.compute, self.spec.device) for name in shapes if later}
         solved = []
         with profiling.of("solve"):
-            for start in range(0, len(parts), shards):
+            for place, start in enumerate(range(0, len(parts), shards)):
                 gradients: dict[str, Tensor] = {}
                 for part in each_query(parts[start : start + shards]):
                     tokens = {name: self._tokens(part, name) for name in part["grads"]}
                     gradients |= {name: g.T @ a for name, (a, g) in tokens.items()}
+                gradients |= {name: queries[place] for name, queries in carried.items()}
                 solved.append(split(matrix.solve(joined(gradients, shapes)).to(self.compute), shapes))
         keys: dict[str, str] = {}
         objects: Objects = {}

@@ -285,7 +285,7 @@ def read_joint(
 def read_layer_queries(
     folder: RunFolder,
     files: Sequence[QueryFiles],
-    layer: TrackedLayer,
+    layer: str,
     ids: Sequence[str],
     dtype: torch.dtype,
     device: str,
@@ -295,7 +295,7 @@ def read_layer_queries(
     for block in files:
         if not set(block.queries) & set(ids):
             continue
-        group = folder.group(block.layers[layer.name])
+        group = folder.group(block.layers[layer])
         ranks, places = group.read("rank"), group.read("place")
         arrays: dict[str, Any] = {name: group.read(name) for name in ("dense", "left", "right") if name in group}
         for index, query in enumerate(block.queries):

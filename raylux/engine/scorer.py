@@ -178,7 +178,7 @@ class Scorer:
         self._queries |= {
             layer.name: LayerQueries.build(
                 layer.shape,
-                read_layer_queries(folder, loaded.files, layer, loaded.ids, dtype, devices[layer.name]),
+                read_layer_queries(folder, loaded.files, layer.name, loaded.ids, dtype, devices[layer.name]),
                 plan.typical_tokens * layer.share,
                 plan.tile,
                 hold,

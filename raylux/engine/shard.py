@@ -19,7 +19,7 @@ from raylux import gpu, profiling
 from raylux.blocks import Blocks, block_sizes, triangle_entries
 from raylux.curvature import Spectral, square_eigenbasis
 from raylux.engine import numerics
-from raylux.engine.carrying import Later
+from raylux.engine.carrying import Later, mean_carried
 from raylux.engine.iterating import IterativeSolves
 from raylux.engine.jointly import JointSolves
 from raylux.engine.projecting import ProjectedFactors
@@ -226,7 +226,7 @@ class FactorShard(IterativeSolves, JointSolves, ProjectedFactors):
         block: str,
         solutions: Mapping[str, str] | None,
         checked: bool,
-        later: Later | None,
+        later: Sequence[Later],
         *parts: Sequence[Mapping[str, Any]],
     ) -> tuple[dict[str, float], dict[str, list[float]], np.ndarray]:
         """s_test of a block of queries in every layer of this shard, kept until ``write_block``.
@@ -239,7 +239,7 @@ class FactorShard(IterativeSolves, JointSolves, ProjectedFactors):
                 layer is held at a time.
             solutions: layer -> key of the state that an iterative solve ended with; None: the kind's own inverse.
             checked: take some scores both ways.
-            later: where the block's queries are carried from, for which their own gradients give way; or None.
+            later: the runs that the block's queries are carried from, for which their own gradients give way.
             *parts: lists of queries' ``inputs`` [T, M] by group and ``grads`` [T, P] by layer.
 
         Returns:
@@ -285,12 +285,12 @@ class FactorShard(IterativeSolves, JointSolves, ProjectedFactors):
         form: Form,
         given: Sequence[Tensor] | None,
         checked: bool,
-        later: Later | None,
+        later: Sequence[Later],
     ) -> tuple[Solved, float]:
         """A layer by its own curvature, or as it is given or carried; and λ."""
         curvature, damping = self._curvature(name, fitted)
-        if later is not None:
-            carried = later.carried(self.layers[name], self.compute, self.spec.device)
+        if later and given is None:  # a joint kind has put what is carried through its matrix
+            carried = mean_carried(later, name, self.compute, self.spec.device)
             given = [curvature.solve(v, damping) for v in carried]
         try:
             with profiling.of("solve"):

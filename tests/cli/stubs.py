@@ -29,6 +29,7 @@ class StubRun:
     missing: tuple[str, ...] = ()
     calibration: Any = None
     segment: float | None = None
+    carried: bool = False
     quarantined: list[Quarantined] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
     mixed: dict[str, list[str]] = field(default_factory=dict)

@@ -66,7 +66,7 @@ class Solved:
 def check(ctx: Context, what: str) -> None:
     """Raises UserError where a run's scores have no size that better solves could tell; ``what``: the command."""
     config = ctx.config
-    check_end(config.curvature.segment, what)
+    check_end(config.curvature.segment, bool(config.query.later), what)
     if not ctx.kind.predicts:
         raise UserError(
             f"{what}: curvature.kind={config.curvature.kind} predicts no change in nats, its scores have no size to "

@@ -14,7 +14,7 @@ import numpy as np
 from raylux.batches import TokenRow, query_shape
 from raylux.cost.contraction import captured_width
 from raylux.cost.sizes import rank_limit, solve_block
-from raylux.engine.carrying import Later
+from raylux.engine.carrying import Later, prints
 from raylux.engine.context import Context
 from raylux.engine.numerics import Numerics, distinct
 from raylux.engine.plan import choose_fit_rows, probe_count, query_block
@@ -37,7 +37,7 @@ _ATTEMPTS = 20
 
 def run(ctx: Context) -> None:
     """Solve for every query that has no s_test yet, a block at a time."""
-    if ctx.config.query.carried_from is not None:
+    if ctx.config.query.later:
         carrying.check_same(ctx)
     out = solved_queries(ctx) | set(given_up(ctx.folder, QUERY))
     todo = [query for query in ctx.queries if query.id not in out]
@@ -87,10 +87,10 @@ def answerable(ctx: Context) -> list[Query]:
     return [query for query in ctx.queries if query.id not in out]
 
 
-def _solve(ctx: Context, name: str, queries: Sequence[Query], checked: bool, later: Later | None) -> None:
+def _solve(ctx: Context, name: str, queries: Sequence[Query], checked: bool, later: Sequence[Later]) -> None:
     """A block, from its start again where a shard died: what a shard holds of a block lives in it alone.
 
-    ``checked``: it measures what rounding does to scores. ``later``: the run that its queries are carried from.
+    ``checked``: it measures what rounding does to scores. ``later``: the runs that its queries are carried from.
     """
     for attempt in range(1, _ATTEMPTS + 1):
         try:
@@ -171,7 +171,7 @@ def _form(ctx: Context) -> Form:
     return Form(precision.resolve(ctx).torch_dtype, ctx.plan.query_basis == "eigen", ctx.plan.query_tokens > 0)
 
 
-def _block(ctx: Context, name: str, queries: Sequence[Query], checked: bool, later: Later | None) -> None:
+def _block(ctx: Context, name: str, queries: Sequence[Query], checked: bool, later: Sequence[Later]) -> None:
     backend = ctx.backend
     gradients = _gradients(ctx, queries)
     if not gradients.queries:
@@ -180,12 +180,12 @@ def _block(ctx: Context, name: str, queries: Sequence[Query], checked: bool, lat
     damping: dict[str, float] = {}
     iterative = _iterative(ctx)
     ids = [query.id for query in gradients.queries]
+    carried = [run.of(ids) for run in later]
     solution = solving.solve(ctx, name, ids, gradients.parts) if iterative else None
     passing: list[str] = []
     if ctx.kind.joint and not iterative:
-        solution, passing = jointly.solve(ctx, name, gradients.parts)
+        solution, passing = jointly.solve(ctx, name, gradients.parts, carried)
     handles = [[parts[shard] for parts in gradients.parts] for shard in range(backend.shards)]
-    carried = later and later.of(ids)
     how = fitted(ctx), limits, _form(ctx), name, None if solution is None else solution.keys, checked, carried
     squares: dict[str, list[float]] = {}
     pairs = []
@@ -218,7 +218,7 @@ def _block(ctx: Context, name: str, queries: Sequence[Query], checked: bool, lat
         numerics=distinct(numerics),
         **rounding,
         **({"solver": solution.facts} if solution and iterative else {}),
-        **({"carried": carried.prints} if carried else {}),
+        **({"carried": prints(carried)} if carried else {}),
     )
     solving.forget(ctx, name)
     ctx.folder.delete(passing)

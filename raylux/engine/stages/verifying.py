@@ -27,7 +27,7 @@ ASKED = "asked"
 
 def check(ctx: Context) -> None:
     """Raises UserError where nothing can be measured that a run's scores would predict."""
-    check_end(ctx.config.curvature.segment, "verify")
+    check_end(ctx.config.curvature.segment, bool(ctx.config.query.later), "verify")
     if not ctx.kind.predicts:
         raise UserError(
             f"verify: curvature.kind={ctx.config.curvature.kind} predicts no change in nats, there is nothing to "
