@@ -93,8 +93,8 @@ def _makers(study: Study, folder: Path) -> dict[str, tuple[str, Make]]:
 
         return make
 
-    def source(place: str, adapted: bool) -> Make:
-        return lambda epochs: segments.scores(study, epochs, folder / place, EKFAC, adapted)
+    def source(place: str, adapted: bool, several: bool = False) -> Make:
+        return lambda epochs: segments.scores(study, epochs, folder / place, EKFAC, adapted, several)
 
     def of_unit_length(kind: str) -> Make:
         return lambda epochs: unit_length(study, epochs[-1].model, folder / f"{kind}-unit", kind)
@@ -115,6 +115,8 @@ def _makers(study: Study, folder: Path) -> dict[str, tuple[str, Make]]:
     makers["ekfac, averaged"] = f"mean over {count} epochs' models", over(EKFAC, "averaged", by_rate=False)
     parts = f"EK-FAC over {segments.SEGMENTS} segments of the training, one rate for AdamW's of all weights"
     makers["SOURCE"] = parts, source("source", adapted=True)
+    whole = "the same, the models after all epochs of a segment standing for it"
+    makers["SOURCE, all epochs"] = whole, source("source-epochs", adapted=True, several=True)
     plain = "the same as if the training had been SGD with AdamW's rates"
     makers["SOURCE, plain rates"] = plain, source("source-plain", adapted=False)
     for kind in ("diagonal", EKFAC):

@@ -65,7 +65,8 @@ halves f of a query has a standard deviation of {spread:.2f} nats.
 - λ is a tenth of the mean eigenvalue of each layer throughout, but for SOURCE, which has none; it was not tuned for
   any method.
 - SOURCE cuts the training into {segments.SEGMENTS} segments of as many epochs, for each of which the model at its end
-  stands, with its own EK-FAC (Bae et al. 2024 average several within a segment). Its theory is about gradient descent
+  stands, with its own EK-FAC; in a row of its own the models after all of its epochs, of which the mean is taken (Bae
+  et al. 2024 average the EK-FAC itself). Its theory is about gradient descent
   by one rate. AdamW has a rate for each weight: one stands for all, the root of the mean of its second moments over the
   tracked weights dividing it; beside that the formula with AdamW's rates as they are.
 - TrackStar is raylux's kind of curvature of that name, with AdamW's own second moments: a projection by random signs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,11 +14,13 @@ from jobs.lds import methods
 from jobs.lds.study import Study
 from jobs.lds.trained import Checkpoint
 
-# Segments of equally many epochs; the model at its end stands for each.
+# Segments of equally many epochs.
 SEGMENTS = 3
 
 
-def scores(study: Study, points: Sequence[Checkpoint], folder: Path, kind: str, adapted: bool) -> np.ndarray:
+def scores(
+    study: Study, points: Sequence[Checkpoint], folder: Path, kind: str, adapted: bool, several: bool = False
+) -> np.ndarray:
     """Of every text for every query [Q, N].
 
     Args:
@@ -26,14 +29,23 @@ def scores(study: Study, points: Sequence[Checkpoint], folder: Path, kind: str, 
         folder: of the runs.
         kind: of curvature.
         adapted: one rate stands for AdamW's of all weights (``lengths``); otherwise as if it were SGD.
+        several: the models after all of its epochs stand for a segment; otherwise the one at its end.
     """
-    ends = [points[place - 1] for place in bounds(len(points))]
+    stops = bounds(len(points))
+    parts = [points[start:stop] if several else [points[stop - 1]] for start, stop in pairwise([0, *stops])]
     runs: list[raylux.Run] = []
+    after: list[str] = []
+    if several:
+        after = [methods.run(study, points[-1].model, folder / "end", "identity").folder]
+    ends = [part[-1] for part in parts]
     for place, length in reversed(list(enumerate(lengths(study, ends, adapted)))):
-        options = [f"curvature.segment={length!r}"]
-        if runs:
-            options.append(f"query.carried_from={runs[-1].folder}")
-        runs.append(methods.run(study, ends[place].model, folder / str(place), kind, options))
+        options = [f"curvature.segment={length!r}", *([f"query.carried_from={json.dumps(after)}"] if after else [])]
+        found = [
+            methods.run(study, point.model, folder / f"{place}.{at}", kind, options)
+            for at, point in enumerate(parts[place])
+        ]
+        runs += found
+        after = [run.folder for run in found]
     return methods.array(study, raylux.combine(runs))
 
 
