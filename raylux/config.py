@@ -51,7 +51,7 @@ def _listed(value: Any) -> Any:
 
 
 Auto = Literal["auto"]
-Test = Literal["lds", "removal", "loo", "planted", "mislabelled", "prefilter"]
+Test = Literal["lds", "removal", "loo", "pbrf", "planted", "mislabelled", "prefilter"]
 Name = Annotated[str, AfterValidator(_name)]  # of a file, a folder, a field
 Names = Annotated[tuple[Name, ...], BeforeValidator(_listed)]
 Count = Annotated[int, Field(ge=1, le=10**15)]
@@ -275,7 +275,7 @@ class EvaluateSection(Section):
     share: Real = Field(0.5, gt=0, lt=1, description="of the corpus in a subset")
     remove: Count = Field(10, description="sequences with the largest (and least) scores that removal leaves out")
     queries: Count | None = Field(None, description="queries of removal, the first so many; default: all")
-    sequences: int = Field(8, ge=3, le=10**6, description="sequences that loo leaves out one by one")
+    sequences: int = Field(8, ge=3, le=10**6, description="sequences that loo and pbrf leave out one by one")
     marks: Name | None = Field(None, description="field of the corpus that marks planted or mislabelled sequences")
     top: Count = Field(10, description="best sequences that count in planted and prefilter")
     draws: int = Field(2000, ge=100, le=10**6, description="of the bootstrap that intervals come from")

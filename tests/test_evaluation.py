@@ -24,10 +24,12 @@ from raylux.engine.progress import Reporter
 from raylux.errors import UserError
 from raylux.evaluation import evaluate, retraining
 from raylux.evaluation import inputs as reading
+from raylux.evaluation.bench import Bench, Found
 from raylux.evaluation.estimators import Scored
-from raylux.evaluation.judging import Bench, Found, loo, removal
+from raylux.evaluation.judging import removal
 from raylux.evaluation.outcome import Outcome
-from raylux.evaluation.retraining import Retraining
+from raylux.evaluation.retraining import Retraining, Way
+from raylux.evaluation.singles import loo, singled_out
 from raylux.store import RunFolder
 from tests import classifiers
 from tests.small import SEQUENCES, Inputs, make_inputs, texts, write_lines
@@ -165,8 +167,8 @@ def bench(base: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(found, scored, Retraining(found, Reporter(folder, quiet=True)), Found())
 
 
-def trained_without(bench: Bench, rows: np.ndarray, warm: bool = False) -> np.ndarray:
-    return retraining.answers_without(bench.retraining._training, rows, 0, warm)
+def trained_without(bench: Bench, rows: np.ndarray, way: Way = "cold") -> np.ndarray:
+    return retraining.answers_without(bench.retraining._training, rows, 0, way)
 
 
 def test_removal_is_the_difference_of_two_trainings(bench: Bench) -> None:
@@ -191,7 +193,7 @@ def test_leaving_out_one_is_judged_by_the_order_of_what_it_changes(bench: Bench)
         names = bench.inputs.folder.committed("trained")
         assert len([name for name in names if name.startswith(f"{verdict.figure}-1-")]) == 4
     rows = _left_out(bench)
-    measured = np.stack([trained_without(bench, np.array([row]), warm=True) for row in rows])
+    measured = np.stack([trained_without(bench, np.array([row]), "warm") for row in rows])
     for name, scores in bench.scores.items():
         expected = [spearmanr(-scores[query][rows], measured[:, query]).statistic for query in range(4)]
         assert bench.found.verdicts[-1].found.lds[name].value == pytest.approx(np.mean(expected), abs=1e-12)
@@ -200,9 +202,7 @@ def test_leaving_out_one_is_judged_by_the_order_of_what_it_changes(bench: Bench)
 
 
 def _left_out(bench: Bench) -> np.ndarray:
-    from raylux.evaluation.judging import _singled_out
-
-    rows = _singled_out(bench.scores, 4, bench.draw(2))
+    rows = singled_out(bench.scores, 4, bench.draw(2))
     best = {int(np.argmax(bench.scores["ekfac"][query])) for query in range(2)}
     assert best <= set(rows.tolist()) and len(set(rows.tolist())) == 4
     return rows

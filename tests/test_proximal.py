@@ -66,6 +66,12 @@ def test_first_order_change_is_the_damped_gauss_newton_step(name: str, pattern: 
     targets = torch.from_numpy(rows[2].labels[1:])
     slope = jacobian(rows[2]).gather(1, targets[targets >= 0].long()[:, None, None].expand(-1, 1, size)).sum((0, 1))
     torch.testing.assert_close(f, slope @ wanted, rtol=2e-3, atol=1e-4)
+    # Without the search: the linearised objective is solved as it is.
+    step = objective.linearised(added, epsilon)
+    torch.testing.assert_close(
+        torch.cat([step[key].flatten() for key in names]) / epsilon, wanted, rtol=1e-6, atol=1e-7
+    )
+    torch.testing.assert_close(objective.slopes([rows[2]], step)[0] / epsilon, slope @ wanted, rtol=1e-6, atol=1e-8)
 
 
 def test_a_set_is_the_sum_of_its_sequences_to_first_order() -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from raylux.batches import TokenRow
 from raylux.errors import NumericsError
-from raylux.evaluate import Answers, Questions, Recipe, train
+from raylux.evaluate import Answers, Proximity, Questions, Recipe, train
 from raylux.evaluate.training import _backward, batches
 from raylux.models import find_model, load_model
 from raylux.queries import load_queries
@@ -80,6 +81,41 @@ def test_a_seed_gives_the_same_bits_and_weights_of_one_are_the_whole_corpus() ->
     before = state(nothing)
     train(nothing, rows(), RECIPE, 0, np.zeros(12))
     assert same(before, state(nothing)), "without a sequence nothing moves"
+
+
+def test_held_weights_follow_the_objective_with_its_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch a step: what the optimizer is given is the gradient of Σ L / N + λ/2 |θ − θ_s|², over tokens for N."""
+    monkeypatch.setattr("raylux.evaluate.training._CLIP", float("inf"))
+    one, given = model(), rows()
+    name, damping = "model.layers.0.mlp.up_proj.weight", 3.0
+    one.requires_grad_(False)
+    held = one.get_parameter(name).requires_grad_(True)
+    start, seen = held.detach().clone(), []
+
+    def look(*_: object) -> None:
+        seen.append((held.detach().clone(), held.grad.clone()))
+
+    handle = register_optimizer_step_pre_hook(look)
+    try:
+        near = Proximity({name: damping}, {name: start})
+        train(one, given, Recipe(3, 10_000, 1e-2), 0, np.ones(12), proximity=near)
+    finally:
+        handle.remove()
+    assert torch.equal(seen[0][0], start) and not torch.equal(seen[2][0], start)
+    per_sequence = np.mean([(row.labels[1:] != -100).sum() for row in given])
+    for weights, gradient in seen:
+        w = weights.clone().requires_grad_(True)
+        total = damping / 2 * (w - start).square().sum()
+        for row in given:
+            ids = torch.from_numpy(row.tokens.astype(np.int64))[None]
+            logits = torch.func.functional_call(one, {name: w}, kwargs={"input_ids": ids}).logits[0, :-1]
+            labels = torch.from_numpy(row.labels[1:].astype(np.int64))
+            total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / len(given)
+        total.backward()
+        # The norms of transformers compute in float32.
+        torch.testing.assert_close(gradient * per_sequence, w.grad, rtol=1e-4, atol=1e-5)
+    others = {key: x for key, x in one.named_parameters() if key != name}
+    assert all(torch.equal(x, dict(model().named_parameters())[key]) for key, x in others.items())
 
 
 def test_batches_hold_every_sequence_once_within_their_size() -> None:

@@ -29,9 +29,10 @@ class Format(StrEnum):
     help=manual("""Hold the estimators that CONFIG names under `evaluate` against what training really does.
 
     Each estimator is a run of its own over the whole corpus, or the texts' own words. Tests: lds (random subsets),
-    removal (each query's top sequences left out), loo (one by one, cold and warm), planted and mislabelled (a field of
-    the corpus has the truth), prefilter (what a full scan finds that it would not keep). Models are trained by the
-    recipe in CONFIG, each a task of one core; docs/evaluate.md says how to read what comes out.
+    removal (each query's top sequences left out), loo (one by one, cold and warm), pbrf (one by one, at the optimum
+    that influence linearises), planted and mislabelled (a field of the corpus has the truth), prefilter (what a full
+    scan finds that it would not keep). Models are trained by the recipe in CONFIG, each a task of one core;
+    docs/evaluate.md says how to read what comes out.
 
     Reads the model, the corpus and the queries that CONFIG names; writes evaluate.folder alone. Kill it at any moment:
     the same command goes on, and other tests or estimators add what they need.

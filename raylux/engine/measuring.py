@@ -15,11 +15,7 @@ from raylux.engine.parts import WorkerPart
 from raylux.errors import UserError
 from raylux.evaluate import ProximalObjective, Questions, measure
 from raylux.evaluate.exact import exact_norms
-from raylux.layers import TrackedLayer
-
-# Memory for the gradients that choose the coordinates of a search.
-_DRAWN_BYTES = 1 << 30
-_FEWEST_DRAWS, _MOST_DRAWS = 64, 4096
+from raylux.evaluate.proximal import draws_for, memory_of
 
 
 @dataclass(frozen=True)
@@ -45,12 +41,6 @@ class Measuring:
     copies: tuple[float, ...]
     train_size: int
     iterations: int
-
-
-def draws(layers: Sequence[TrackedLayer]) -> int:
-    """Sampled gradients that choose a search's coordinates: more than there are weights, where memory allows."""
-    size = sum(layer.parameters for layer in layers)
-    return max(_FEWEST_DRAWS, min(size + size // 2, _MOST_DRAWS, _DRAWN_BYTES // (8 * size)))
 
 
 class ProximalMeasurements(WorkerPart):
@@ -82,7 +72,7 @@ class ProximalMeasurements(WorkerPart):
             rows = self.reader.rows(asked.rows)
             model = models.load_model(models.on_this_node(spec.files), "float64", self.device, spec.trust_remote_code)
             exact_norms(model)
-            count = draws(spec.layers)
+            count = draws_for(spec.layers)
             self._check_memory(models.logit_width(model), rows, count)
             made = ProximalObjective(
                 model, spec.layers, rows, asked.damping, batch_tokens=spec.plan.batch_tokens, draws=count
@@ -91,10 +81,7 @@ class ProximalMeasurements(WorkerPart):
         return self._objective[1]
 
     def _check_memory(self, vocabulary: int, rows: Sequence[TokenRow], count: int) -> None:
-        labelled = sum(int((np.asarray(row.labels) >= 0).sum()) for row in rows)
-        size = sum(layer.parameters for layer in self.spec.layers)
-        # Log-probabilities of the training set, the drawn gradients with their basis, and the search's history.
-        need = 8 * (labelled * vocabulary + 2 * count * size + 200 * size)
+        need = memory_of(rows, vocabulary, self.spec.layers, count)
         have = psutil.virtual_memory().available
         if self.device == "cpu" and need > have:
             raise UserError(

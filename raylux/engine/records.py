@@ -363,3 +363,9 @@ def query_arrays(
             padded = [torch.nn.functional.pad(pair[side], (0, most - pair[side].shape[1])) for pair in factors]
             arrays[name] = np.stack([numpy_array(x) for x in padded])
     return arrays
+
+
+def damping_of(folder: RunFolder) -> dict[str, float]:
+    """Layer -> λ of a run whose queries are solved; it is the layer's, the same in every block of queries."""
+    found: dict[str, float] = next((manifest.meta["damping"] for manifest in folder.units(QUERY).values()), {})
+    return found

@@ -1,11 +1,11 @@
 """What influence is judged by: effects that are measured on the model itself. No Ray, no files."""
 
-from raylux.evaluate.datamodel import Estimate, Judgement, ceiling, correlations, judge, mean_of_each
+from raylux.evaluate.datamodel import Estimate, Judgement, ceiling, compare, correlations, judge, mean_of_each
 from raylux.evaluate.doses import Doses, Effect, Measured, Questions, effect, measure
 from raylux.evaluate.proximal import Optimum, ProximalObjective
 from raylux.evaluate.retrieval import Detection, detection, ranked, recall, reciprocal_ranks
 from raylux.evaluate.sizes import Agreement, agreement, slope, whole
-from raylux.evaluate.training import Answers, Recipe, train
+from raylux.evaluate.training import Answers, Proximity, Recipe, train
 
 __all__ = [
     "Agreement",
@@ -18,10 +18,12 @@ __all__ = [
     "Measured",
     "Optimum",
     "ProximalObjective",
+    "Proximity",
     "Questions",
     "Recipe",
     "agreement",
     "ceiling",
+    "compare",
     "correlations",
     "detection",
     "effect",

@@ -7,7 +7,7 @@ f was. Only the order counts: scores without a unit can be judged beside scores 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,7 +65,7 @@ def _mean(values: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Mean LDS of each method, and by how much it is above that of the one they are compared with."""
+    """Mean LDS, or another figure, of each method, and by how much it is above that of the one compared with."""
 
     lds: dict[str, Estimate]
     above: dict[str, Estimate]
@@ -94,20 +94,40 @@ def judge(
         draws: of the bootstrap.
         seed: of the draws.
     """
-    sums = {name: members.astype(np.float64) @ scores.T for name, scores in methods.items()}
+    sums = {name: (members.astype(np.float64) @ scores.T, measured) for name, scores in methods.items()}
+    return compare(sums, against, spearman, level, draws, seed)
+
+
+def compare(
+    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    against: str,
+    figure: Callable[[np.ndarray, np.ndarray], np.ndarray | float],
+    level: float = 0.9,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Judgement:
+    """A figure of each of some pairs of arrays, with percentile intervals of a bootstrap of rows and columns.
+
+    Args:
+        pairs: name -> two arrays [S, Q]: what is predicted and what was measured, say.
+        against: the name that differences are taken from.
+        figure: of two arrays [S, Q]: a value of each column [Q], of which the mean is taken, or one of all.
+        level: as of ``judge``.
+        draws: as of ``judge``.
+        seed: as of ``judge``.
+    """
+    shape = pairs[against][0].shape
     random = np.random.default_rng(seed)
-    drawn: dict[str, list[float]] = {name: [] for name in methods}
+    drawn: dict[str, list[float]] = {name: [] for name in pairs}
     for _ in range(draws):
-        subsets = random.integers(0, len(members), len(members))
-        queries = random.integers(0, measured.shape[1], measured.shape[1])
-        for name, predicted in sums.items():
-            found = spearman(predicted[np.ix_(subsets, queries)], measured[np.ix_(subsets, queries)])
-            drawn[name].append(_mean(found))
-    value = {name: _mean(spearman(predicted, measured)) for name, predicted in sums.items()}
+        places = np.ix_(*(random.integers(0, count, count) for count in shape))
+        for name, (one, other) in pairs.items():
+            drawn[name].append(_mean(np.atleast_1d(figure(one[places], other[places]))))
+    value = {name: _mean(np.atleast_1d(figure(*both))) for name, both in pairs.items()}
     base = np.array(drawn[against])
     return Judgement(
-        {name: interval(value[name], np.array(drawn[name]), level) for name in methods},
-        {name: interval(value[name] - value[against], np.array(drawn[name]) - base, level) for name in methods},
+        {name: interval(value[name], np.array(drawn[name]), level) for name in pairs},
+        {name: interval(value[name] - value[against], np.array(drawn[name]) - base, level) for name in pairs},
     )
 
 

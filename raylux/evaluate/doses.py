@@ -104,8 +104,15 @@ class Questions:
 
     def at(self, model: ProximalObjective | Answers, weights: Mapping[str, Tensor] | None = None) -> np.ndarray:
         """f [Q] in nats, under ``weights`` instead of its own where it is an objective."""
-        values = (model.logprobs(self._rows, weights).double().cpu() * self._weights).numpy()
-        return np.array([part.sum() for part in np.split(values, self._ends)])
+        return self._summed(model.logprobs(self._rows, weights))
+
+    def slopes(self, objective: ProximalObjective, change: Mapping[str, Tensor]) -> np.ndarray:
+        """Derivative of f [Q] at θ_s along a change of the tracked weights, in nats."""
+        return self._summed(objective.slopes(self._rows, change))
+
+    def _summed(self, values: Tensor) -> np.ndarray:
+        weighted = (values.double().cpu() * self._weights).numpy()
+        return np.array([part.sum() for part in np.split(weighted, self._ends)])
 
     def rounding(self, objective: ProximalObjective) -> np.ndarray:
         """By how much f [Q] is uncertain in floating point: what the last bit of every weight moves."""

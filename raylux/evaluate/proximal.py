@@ -16,16 +16,54 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from raylux.batches import IGNORED, Batch, TokenRow, collate, fit_batches
 from raylux.capture import Capture
+from raylux.curvature.gauss_newton import add_products
 from raylux.errors import NumericsError, UserError
 from raylux.influence.dots import sequence_gradients
 from raylux.layers import TrackedLayer
 from raylux.parameters import Weights, called_with, flat, parameters_of, unflat
 from raylux.tasks import task_of
+
+# Memory for the gradients that choose the coordinates of a search.
+_DRAWN_BYTES = 1 << 30
+_FEWEST_DRAWS, _MOST_DRAWS = 64, 4096
+# Steps that L-BFGS remembers, two vectors each.
+_HISTORY = 100
+
+
+def draws_for(layers: Sequence[TrackedLayer]) -> int:
+    """Sampled gradients that choose a search's coordinates: more than there are weights, where memory allows."""
+    size = sum(layer.parameters for layer in layers)
+    return max(_FEWEST_DRAWS, min(size + size // 2, _MOST_DRAWS, _DRAWN_BYTES // (8 * size)))
+
+
+def memory_of(rows: Sequence[TokenRow], width: int, layers: Sequence[TrackedLayer], draws: int) -> int:
+    """Bytes of a search in float64: log-probabilities of the rows, drawn gradients with their basis, its history.
+
+    Args:
+        rows: the training sequences.
+        width: entries of a row of logits.
+        layers: tracked.
+        draws: as of ``ProximalObjective``.
+    """
+    labelled = sum(int((np.asarray(row.labels) >= 0).sum()) for row in rows)
+    size = sum(layer.parameters for layer in layers)
+    return 8 * (labelled * width + 2 * draws * size + _HISTORY * 2 * size)
+
+
+def check_layers(what: str, layers: Sequence[TrackedLayer]) -> None:
+    """Raises UserError where ``what``, a command, is about tracked layers that have no proximal optimum here."""
+    routed = [layer.name for layer in layers if layer.routed]
+    if routed:
+        raise UserError(
+            f"{what}: '{routed[0]}' belongs to an expert, whose proximal optimum is not defined here; take a run whose "
+            "model.layers leave experts out"
+        )
 
 
 @dataclass(frozen=True)
@@ -101,7 +139,8 @@ class ProximalObjective:
         ]
         # sqrt(λ) of each tracked parameter, layer after layer.
         self._scale = torch.cat(parts)
-        self._basis, self._values = self._sketch(Capture(model, layers), draws)
+        self._capture = Capture(model, layers)
+        self._basis, self._values = self._sketch(draws)
 
     @property
     def _device(self) -> torch.device:
@@ -151,7 +190,7 @@ class ProximalObjective:
             max_eval=3 * iterations,
             tolerance_grad=tolerance * steepest,
             tolerance_change=0.0,
-            history_size=100,
+            history_size=_HISTORY,
             line_search_fn="strong_wolfe",
         )
         search.step(closure)
@@ -159,6 +198,50 @@ class ProximalObjective:
         with torch.no_grad():
             weights = self._weights(self._change(u, weight))
         return Optimum(weights, value, self._gradient_norm(u, weight), start, evaluations, u.detach())
+
+    def linearised(
+        self, added: TokenRow | Sequence[TokenRow], weight: float, iterations: int = 500, tolerance: float = 1e-8
+    ) -> dict[str, Tensor]:
+        """−ε (G + λ)⁻¹ ∇L_z, the change of the tracked weights to first order in ε, with the exact G of all rows.
+
+        By conjugate gradients in the coordinates of ``optimum``.
+
+        Args:
+            added: as of ``optimum``.
+            weight: ε.
+            iterations: at most; each is a product with G.
+            tolerance: of the error in the norm of G + λ, as a share of the solution's, as far as the sampled Fisher
+                matrix that preconditions the solve is G.
+
+        Raises:
+            NumericsError: the error is not that small after so many.
+        """
+        weights = {name: x.clone().requires_grad_(True) for name, x in self._start.items()}
+        self._losses(weights, self._batch([added] if isinstance(added, TokenRow) else added)).sum().backward()
+        slope = flat(self.layers, {name: _gradient(x) for name, x in weights.items()}) / self._scale
+        found, left = torch.zeros_like(slope), -weight * slope
+        direction = towards = self._power(left, -1.0)
+        first = inner = float(left @ towards)
+        for _ in range(iterations):
+            if inner <= tolerance**2 * first:
+                return unflat(self.layers, found / self._scale, self._start)
+            image = direction + self._curved(direction)
+            step = inner / float(direction @ image)
+            found, left = found + step * direction, left - step * image
+            towards = self._power(left, -1.0)
+            before, inner = inner, float(left @ towards)
+            direction = towards + inner / before * direction
+        share = (inner / first) ** 0.5
+        raise NumericsError(f"linearised optimum: an error of {share:.1g} is left after {iterations} products with G")
+
+    def slopes(self, rows: Sequence[TokenRow], change: Weights) -> Tensor:
+        """Derivative of ``logprobs`` at θ_s along a change of the tracked weights [len(rows)], in nats."""
+        found = []
+        for row in rows:
+            weights = {name: x.clone().requires_grad_(True) for name, x in self._start.items()}
+            self._losses(weights, self._batch([row])).sum().backward()
+            found.append(-sum((_gradient(x) * change[name]).sum().double() for name, x in weights.items()))
+        return torch.stack([torch.as_tensor(value) for value in found])
 
     def logprobs(self, rows: Sequence[TokenRow], weights: Weights | None = None) -> Tensor:
         """Log p of each row's labelled tokens [len(rows)], in nats, under ``weights`` (default: θ_s)."""
@@ -179,7 +262,7 @@ class ProximalObjective:
             found[name] = torch.nextafter(x, torch.where(up, torch.inf, -torch.inf).to(x.dtype))
         return found
 
-    def _sketch(self, capture: Capture, draws: int) -> tuple[Tensor, Tensor]:
+    def _sketch(self, draws: int) -> tuple[Tensor, Tensor]:
         """Eigenvectors [p, k] and eigenvalues [k] of a sampled Fisher matrix by sqrt(λ) θ: G as far as it shows."""
         generator = torch.Generator(self._device).manual_seed(0)
 
@@ -189,7 +272,7 @@ class ProximalObjective:
         rows: list[Tensor] = []
         while len(rows) < draws:
             for batch, _ in self._batches:
-                captured = capture.run(batch, draw)
+                captured = self._capture.run(batch, draw)
                 parts = [sequence_gradients(captured.inputs[x.name], captured.grads[x.name]) for x in self.layers]
                 flat = torch.cat([part.flatten(1) for part in parts], 1) / self._scale
                 rows += list(flat[: draws - len(rows)])
@@ -204,6 +287,15 @@ class ProximalObjective:
     def _power(self, x: Tensor, exponent: float) -> Tensor:
         """(1 + sampled Fisher)^exponent x."""
         return x + self._basis @ (((1 + self._values) ** exponent - 1) * (self._basis.T @ x))
+
+    def _curved(self, x: Tensor) -> Tensor:
+        """G x in the coordinates sqrt(λ) θ."""
+        parts = (x / self._scale).split([layer.parameters for layer in self.layers])
+        vector = {layer.name: part.view(layer.shape) for layer, part in zip(self.layers, parts, strict=True)}
+        total = {name: torch.zeros_like(part) for name, part in vector.items()}
+        for batch, _ in self._batches:
+            add_products(self._capture, batch, [vector], [total])
+        return torch.cat([total[layer.name].flatten() for layer in self.layers]) / self.size / self._scale
 
     def _change(self, u: Tensor, weight: float) -> Tensor:
         """sqrt(λ) (θ − θ_s): the search runs in u, where all directions have about the same curvature."""

@@ -46,6 +46,26 @@ class Recipe:
     weight_decay: float = 0.01
 
 
+@dataclass(frozen=True)
+class Proximity:
+    """What holds some weights near where they are: λ/2 |θ − θ_s|² in the objective, Σ L / N over the sequences.
+
+    Attributes:
+        damping: λ of a parameter, by its name in the model.
+        start: θ_s of each.
+    """
+
+    damping: Mapping[str, float]
+    start: Mapping[str, Tensor]
+
+    def add(self, model: nn.Module, per_sequence: float) -> None:
+        """Add its gradient to what is there, of a loss that is smaller than the objective ``per_sequence`` times."""
+        for name, start in self.start.items():
+            parameter = model.get_parameter(name)
+            pull = self.damping[name] / per_sequence * (parameter.detach() - start)
+            parameter.grad = pull if parameter.grad is None else parameter.grad + pull
+
+
 def train(
     model: nn.Module,
     rows: Sequence[TokenRow],
@@ -54,6 +74,7 @@ def train(
     weights: Sequence[float] | np.ndarray | None = None,
     progress: Progress | None = None,
     watch: Watch | None = None,
+    proximity: Proximity | None = None,
 ) -> None:
     """Train a causal LM of transformers, in place; it is left in training mode.
 
@@ -65,6 +86,7 @@ def train(
         weights: [N] w of each of ``rows``; default: 1, by the model's own loss (transformers takes it in float32).
         progress: told of each step.
         watch: shown the model after each epoch.
+        proximity: holds weights near where they are.
 
     Raises:
         NumericsError: a loss is not finite: the learning rate is too large.
@@ -93,6 +115,8 @@ def train(
             if kept:
                 own = None if weights is None else given[kept] / max(1, labelled[batch].sum())
                 loss = _backward(model, [rows[place] for place in kept], own)
+            if proximity is not None:
+                proximity.add(model, labelled.mean())
             if not torch.isfinite(loss):
                 raise NumericsError(f"training: the loss is not finite at step {step} of {steps}; lower the rate")
             nn.utils.clip_grad_norm_(model.parameters(), _CLIP)

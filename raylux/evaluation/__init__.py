@@ -14,8 +14,9 @@ from raylux.config import Config
 from raylux.engine.progress import Reporter
 from raylux.engine.tasks import cluster
 from raylux.evaluation import estimators, inputs
+from raylux.evaluation.bench import Bench, Found
 from raylux.evaluation.inputs import Inputs
-from raylux.evaluation.judging import TESTS, Bench, Found
+from raylux.evaluation.judging import TESTS
 from raylux.evaluation.outcome import Outcome
 from raylux.evaluation.retraining import Retraining
 from raylux.shown import plain, redacted

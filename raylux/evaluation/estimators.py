@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from raylux import api, fingerprints, prefilter
 from raylux.engine.progress import Reporter
+from raylux.engine.records import damping_of
 from raylux.errors import RayluxError
 from raylux.evaluation.inputs import Estimator, Inputs, overridden
 from raylux.report.profile import total
@@ -31,6 +32,7 @@ class Scored:
         seconds: of all workers and shards, in all commands that worked on it; NaN where nobody counted.
         folder: of its run; empty where it is none.
         own: [N] self-influences, where a test asks for them.
+        damping: λ of each tracked layer; empty where there is no curvature.
     """
 
     scores: np.ndarray
@@ -39,6 +41,7 @@ class Scored:
     seconds: float
     folder: str = ""
     own: np.ndarray | None = None
+    damping: Mapping[str, float] = field(default_factory=dict)
 
 
 def scored(inputs: Inputs, estimator: Estimator, model: Mapping[str, Any], reporter: Reporter, quiet: bool) -> Scored:
@@ -76,7 +79,8 @@ def scored(inputs: Inputs, estimator: Estimator, model: Mapping[str, Any], repor
     if not np.isfinite(scores).all():
         raise RayluxError(f"{folder}: a score is missing or not finite; raylux inspect says what is quarantined")
     own = run.self_influence().set_index("sequence")["self_influence"].loc[names].to_numpy() if measured else None
-    return Scored(scores, run.unit, run.train_size, total(run.profile())[0], folder, own)
+    damping = damping_of(run.store) if run.unit == "nats" else {}
+    return Scored(scores, run.unit, run.train_size, total(run.profile())[0], folder, own, damping)
 
 
 def _by_words(inputs: Inputs, estimator: Estimator) -> np.ndarray:

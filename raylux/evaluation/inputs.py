@@ -13,8 +13,10 @@ import numpy as np
 from raylux import fingerprints, models, prefilter
 from raylux.config import Config, EvaluateSection, ModelSection
 from raylux.corpus import Sequences, load_corpus
+from raylux.curvature import KINDS, check_end
 from raylux.errors import UserError, shown
 from raylux.evaluate import Recipe
+from raylux.evaluate.proximal import check_layers
 from raylux.queries import Query, load_queries
 from raylux.store import RunFolder
 
@@ -124,6 +126,8 @@ def read(config: Config) -> Inputs:
     trains = retrains(chosen) or chosen.scored == "trained"
     if trains:
         _check_trainable(config, files)
+    if "pbrf" in chosen.tests:
+        _check_optimum(config, files, weights, {one.name: one for one in estimators})
     start = _start(config, files, weights) if trains and chosen.start is not None else None
     described, tokenizer = models.load_config(files, trusted), models.load_tokenizer(files, trusted)
     vocabulary, context = models.vocabulary_size(described), models.context_length(described)
@@ -213,10 +217,28 @@ def _check_trainable(config: Config, files: models.ModelFiles) -> None:
         raise UserError("evaluate: weights in bfloat16 are too coarse to be trained; set model.dtype=float32")
 
 
+def _check_optimum(
+    config: Config, files: models.ModelFiles, weights: bool, estimators: Mapping[str, Estimator]
+) -> None:
+    """Raises UserError where there is no proximal optimum that the estimator others are compared with is about."""
+    named = config.evaluate.against or next(iter(estimators))
+    one = estimators[named]
+    where = f"evaluate.tests: pbrf takes λ and the tracked layers of '{named}' (evaluate.against, or the first)"
+    own = overridden(config, "evaluate", one.overrides)
+    if one.word or not KINDS[own.curvature.kind].predicts:
+        what = f"'{one.word}' has neither" if one.word else f"curvature.kind={own.curvature.kind} has no λ"
+        raise UserError(f"{where}, and {what}; set evaluate.against to one with a fitted kind, as ekfac")
+    check_end(own.curvature.segment, where)
+    if own.model.device_map is not None:
+        raise UserError(f"{where}: it takes the whole model in float64 on one device; set model.device_map=null")
+    structure = models.load_structure(files, own.model.trust_remote_code, weights)
+    check_layers(where, models.coverage(structure, own.model.layers, own.model.strict).tracked)
+
+
 def _check_sizes(chosen: EvaluateSection, count: int) -> None:
-    limits = {"remove": (2 * chosen.remove, "removal"), "sequences": (chosen.sequences, "loo")}
-    for key, (needed, test) in limits.items():
-        if test in chosen.tests and needed > count:
+    limits = {"remove": (2 * chosen.remove, ["removal"]), "sequences": (chosen.sequences, ["loo", "pbrf"])}
+    for key, (needed, tests) in limits.items():
+        if needed > count and any(test in chosen.tests for test in tests):
             raise UserError(
                 f"evaluate.{key} = {getattr(chosen, key)}: the corpus has {count:,} sequences, {needed:,} are needed"
             )

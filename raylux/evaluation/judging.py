@@ -3,79 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from raylux.evaluate import (
-    Judgement,
-    agreement,
-    ceiling,
-    detection,
-    judge,
-    mean_of_each,
-    ranked,
-    recall,
-    reciprocal_ranks,
-)
-from raylux.evaluate.datamodel import agreement_of_repeats, interval
-from raylux.evaluation.estimators import Scored, by_prefilter
-from raylux.evaluation.inputs import Inputs, mislabelled, relevant
-from raylux.evaluation.outcome import Curve, Verdict
-from raylux.evaluation.retraining import Retraining
+from raylux.evaluate import Judgement, detection, ranked, recall, reciprocal_ranks
+from raylux.evaluate.datamodel import interval
+from raylux.evaluation.bench import LEVEL, NOBODY, Bench, repeats, seeds
+from raylux.evaluation.estimators import by_prefilter
+from raylux.evaluation.inputs import mislabelled, relevant
+from raylux.evaluation.outcome import Curve
+from raylux.evaluation.singles import loo, pbrf
 from raylux.prefilter import KINDS
 
-LEVEL = 0.9
-_NOBODY = np.zeros(0, np.int64)
 # Shares of a corpus at which curves have a point.
 _POINTS = 60
-
-
-@dataclass
-class Found:
-    """What the tests add to, one after the other."""
-
-    verdicts: list[Verdict] = field(default_factory=list)
-    curves: list[Curve] = field(default_factory=list)
-    notes: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What a test has at hand.
-
-    Attributes:
-        inputs: of the evaluation.
-        scored: of each estimator.
-        retraining: trains without some sequences.
-        found: where figures go.
-    """
-
-    inputs: Inputs
-    scored: Mapping[str, Scored]
-    retraining: Retraining
-    found: Found
-
-    @property
-    def scores(self) -> dict[str, np.ndarray]:
-        """Estimator -> [Q, N]."""
-        return {name: one.scores for name, one in self.scored.items()}
-
-    def draw(self, salt: int) -> np.random.Generator:
-        """Random numbers of a test of its own."""
-        return np.random.default_rng((self.inputs.chosen.seed, salt))
-
-    def add(self, test: str, figure: str, what: str, found: Judgement) -> None:
-        self.found.verdicts.append(Verdict(test, figure, what, found))
-
-    def judged(self, members: np.ndarray, measured: np.ndarray) -> Judgement:
-        chosen = self.inputs.chosen
-        return judge(self.scores, members, measured, self.inputs.against, LEVEL, chosen.draws, chosen.seed)
-
-    def means(self, values: Mapping[str, np.ndarray]) -> Judgement:
-        """Of the queries' values [Q] of each estimator."""
-        chosen = self.inputs.chosen
-        return mean_of_each(values, self.inputs.against, LEVEL, chosen.draws, chosen.seed)
 
 
 def lds(bench: Bench) -> None:
@@ -94,23 +35,9 @@ def lds(bench: Bench) -> None:
         bench.judged(members, measured.mean(1)),
     )
     bench.found.notes["lds"] = (
-        f"{len(members)} random subsets of {size} of {count} sequences, {_seeds(measured.shape[1])} each. "
-        + _repeats(measured)
+        f"{len(members)} random subsets of {size} of {count} sequences, {seeds(measured.shape[1])} each. "
+        + repeats(measured)
         + f" Over the subsets a query's measurement has a standard deviation of {measured.mean(1).std(0).mean():.3g}."
-    )
-
-
-def _seeds(count: int) -> str:
-    return f"{count} seed{'s' * (count != 1)}"
-
-
-def _repeats(measured: np.ndarray) -> str:
-    one = agreement_of_repeats(measured)
-    if not np.isfinite(one):
-        return "With one seed nobody knows how far models of the same set agree."
-    return (
-        f"Models of the same set that differ in their seed agree by a ρ of {one:.3f}; the true effect itself would "
-        f"reach about {ceiling(measured):.3f}."
     )
 
 
@@ -121,7 +48,7 @@ def removal(bench: Bench) -> None:
     asked = [(name, query) for name in scores for query in range(count)]
     best = [np.sort(ranked(scores[name][query])[: chosen.remove]) for name, query in asked]
     worst = [np.sort(ranked(-scores[name][query])[: chosen.remove]) for name, query in asked]
-    measured = bench.retraining.answers([_NOBODY, *best, *worst], "models for removal").mean(1)
+    measured = bench.retraining.answers([NOBODY, *best, *worst], "models for removal").mean(1)
     whole, without = measured[0], measured[1:]
     for sign, part, figure, what in (
         (-1, without[: len(asked)], "proponents", "falls by so many nats without its {} highest scores (QLD, −DEL+)"),
@@ -135,52 +62,6 @@ def removal(bench: Bench) -> None:
         f"Of {count} queries, each trained without the {chosen.remove} sequences of its own; {chosen.seeds} seeds, the "
         "same with and without: initial weights and batches are alike, so that these sequences alone differ."
     )
-
-
-def loo(bench: Bench) -> None:
-    """Some sequences left out one by one, by training from the start and by going on without them."""
-    inputs = bench.inputs
-    rows = _singled_out(bench.scores, inputs.chosen.sequences, bench.draw(2))
-    left_out = -np.eye(len(inputs.sequences))[rows]
-    for warm, figure, how in (
-        (False, "cold", "trained from the start"),
-        (True, "warm", "going on from the scored model"),
-    ):
-        sets = [_NOBODY, *(np.array([row]) for row in rows)]
-        measured = bench.retraining.answers(sets, f"models for loo, {figure}", warm)
-        bench.add(
-            "loo",
-            figure,
-            f"Spearman's ρ over left out sequences between minus the score and the measurement without it, {how}, "
-            "mean over queries",
-            bench.judged(left_out, measured[1:].mean(1)),
-        )
-        sizes = _sizes(bench, rows, measured.mean(1))
-        bench.found.notes[f"loo, {figure}"] = _repeats(measured[1:]) + sizes
-    bench.found.notes["loo"] = (
-        f"{len(rows)} sequences: half of them the best of the queries by each estimator in turn, the others drawn at "
-        f"random; {inputs.chosen.seeds} seeds, the same with and without."
-    )
-
-
-def _singled_out(scores: Mapping[str, np.ndarray], count: int, random: np.random.Generator) -> np.ndarray:
-    """Rows, ascending: half of them the best of each query by each estimator in turn."""
-    turns = np.concatenate([ranked(one).T.reshape(-1, 1, len(one)) for one in scores.values()], 1).reshape(-1)
-    _, first = np.unique(turns, return_index=True)
-    best = turns[np.sort(first)][: count // 2]
-    rest = np.setdiff1d(np.arange(next(iter(scores.values())).shape[1]), best)
-    return np.sort(np.concatenate([best, random.choice(rest, count - len(best), replace=False)]))
-
-
-def _sizes(bench: Bench, rows: np.ndarray, measured: np.ndarray) -> str:
-    """Measured per predicted, of estimators whose scores have a size."""
-    change = (measured[1:] - measured[0]).T
-    found = [
-        f"{name} {agreement(-one.scores[:, rows], change, LEVEL, bench.inputs.chosen.draws).slope}"
-        for name, one in bench.scored.items()
-        if one.unit == "nats"
-    ]
-    return f" Measured per predicted nat: {'; '.join(found)}." if found else ""
 
 
 def planted(bench: Bench) -> None:
@@ -303,6 +184,7 @@ TESTS: dict[str, Callable[[Bench], None]] = {
     "lds": lds,
     "removal": removal,
     "loo": loo,
+    "pbrf": pbrf,
     "planted": planted,
     "mislabelled": wrong,
     "prefilter": candidates,

@@ -24,15 +24,21 @@ class Verdict:
         figure: its name.
         what: what it says, in a sentence.
         found: of each estimator, and how far it is above the one they are compared with.
+        rows: what it is of each of, where not of estimators.
+        against: what its differences are taken from, where not from the estimator that all others are.
     """
 
     test: str
     figure: str
     what: str
     found: Judgement
+    rows: str = "estimator"
+    against: str = ""
 
     def order(self) -> list[str]:
-        """Estimators, the largest figure first; those without one last."""
+        """Estimators, the largest figure first, those without one last; of anything else as it comes."""
+        if self.rows != "estimator":
+            return list(self.found.lds)
         return sorted(self.found.lds, key=lambda name: -_known(self.found.lds[name].value))
 
 
@@ -79,7 +85,7 @@ class Outcome:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def frame(self) -> pd.DataFrame:
-        """A row per figure and estimator: value, interval, and the difference to ``against`` on the same draws."""
+        """A row per figure and estimator (or ``Verdict.rows``): value, interval, difference on the same draws."""
         rows = [
             (verdict.test, verdict.figure, name, *_triple(verdict.found.lds[name]), *_triple(verdict.found.above[name]))
             for verdict in self.verdicts

@@ -37,10 +37,13 @@ def _test(outcome: Outcome, test: str) -> dict[str, Any]:
             {
                 "name": verdict.figure,
                 "what": verdict.what,
-                "chart": charts.intervals(verdict.found.lds, verdict.order(), outcome.against),
-                "rows": [(name, *verdict_cells(verdict, name, outcome.against)) for name in verdict.order()],
+                "of": verdict.rows,
+                "against": against,
+                "chart": charts.intervals(verdict.found.lds, verdict.order(), against),
+                "rows": [(name, *verdict_cells(verdict, name, against)) for name in verdict.order()],
             }
             for verdict in verdicts
+            for against in [verdict.against or outcome.against]
         ],
         "curves": [
             {"title": curve.title, "x": curve.x, "y": curve.y, "chart": charts.lines(curve.lines, curve.log)}

@@ -285,8 +285,9 @@ def agreement_table(found: Mapping[str, Agreement]) -> Table:
 def evaluation_table(verdict: Verdict, against: str) -> Table:
     """A figure of every estimator of an evaluation, the best first."""
     table = _table(f"{verdict.test}: {verdict.figure}")
-    for heading in ("estimator", "90 %", f"above {against}"):
-        table.add_column(Text(plain(heading)), justify="left" if heading == "estimator" else "right")
+    against = verdict.against or against
+    for heading in (verdict.rows, "90 %", f"above {against}"):
+        table.add_column(Text(plain(heading)), justify="left" if heading == verdict.rows else "right")
     for name in verdict.order():
         table.add_row(Text(plain(name)), *verdict_cells(verdict, name, against))
     table.caption, table.caption_justify = Text(verdict.what), "left"

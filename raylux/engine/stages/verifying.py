@@ -12,12 +12,13 @@ from raylux.engine.context import Context
 from raylux.engine.measuring import Measuring
 from raylux.engine.plan import choose_fit_rows
 from raylux.engine.quarantine import give_up, given_up
-from raylux.engine.records import QUERY, VERIFIED
+from raylux.engine.records import VERIFIED, damping_of
 from raylux.engine.stages.calibrating import digest
 from raylux.engine.stages.query import spec_of
 from raylux.engine.work import Job, ids_at, results
 from raylux.errors import UserError
 from raylux.evaluate import Doses
+from raylux.evaluate.proximal import check_layers
 from raylux.fingerprints import of_query
 from raylux.queries import Query
 
@@ -39,12 +40,7 @@ def check(ctx: Context) -> None:
             "verify: measuring takes a whole copy of the model in float64, on one device, and model.device_map spreads "
             "it; set model.device_map=null and engine.gpus_per_worker=1"
         )
-    routed = [layer.name for layer in ctx.coverage.tracked if layer.routed]
-    if routed:
-        raise UserError(
-            f"verify: '{routed[0]}' belongs to an expert, whose proximal optimum is not defined here; take a run whose "
-            "model.layers leave experts out"
-        )
+    check_layers("verify", ctx.coverage.tracked)
 
 
 def measuring(
@@ -52,9 +48,7 @@ def measuring(
 ) -> Measuring:
     """What all units of a command have in common; ``sequences``: of the fit, that stand for the training set."""
     rows = choose_fit_rows(ctx.ids, ctx.config.fit.sequences, ctx.config.fit.seed)[:sequences]
-    damping: dict[str, float] = {}
-    for manifest in ctx.folder.units(QUERY).values():
-        damping = manifest.meta["damping"]
+    damping = damping_of(ctx.folder)
     specs = [spec_of(query) for query in queries]
     asked = [of_query(query) for query in queries]
     name = digest(rows.tolist(), sorted(damping.items()), asked, doses.copies, train_size, iterations)
