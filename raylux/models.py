@@ -33,6 +33,7 @@ from raylux.modelfiles import ModelFiles, find_adapter, find_described, find_mod
 from raylux.placement import Placement
 
 __all__ = [
+    "LOADERS",
     "Coverage",
     "ModelFiles",
     "SkippedLayer",
@@ -55,7 +56,7 @@ __all__ = [
     "vocabulary_size",
 ]
 
-_LOADERS: dict[str, Any] = {
+LOADERS: dict[str, Any] = {
     "causal-lm": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
 }
@@ -139,7 +140,7 @@ def load_structure(files: ModelFiles, trust_remote_code: bool = False, weights: 
     config = load_config(files, trust_remote_code)
     try:
         with torch.device("meta"), quiet():
-            model = _LOADERS[files.task].from_config(config, trust_remote_code=trust_remote_code)
+            model = LOADERS[files.task].from_config(config, trust_remote_code=trust_remote_code)
         model.tie_weights()
     except Exception as error:  # as in load_config: a bad size fails wherever it is first used
         raise UserError(
@@ -175,7 +176,7 @@ def load_model(
     config = load_config(files, trust_remote_code)
     try:
         with quiet():
-            loaded: Any = _LOADERS[files.task].from_pretrained(
+            loaded: Any = LOADERS[files.task].from_pretrained(
                 files.folder,
                 config=config,
                 dtype=DTYPES[dtype],

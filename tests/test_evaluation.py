@@ -16,12 +16,15 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
+from transformers import BertConfig, BertForSequenceClassification
 
 import raylux
+from raylux.batches import TokenRow
 from raylux.cli import main
 from raylux.config import Config
 from raylux.engine.progress import Reporter
 from raylux.errors import UserError
+from raylux.evaluate import train
 from raylux.evaluation import evaluate, retraining
 from raylux.evaluation import inputs as reading
 from raylux.evaluation.bench import Bench, Found
@@ -241,8 +244,8 @@ def test_a_model_of_its_own_is_trained_first_and_scored(base: Inputs, tmp_path: 
     assert figures(again) == figures(found) and (folder / "model.safetensors").is_file()
 
 
-def test_a_classifier_is_held_against_what_is_marked_and_not_trained(tmp_path: Path) -> None:
-    base = Inputs(tmp_path)
+def labelled(base: Inputs) -> list[dict[str, Any]]:
+    """A classifier, texts with a class of which one is wrong, and a query; returns the texts."""
     classifiers.classifier("bert", torch.float32).save_pretrained(base.model)
     classifiers.tokenizer().save_pretrained(base.model)
     rows = [
@@ -252,10 +255,20 @@ def test_a_classifier_is_held_against_what_is_marked_and_not_trained(tmp_path: P
     rows += [{**text, "id": "right"}, {**text, "id": "wrong", "label": "bad", "wrong": True}]
     write_lines(base.corpus, rows)
     write_lines(base.queries, [{"id": "q", "text": "a warm film", "label": "good"}])
-    said = {"estimators": {"dot": "curvature.kind=identity"}, "marks": "wrong", "tests": ["mislabelled"]}
-    sections = base.sections(tmp_path / "run", evaluate={**SMALL, **said})
+    return rows
+
+
+def of_labelled(base: Inputs, folder: Path, **said: Any) -> Config:
+    chosen = {"estimators": {"dot": "curvature.kind=identity"}, "marks": "wrong", "tests": ["mislabelled"], **said}
+    sections = base.sections(folder, evaluate={**SMALL, **chosen})
     sections["corpus"] |= {"keep": [], "max_length": 32}
-    found = evaluate(Config.parse(sections))
+    return Config.parse(sections)
+
+
+def test_a_classifier_is_held_against_what_is_marked(tmp_path: Path) -> None:
+    base = Inputs(tmp_path)
+    rows = labelled(base)
+    found = evaluate(of_labelled(base, tmp_path / "run"))
     (run,) = (tmp_path / "run-evaluate" / "runs").iterdir()
     wrong = [row["id"] == "wrong" for row in rows]
     suspicion = -raylux.open_run(run).scores().sel(query="q", sequence=[row["id"] for row in rows]).to_numpy()
@@ -263,8 +276,41 @@ def test_a_classifier_is_held_against_what_is_marked_and_not_trained(tmp_path: P
     own = raylux.open_run(run).self_influence()["self_influence"]
     assert found.verdicts[0].found.lds["dot, self"].value == pytest.approx(roc_auc_score(wrong, own), abs=1e-12)
     assert "1 of 18 sequences are mislabelled" in found.notes["mislabelled"]
-    with pytest.raises(UserError, match="the recipe trains causal language models; a classifier has the tests that"):
-        evaluate(Config.parse(sections, ["evaluate.tests=lds"]))
+
+
+def test_a_classifier_is_trained_scored_and_trained_again_without_a_text(tmp_path: Path) -> None:
+    base = Inputs(tmp_path)
+    rows = labelled(base)
+    said = {"scored": "trained", "tests": ["mislabelled", "loo", "removal"], "sequences": 3, "seeds": 1}
+    chosen = of_labelled(base, tmp_path / "run", **said)
+    found = evaluate(chosen)
+    assert [verdict.figure for verdict in found.verdicts] == ["AUC", "cold", "warm", "proponents", "opponents"]
+    (folder,) = (tmp_path / "run-evaluate" / "model").iterdir()
+    (run,) = (tmp_path / "run-evaluate" / "runs").iterdir()
+    kept = BertForSequenceClassification.from_pretrained(folder).eval()
+    tokens = classifiers.tokenizer()("a warm film", return_tensors="pt").input_ids
+    with torch.no_grad():
+        log_p = kept(input_ids=tokens).logits.log_softmax(1)[0]
+    (unit,) = RunFolder(str(tmp_path / "run-evaluate")).units("model").values()
+    good = classifiers.CLASSES.index("good")
+    assert unit.meta["values"] == pytest.approx([float(log_p[good])], abs=1e-5), "it answers as what was measured"
+    suspicion = -raylux.open_run(run).scores().sel(query="q", sequence=[row["id"] for row in rows]).to_numpy()
+    wrong = [row["id"] == "wrong" for row in rows]
+    assert found.verdicts[0].found.lds["dot"].value == pytest.approx(roc_auc_score(wrong, suspicion), abs=1e-12)
+    # Without its best texts by hand: the same model, recipe and seed.
+    read = reading.read(chosen)
+    best = np.sort(np.argsort(suspicion)[:4])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        other = BertForSequenceClassification(BertConfig.from_pretrained(base.model)).requires_grad_(True)
+        weights = np.ones(len(rows))
+        weights[best] = 0
+        corpus = [TokenRow(*read.sequences.row(place)) for place in range(len(rows))]
+        train(other, corpus, read.recipe, 0, weights)
+    with torch.no_grad():
+        after = other.eval()(input_ids=tokens).logits.log_softmax(1)[0, good]
+    fell = found.verdicts[3].found.lds["dot"].value
+    assert fell == pytest.approx(float(log_p[good] - after), abs=1e-5) and abs(fell) > 1e-4
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,13 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from raylux.batches import TokenRow
+from raylux.classes import class_labels
 from raylux.errors import NumericsError
 from raylux.evaluate import Answers, Proximity, Questions, Recipe, train
 from raylux.evaluate.training import _backward, batches
 from raylux.models import find_model, load_model
 from raylux.queries import load_queries
+from tests import classifiers
 from tests.architectures import build
 from tests.small import make_inputs, tokenizer
 
@@ -68,6 +70,38 @@ def test_a_batch_without_a_row_has_the_gradient_of_the_others_in_the_whole_batch
     for x, y in zip(found, wanted, strict=True):
         # The norms of transformers compute in float32.
         assert torch.allclose(x, y, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_classifier_is_trained_on_the_class_of_each_text(name: str) -> None:
+    """Padding, which gpt2's head has to find its way around, changes nothing; a text of weight 0 is left out."""
+    one, random = classifiers.classifier(name).requires_grad_(True), np.random.default_rng(2)
+    given = [
+        TokenRow(random.integers(4, 30, length).astype(np.int32), class_labels(length, number))
+        for length, number in ((5, 0), (9, 2), (7, 1))
+    ]
+    _backward(one, given[:2], np.array([1.0, 2.0]) / 3)
+    found = [parameter.grad.clone() for parameter in one.parameters() if parameter.grad is not None]
+    one.zero_grad()
+    for row, weight, number in ((given[0], 1, 0), (given[1], 2, 2)):
+        logits = one(input_ids=torch.from_numpy(row.tokens[None].astype(np.int64))).logits[0]
+        (-weight * logits.log_softmax(0)[number] / 3).backward()
+    wanted = [parameter.grad for parameter in one.parameters() if parameter.grad is not None]
+    assert len(found) == len(wanted) > 5
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-10)
+    log_p = Answers(one).logprobs(given)
+    logits = one(input_ids=torch.from_numpy(given[2].tokens[None].astype(np.int64))).logits[0]
+    assert float(log_p[2]) == pytest.approx(float(logits.log_softmax(0)[1]), abs=1e-10)
+    before, trained = state(one), []
+    for weights in (None, np.ones(3), np.array([1.0, 1.0, 0.0])):
+        other = classifiers.classifier(name).requires_grad_(True)
+        # Dropout is drawn anew in training mode.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            train(other, given, RECIPE, 0, weights)
+        trained.append(state(other))
+    assert same(trained[0], trained[1]) and not same(trained[1], trained[2]) and not same(trained[0], before)
 
 
 def test_a_seed_gives_the_same_bits_and_weights_of_one_are_the_whole_corpus() -> None:

@@ -1,4 +1,4 @@
-"""Training a small language model by a recipe, with more or less of some sequences: what removal is measured by.
+"""Training a small language model, or classifier, with more or less of some sequences: what removal is measured by.
 
 Which sequences share a batch, and in which order batches come, goes by the seed and the *whole* corpus alone. A batch's
 loss is Σ w L / T, with w the weight of a sequence, L its summed token loss and T the labelled tokens of the whole batch
@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raylux.batches import IGNORED, TokenRow, collate
+from raylux.batches import IGNORED, Batch, TokenRow, collate
+from raylux.classes import is_classifier
 from raylux.errors import NumericsError
+from raylux.tasks import Call, task_of
 
 # Steps of the warm-up are one in so many; sequences of like length share a batch, but for so many tokens of chance.
 _WARM_UP, _JITTER = 20, 8
@@ -76,14 +78,15 @@ def train(
     watch: Watch | None = None,
     proximity: Proximity | None = None,
 ) -> None:
-    """Train a causal LM of transformers, in place; it is left in training mode.
+    """Train a causal LM or a classifier of transformers, in place; it is left in training mode.
 
     Args:
         model: its parameters want gradients.
         rows: the whole corpus.
         recipe: how.
         seed: of the order of the batches.
-        weights: [N] w of each of ``rows``; default: 1, by the model's own loss (transformers takes it in float32).
+        weights: [N] w of each of ``rows``; default: 1, of a causal LM by its own loss (transformers takes it in
+            float32).
         progress: told of each step.
         watch: shown the model after each epoch.
         proximity: holds weights near where they are.
@@ -93,7 +96,9 @@ def train(
     """
     given = np.ones(len(rows)) if weights is None else np.asarray(weights, np.float64)
     lengths = [len(row.tokens) for row in rows]
-    labelled = np.array([int((row.labels[1:] != IGNORED).sum()) for row in rows])
+    # A class stands at the first token, where a language model has nothing to predict.
+    first = 0 if is_classifier(model) else 1
+    labelled = np.array([int((row.labels[first:] != IGNORED).sum()) for row in rows])
     generator = torch.Generator().manual_seed(seed)
     epochs = [batches(lengths, recipe.batch_tokens, generator) for _ in range(recipe.epochs)]
     steps = sum(len(epoch) for epoch in epochs)
@@ -113,7 +118,7 @@ def train(
             kept = [place for place in batch if given[place] != 0]
             loss = torch.zeros(())
             if kept:
-                own = None if weights is None else given[kept] / max(1, labelled[batch].sum())
+                own = None if weights is None and first else given[kept] / max(1, labelled[batch].sum())
                 loss = _backward(model, [rows[place] for place in kept], own)
             if proximity is not None:
                 proximity.add(model, labelled.mean())
@@ -132,22 +137,31 @@ def train(
 def _backward(model: nn.Module, rows: Sequence[TokenRow], weights: np.ndarray | None) -> Tensor:
     """Leave the gradient of Σ weight · summed token loss, or of the mean token loss; returns its value."""
     batch = collate(rows, range(len(rows)), max(len(row.tokens) for row in rows)).to(_device(model))
-    arguments = {"input_ids": batch.input_ids, "attention_mask": batch.mask.long()}
     if weights is None:
+        arguments = {"input_ids": batch.input_ids, "attention_mask": batch.mask.long()}
         loss: Tensor = model(**arguments, labels=batch.labels).loss
     else:
-        losses = _losses(model(**arguments, use_cache=False).logits, batch.labels)
+        losses = _losses(*_predicted(model, model, batch))
         loss = (losses * torch.from_numpy(weights).to(losses)).sum()
     loss.backward()
     return loss.detach()
 
 
+def _predicted(model: nn.Module, call: Call, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits [B, K, V] and the label of each, -100 where no loss is taken; ``call``: the model, at some weights."""
+    if is_classifier(model):
+        task = task_of(model)
+        return task.logits(call, batch).unsqueeze(1), task.targets(batch)
+    # As the model takes it by itself: with positions handed over the bits of earlier trainings might be others.
+    logits = call(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False).logits
+    return logits[:, :-1], batch.labels[:, 1:]
+
+
 def _losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed token loss of each row [B]."""
-    wanted = labels[:, 1:]
-    flat = logits[:, :-1].flatten(0, 1)
-    losses = nn.functional.cross_entropy(flat, wanted.flatten(), ignore_index=IGNORED, reduction="none")
-    return losses.view_as(wanted).sum(1)
+    """Summed loss of each row [B], of logits [B, K, V] and labels [B, K]."""
+    flat = logits.flatten(0, 1)
+    losses = nn.functional.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view_as(labels).sum(1)
 
 
 def batches(lengths: Sequence[int], batch_tokens: int, generator: torch.Generator) -> list[list[int]]:
@@ -171,12 +185,15 @@ class Answers:
         self._model = model
 
     def logprobs(self, rows: Sequence[TokenRow], weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Log p of each row's labelled tokens [len(rows)], in nats, float64; ``weights`` in place of the model's."""
+        """Log p of each row's labels [len(rows)], in nats, float64; ``weights`` in place of the model's."""
         batch = collate(rows, range(len(rows)), max(len(row.tokens) for row in rows)).to(_device(self._model))
-        arguments = {"input_ids": batch.input_ids, "attention_mask": batch.mask.long(), "use_cache": False}
+
+        def call(**arguments: Any) -> Any:
+            return torch.func.functional_call(self._model, dict(weights or {}), kwargs=arguments)
+
         with torch.no_grad():
-            logits = torch.func.functional_call(self._model, dict(weights or {}), kwargs=arguments).logits
-        return -_losses(logits.double(), batch.labels)
+            logits, labels = _predicted(self._model, call, batch)
+        return -_losses(logits.double(), labels)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -125,7 +125,7 @@ def read(config: Config) -> Inputs:
         raise UserError(f"{config.model.path}: a torch module has no evaluation; a language model or classifier has")
     trains = retrains(chosen) or chosen.scored == "trained"
     if trains:
-        _check_trainable(config, files)
+        _check_trainable(config)
     if "pbrf" in chosen.tests:
         _check_optimum(config, files, weights, {one.name: one for one in estimators})
     start = _start(config, files, weights) if trains and chosen.start is not None else None
@@ -204,13 +204,8 @@ def _check_choice(chosen: EvaluateSection, estimators: tuple[Estimator, ...]) ->
         raise UserError(f"evaluate.tests: {marked[0]} needs evaluate.marks, the corpus's field that marks sequences")
 
 
-def _check_trainable(config: Config, files: models.ModelFiles) -> None:
+def _check_trainable(config: Config) -> None:
     model = config.model
-    if files.task != "causal-lm":
-        raise UserError(
-            "evaluate: the recipe trains causal language models; a classifier has the tests that train none: "
-            "planted, mislabelled, prefilter"
-        )
     if model.adapter is not None:
         raise UserError("evaluate: a model with an adapter cannot be trained by the recipe; use tests that train none")
     if model.dtype == "bfloat16":

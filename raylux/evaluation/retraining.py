@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from raylux import fingerprints, models
 from raylux.batches import TokenRow
@@ -131,7 +130,7 @@ def _held(model: Any, damping: Mapping[str, float]) -> Proximity:
 def _random(training: Training) -> Any:
     config = models.load_config(training.files, training.trusted)
     with quiet():
-        model: Any = AutoModelForCausalLM.from_config(
+        model: Any = models.LOADERS[training.files.task].from_config(
             config, trust_remote_code=training.trusted, dtype=models.DTYPES[training.dtype]
         )
     return model.to(training.device)
