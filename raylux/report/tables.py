@@ -297,8 +297,13 @@ def evaluation_table(verdict: Verdict, against: str) -> Table:
 def verdict_cells(verdict: Verdict, name: str, against: str) -> tuple[str, str]:
     """An estimator's figure with its interval, and the difference to the one that others are compared with."""
     above = verdict.found.above[name]
-    signed = "" if name == against else f"{above.value:+.3f} ({above.low:+.3f} to {above.high:+.3f})"
-    return str(verdict.found.lds[name]), signed
+    # Gaps go over orders of magnitude.
+    digits = ".3g" if verdict.rows == "gap" else ".3f"
+    one, *many = (
+        f"{found.value:{sign}{digits}} ({found.low:{sign}{digits}} to {found.high:{sign}{digits}})"
+        for found, sign in ((verdict.found.lds[name], ""), (above, "+"))
+    )
+    return one, "" if name == against else many[0]
 
 
 def clock(seconds: float) -> str:
