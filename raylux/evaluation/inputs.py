@@ -223,7 +223,7 @@ def _check_optimum(
     if one.word or not KINDS[own.curvature.kind].predicts:
         what = f"'{one.word}' has neither" if one.word else f"curvature.kind={own.curvature.kind} has no λ"
         raise UserError(f"{where}, and {what}; set evaluate.against to one with a fitted kind, as ekfac")
-    check_end(own.curvature.segment, where)
+    check_end(own.curvature.segment, bool(own.query.later), where)
     if own.model.device_map is not None:
         raise UserError(f"{where}: it takes the whole model in float64 on one device; set model.device_map=null")
     structure = models.load_structure(files, own.model.trust_remote_code, weights)
