@@ -3,9 +3,11 @@
 For each held-out query every method chooses the sequences that matter most to it. A small language model is trained
 with them left out, and with one and four copies more, from the start and on from the trained model; what that does to
 the query is held against what was predicted and against the other methods. Models are Ray tasks, and what each says is
-kept: interrupted, the same command goes on where it was.
+kept: interrupted, the same command goes on where it was. The proximal optimum alone, which trains nothing but the
+model that is scored, has a page of its own.
 
     python jobs/dose_curve.py --folder RESULTS --write
+    python jobs/dose_curve.py --ways proximal --folder RESULTS --write
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 from jobs import pages
-from jobs.dose import choose, page
+from jobs.dose import choose, page, short
 from jobs.dose.judge import Outcome, Sets
 from jobs.dose.plot import plot
 from jobs.dose.retrain import measured
-from jobs.dose.study import DOSES, Settings, Study
+from jobs.dose.study import DOSES, PROXIMAL, Settings, Study
 from raylux.errors import UserError
 
 NAME = "dose-curve"
@@ -59,7 +61,11 @@ def made(options: dict[str, Any], command: str) -> pages.Page:
     folder, methods, ways, backend = (options.pop(name) for name in ("folder", "methods", "ways", "backend"))
     settings = Settings(**options)
     check(settings)
+    alone = list(ways) == [PROXIMAL]
+    pages.require(not alone or settings.proximal > 1, f"--proximal {settings.proximal}: two queries at least")
     found = outcome(settings, [name for name in choose.KINDS if name in methods], ways, folder, backend)
+    if alone:
+        return pages.Page(short.page(settings, found, command), name="dose-proximal")
     return pages.Page(page.page(settings, found, command), partial(plot, found))
 
 

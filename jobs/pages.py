@@ -28,10 +28,12 @@ class Page:
     Attributes:
         text: of its page.
         plot: draws its figure into a file; None: it has none.
+        name: of its files; None: the study's.
     """
 
     text: str
     plot: Callable[[Path], None] | None = None
+    name: str | None = None
 
 
 def parser(
@@ -79,9 +81,10 @@ def run(
         page = study(options, command(f"{name.replace('-', '_')}.py", given, folder))
         print(page.text)
         if write_it:
-            write(page.text, f"{name}.md")
+            own = page.name or name
+            write(page.text, f"{own}.md")
             if page.plot is not None:
-                page.plot(RESULTS / f"{name}.png")
+                page.plot(RESULTS / f"{own}.png")
     except RayluxError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -284,9 +284,26 @@ def test_a_page_is_written_from_what_is_kept(tmp_path: Path, monkeypatch: pytest
     assert command() == text
 
 
+def test_the_short_form_has_a_page_of_its_own(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change = {way: np.full((len(doses), 10, 4), np.nan) for way, doses in DOSES.items()}
+    change[PROXIMAL][:, [0, 1, 4, 8, 9]] = np.random.default_rng(0).normal(size=(2, 5, 4))
+    found = outcome(study, change, {EKFAC: [0, 1, 2, 3], BM25: [4, 1, 6, 0]}, 10)
+    monkeypatch.setattr(dose_curve, "outcome", lambda *_: found)
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    given = ["--ways", PROXIMAL, "--proximal", "2", "--folder", str(tmp_path / "kept"), "--write"]
+    assert dose_curve.main(given) == 0
+    text = (tmp_path / "dose-proximal.md").read_text(encoding="utf-8")
+    assert f"| {page.NAMES[EKFAC]} | {PROXIMAL} | +0.02 |" in text and COLD not in text and "nan" not in text
+    assert not (tmp_path / "dose-curve.md").exists()
+    assert text.rstrip() == capsys.readouterr().out.rstrip()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["--ways", "proximal", "--proximal", "1"], "--proximal 1: two queries at least"),
         (["--queries", "0"], "--queries 0: at least 1"),
         (["--size", "200", "--train", "100"], "--size 200: a set is smaller than the 100 texts of --train"),
         (["--random", "-1"], "--random -1: 0, or more"),

@@ -58,8 +58,9 @@ class Gap:
         """The mean in standard errors; 0 where the two are the same, query by query."""
         return self.mean / self.error if self.error else 0.0
 
-    def __str__(self) -> str:
-        return f"{self.mean:+.2f} ± {self.error:.2f} ({self.errors:+.1f})"
+    def text(self, digits: int = 2) -> str:
+        """Mean ± error, and in brackets the one over the other."""
+        return f"{self.mean:+.{digits}f} ± {self.error:.{digits}f} ({self.errors:+.1f})"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from jobs.dose.study import COLD, DOSES, PROXIMAL, WARM, Settings
 from raylux.evaluate import Agreement, Estimate
 
 NAMES = {RANDOM: "at random", **{name: kind.what for name, kind in KINDS.items()}}
+DIGITS = {COLD: 2, WARM: 2, PROXIMAL: 3}
 WAYS = {COLD: "trained from the start", WARM: "trained on", PROXIMAL: "proximal optimum"}
 
 
@@ -41,15 +42,15 @@ nothing), divided by the same number of tokens. Models differ by the dose alone.
 
 Mean change of f of a query by a dose of its own set, in nats; in brackets 90 % of a bootstrap over queries.
 
-{"".join(_doses(found, way) for way in found.ways)}
+{"".join(doses(found, way) for way in found.ways)}
 ## Against BM25, the dot product and the peer
 
 By how much more a method's sets move their queries in the direction of the dose than the other's do, query by query:
 mean of the differences in nats ± its standard error, and in brackets the one over the other. Wanted is +2 and more.
 
-{_gaps(found)}
+{gaps(found, found.retrained)}
 
-{verdict(found)}
+{verdict(found, found.retrained)}
 
 ## Is it the query's own set?
 
@@ -64,7 +65,7 @@ Slope: measured per predicted nat, least squares through the origin, with 90 % o
 its own set (means in nats, and the slope over queries). *All*: every set, whoever chose it, with every query, drawn
 again together; R² is the square of Pearson's correlation. BM25 and the dot product have no unit, and so no slope.
 
-{_slopes(found)}
+{slopes(found)}
 
 ## How to read it
 
@@ -74,8 +75,8 @@ again together; R² is the square of Pearson's correlation. BM25 and the dot pro
   what other models would.
 - A set chosen by two methods is trained once. Differences are paired by query, so what doses of any set do to all
   queries falls out of them.
-{_proximal(found)}- CPU seconds per model, median and longest: {_seconds(seconds)}.
-- The {len(sets.members):,} sets are {_overlap(found)}.
+{proximal(found)}- CPU seconds per model, median and longest: {spent(seconds)}.
+- The {len(sets.members):,} sets are {overlap(found)}.
 """
 
 
@@ -101,12 +102,12 @@ def _explained(settings: Settings, found: Outcome) -> str:
     return "\n".join(f"- *{_title(way)}*: {said[way]}" for way in found.ways)
 
 
-def _doses(found: Outcome, way: str) -> str:
+def doses(found: Outcome, way: str) -> str:
+    """What each dose does, a row for each method."""
     lines = [f"### {_title(way)}", "", f"| sets | {' | '.join(f'{dose:+g}' for dose in DOSES[way])} |"]
     lines.append("| --- |" + " --- |" * len(DOSES[way]))
     for name in found.rows:
-        digits = 3 if way == PROXIMAL else 2
-        cells = [interval(found.mean(name, way, dose), digits=digits) for dose in DOSES[way]]
+        cells = [interval(found.mean(name, way, dose), digits=DIGITS[way]) for dose in DOSES[way]]
         lines.append(f"| {NAMES[name]} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n\n"
 
@@ -117,24 +118,25 @@ def against(found: Outcome) -> list[tuple[str, str]]:
     return [(name, other) for other in others for name in found.rows if name != other]
 
 
-def _gaps(found: Outcome) -> str:
-    cells = [(way, dose) for way in found.retrained for dose in DOSES[way]]
+def gaps(found: Outcome, ways: Sequence[str]) -> str:
+    """By how much each method's sets move their queries more than another's do."""
+    cells = [(way, dose) for way in ways for dose in DOSES[way]]
     lines = [f"| sets | against | {' | '.join(f'{way} {dose:+g}' for way, dose in cells)} |"]
     lines.append("| --- | --- |" + " --- |" * len(cells))
     for name, other in against(found):
-        gaps = [str(found.more(name, other, way, dose)) for way, dose in cells]
-        lines.append(f"| {NAMES[name]} | {NAMES[other]} | {' | '.join(gaps)} |")
+        said = [found.more(name, other, way, dose).text(DIGITS[way]) for way, dose in cells]
+        lines.append(f"| {NAMES[name]} | {NAMES[other]} | {' | '.join(said)} |")
     return "\n".join(lines)
 
 
-def verdict(found: Outcome) -> str:
-    """For each of raylux's ways to choose: in how many of the retrainings it is ahead, or behind, by two errors."""
+def verdict(found: Outcome, ways: Sequence[str]) -> str:
+    """For each of raylux's ways to choose: in how many doses it is ahead, or behind, by two standard errors."""
     said = []
     for name, other in against(found):
         if name != RANDOM and KINDS[name].ours:
-            gaps = [found.more(name, other, way, dose) for way in found.retrained for dose in DOSES[way]]
-            ahead, behind = counts(gaps)
-            word = "met in all" if ahead == len(gaps) else f"met in {ahead} of {len(gaps)}"
+            each = [found.more(name, other, way, dose) for way in ways for dose in DOSES[way]]
+            ahead, behind = counts(each)
+            word = "met in all" if ahead == len(each) else f"met in {ahead} of {len(each)}"
             more = f", **behind in {behind}**" if behind else ""
             default = " (the default)" if name == EKFAC else ""
             said.append(f"- {NAMES[name]}{default}, against {NAMES[other]}: {word}{more}")
@@ -153,7 +155,8 @@ def _elsewhere(found: Outcome) -> str:
     return "\n".join(lines)
 
 
-def _slopes(found: Outcome) -> str:
+def slopes(found: Outcome) -> str:
+    """Measured per predicted, in every way that was measured."""
     lines = ["| scores | measured | dose | own: predicted, measured | own: slope | own: R² | all: slope | all: R² |"]
     lines.append("| --- |" + " --- |" * 7)
     for name in found.methods:
@@ -178,7 +181,7 @@ def interval(found: Estimate, sign: str = "+", digits: int = 2) -> str:
     return f"{value} ({low} to {high})"
 
 
-def _proximal(found: Outcome) -> str:
+def proximal(found: Outcome) -> str:
     """How near to proportion the changes at the proximal optimum are, where there are any."""
     if PROXIMAL not in found.ways:
         return ""
@@ -189,7 +192,8 @@ def _proximal(found: Outcome) -> str:
 """
 
 
-def _seconds(seconds: dict[str, Sequence[float]]) -> str:
+def spent(seconds: dict[str, Sequence[float]]) -> str:
+    """Median and longest of each way in which something was measured."""
     said = []
     for way, own in seconds.items():
         if len(own):
@@ -198,7 +202,7 @@ def _seconds(seconds: dict[str, Sequence[float]]) -> str:
     return ", ".join(said)
 
 
-def _overlap(found: Outcome) -> str:
+def overlap(found: Outcome) -> str:
     """How much the methods' sets have in common with EK-FAC's."""
     names = [name for name in found.methods if name != EKFAC]
     if EKFAC not in found.methods or not names:
