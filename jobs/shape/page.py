@@ -10,6 +10,7 @@ import numpy as np
 
 from jobs.lds.study import Settings
 from jobs.plots import pyplot
+from jobs.shape.blocks import block_shares
 from jobs.shape.tails import Tail, tail, top_share
 from raylux.evaluate.datamodel import pearson
 
@@ -66,14 +67,9 @@ class Found:
 
     def by_block(self) -> np.ndarray:
         """[Q, blocks] share of each block in the influence of the best sequences of a query."""
-        blocks = [int(name.split(".layers.")[1].split(".")[0]) for name in self.names]
-        found = np.zeros((len(self.scores), max(blocks) + 1))
-        for query, row in enumerate(self.scores):
-            best = np.argsort(-row)[:BEST]
-            sums = self.layers[query][:, best].sum(1)
-            for block, value in zip(blocks, sums, strict=True):
-                found[query, block] += value / sums.sum()
-        return found
+        best = np.argsort(-self.scores, axis=1)[:, :BEST]
+        rows = zip(self.layers, best, strict=True)
+        return np.stack([block_shares(self.names, layers[:, places]) for layers, places in rows])
 
 
 def page(settings: Settings, found: Found, command: str) -> str:

