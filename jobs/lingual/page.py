@@ -223,7 +223,7 @@ def plot(drawn: Drawn, outcomes: Mapping[Size, Outcome], filters: Mapping[str, n
     left.axhline(0, color="#333333", linewidth=0.8)
     left.set_ylabel("influence left in another language; 90 %")
     right.axhline(0.5, color="#333333", linewidth=0.8)
-    right.set_ylabel("twin's place among its language's leads; 90 %")
+    right.set_ylabel("twin's place in its language; 90 %")
     for axes in (left, right):
         axes.set_xscale("log")
         axes.set_xlabel("parameters of the model")
