@@ -196,7 +196,7 @@ class _Study:
         states = states_of(self.model, len(some) + 1)
         for layer in coverage(self._marked()).tracked:
             ids = [one["id"] for one in removed]
-            solved: Any = read_layer_queries(store, query_files(store), layer, ids, torch.float64, "cpu")
+            solved: Any = read_layer_queries(store, query_files(store), layer.name, ids, torch.float64, "cpu")
             # s_test is of a loss: of −log p.
             change = torch.stack(solved) / settings.train
             states[f"{layer.name}.weight"][:-1] += change[..., :-1]

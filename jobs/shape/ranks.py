@@ -33,7 +33,7 @@ def rank_scores(run: raylux.Run, model: PreTrainedModel, rows: np.ndarray, ranks
     layers = coverage(model).tracked
     capture = Capture(model, layers)
     s_tests = {
-        layer.name: records.read_layer_queries(folder, files, layer, run.queries, torch.float32, "cpu")
+        layer.name: records.read_layer_queries(folder, files, layer.name, run.queries, torch.float32, "cpu")
         for layer in layers
     }
     found = np.zeros((len(ranks) + 1, len(run.queries), len(rows)))
