@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from raylux.blocks import triangle_entries
 from raylux.engine.pace import Pace
 from raylux.engine.progress import Reporter
 from raylux.engine.records import COVARIANCE, SNAPSHOT
@@ -21,7 +22,7 @@ from raylux.engine.simulate_backend import ShardBehaviour, ShardFate, SimulatedB
 from raylux.engine.sums import Finished, SumPass, Units
 from raylux.layers import TrackedLayer
 from raylux.store import RunFolder
-from raylux.triangles import triangle_entries, unpack
+from raylux.triangles import unpack
 
 LAYERS = tuple(TrackedLayer(f"l{place}", 3, 2, False, False) for place in range(2))
 # Rows of A and of S.

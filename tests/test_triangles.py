@@ -1,12 +1,17 @@
 """Symmetric matrices by one of their triangles."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from raylux.blocks import Blocks
+from raylux.blocks import Blocks, triangle_entries
 from raylux.curvature import Covariances
-from raylux.triangles import pack, triangle_entries, unpack, unpack_blocks
+from raylux.engine.shard import FactorShard, ShardSpec
+from raylux.store import RunFolder
+from raylux.triangles import pack, unpack, unpack_blocks
+from tests.simulated import LAYERS
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 8, 33])
@@ -39,3 +44,17 @@ def test_sums_as_triangles_are_the_sums(blocks: int) -> None:
         sizes = [len(part) for part in torch.arange(width).tensor_split(blocks)]
         found = unpack_blocks(triangles["l"], sizes)
         assert torch.equal(found.flat() if isinstance(found, Blocks) else found, full["l"])
+
+
+def test_a_fit_goes_on_from_a_snapshot_of_both_triangles(tmp_path: Path) -> None:
+    """As raylux wrote them before it summed one."""
+    store = RunFolder(str(tmp_path))
+    drawn = torch.randn(3, 3, dtype=torch.float64)
+    total = (drawn + drawn.T).numpy()
+    key, _ = store.write("snapshots/covariance/x", {"sum": total})
+    groups = {layer.name: layer.name for layer in LAYERS}
+    shard = FactorShard(ShardSpec(str(tmp_path), LAYERS, groups, "ekfac", "auto", "float64", 1, "cpu"))
+    shard.begin(1, {"A:l0": key}, {"l0": 5, "": 2})
+    (written, _, facts) = shard.write_covariances()["A:l0"]
+    assert np.array_equal(store.group(written).read("matrix"), total / 5)
+    assert facts["mean"] == pytest.approx(np.trace(total) / 15)
