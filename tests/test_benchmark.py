@@ -90,7 +90,7 @@ def test_points_are_judged_by_the_median_of_the_rounds() -> None:
     assert job.values[FLOAT32].median == pytest.approx(5.88) and job.verdict(FLOAT32) == "met"
     assert job.values[KRONFLUENCE].median == pytest.approx(10.2)
     assert more.values[FLOAT32].median == pytest.approx(0.09) and more.values[FLOAT32].high == pytest.approx(0.2)
-    assert replace(more, floor32=0.08).verdict(FLOAT32) == "missed, 1.13 times the floor"
+    assert replace(more, floor32=0.075).verdict(FLOAT32) == "missed, 1.20 times the floor"
     assert replace(more, floor32=0.1, aim=0.095).verdict(FLOAT32) == "aim met"
     assert by_title["whole job A, Q = 8, CPU in F"].verdict(FLOAT32) == ""
     assert replace(job, least=True, aim=None).verdict(FLOAT32) == "missed, by 0.12"

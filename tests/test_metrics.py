@@ -15,6 +15,7 @@ import pytest
 
 from raylux.api import run_stages
 from raylux.batch import answer_files
+from raylux.blocks import triangle_entries
 from raylux.engine import metrics
 from raylux.engine.metrics import Meter
 from raylux.engine.records import COVARIANCE, MOMENTS
@@ -83,10 +84,11 @@ def test_a_nodes_endpoint_has_what_a_run_and_a_batch_did(tmp_path: Path, ray_clu
                 add("unit_seconds_count", event["task"], 1)
         if event["event"] == "spent" and "bytes" in event:
             add("reduced_bytes_total", event["task"], event["bytes"])
-    # Eigenbases and s_test are not summed; what is, goes over as float32 and is summed by unit.
+    # Eigenbases and s_test are not summed; what is, goes over as float32 and is summed by unit: of A and S a triangle.
     store = RunFolder(str(tmp_path / "metered"))
     for stage, task in ((COVARIANCE, "covariance"), (MOMENTS, "lambda")):
-        sizes = [store.group(unit.meta["key"]).read("matrix").nbytes for unit in store.units(stage).values()]
+        matrices = [store.group(unit.meta["key"]).read("matrix") for unit in store.units(stage).values()]
+        sizes = [4 * triangle_entries([len(x)]) if stage == COVARIANCE else x.nbytes for x in matrices]
         units = wanted["ray_raylux_units_total", "metered", task]
         assert units == 5 and wanted["ray_raylux_reduced_bytes_total", "metered", task] == units * sum(sizes)
     found = until(wanted)
