@@ -326,6 +326,7 @@ def test_a_classifier_is_trained_scored_and_trained_again_without_a_text(tmp_pat
         ({"against": "pcg"}, "evaluate.against = 'pcg': no such estimator; one of ekfac, dot, words, chance"),
         ({"estimators": {"one": "bm24"}}, "'one': 'bm24' is neither section.key=value nor one of idf, tfidf, bm25"),
         ({"estimators": {"one": "curvature.kind=ekfca"}}, "evaluate.estimators 'one': 'curvature.kind'"),
+        ({"estimators": {"one": "query.carried_from=runs/two"}}, "evaluate.estimators 'one': with query.carried_from"),
         ({"estimators": {"one": "corpus.limit=3"}}, "'one': corpus.limit is the same for all"),
         ({"estimators": {"a/b": "bm25"}}, "String should match pattern"),
         ({"tests": ["planted"]}, "planted needs evaluate.marks"),

@@ -185,9 +185,14 @@ def _estimator(config: Config, name: str, said: tuple[str, ...]) -> Estimator:
         if key.partition(".")[0] in _SHARED or key in ("model.tokenizer", "model.adapter"):
             raise UserError(f"{where}: {key} is the same for all; set it in the config itself")
     try:
-        overridden(config, "evaluate", said)
+        own = overridden(config, "evaluate", said)
     except UserError as error:
         raise UserError(f"{where}: {str(error).removeprefix('evaluate.estimators: ')}") from None
+    if own.query.later:
+        raise UserError(
+            f"{where}: with query.carried_from a run predicts what its sequences do through a later training, which is "
+            "not measured here; leave query.carried_from out"
+        )
     return Estimator(name, "", said)
 
 
