@@ -8,9 +8,9 @@ import pytest
 
 
 class Interrupt:
-    """Raises KeyboardInterrupt at the n-th call of a method, before or after what it does."""
+    """Raises KeyboardInterrupt at the n-th call of a method or a module's function, before or after what it does."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, owner: type, method: str, call: int, after: bool) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, owner: Any, method: str, call: int, after: bool) -> None:
         self.left, usual = call, getattr(owner, method)
 
         def counted(*args: Any, **kwargs: Any) -> Any:

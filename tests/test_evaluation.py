@@ -35,6 +35,7 @@ from raylux.evaluation.retraining import Retraining, Way
 from raylux.evaluation.singles import loo, singled_out
 from raylux.store import RunFolder
 from tests import classifiers
+from tests.interrupts import Interrupt
 from tests.small import SEQUENCES, Inputs, make_inputs, texts, write_lines
 
 ESTIMATORS = {"ekfac": [], "dot": ["curvature.kind=identity"], "words": ["bm25"], "chance": ["random"]}
@@ -119,7 +120,7 @@ def test_killed_and_interrupted_it_goes_on_to_the_same_bits(
 ) -> None:
     """The command is killed while it trains; the next one is interrupted; the third comes to the end."""
     folder = tmp_path / "evaluate"
-    trained, usually, left = folder / "ledger" / "trained", retraining.answers_without, [4]
+    trained = folder / "ledger" / "trained"
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps(config(base, folder).dump()), encoding="utf-8")
     with (tmp_path / "said").open("w") as said:
@@ -133,14 +134,7 @@ def test_killed_and_interrupted_it_goes_on_to_the_same_bits(
         process.wait()
     assert 3 <= len(list(trained.glob("*.json"))) < 20, (tmp_path / "said").read_text(encoding="utf-8")
     before = {path: path.stat().st_mtime_ns for path in trained.glob("*.json")}
-
-    def interrupted(*arguments: Any) -> np.ndarray:
-        left[0] -= 1
-        if left[0] == 0:
-            raise KeyboardInterrupt
-        return usually(*arguments)
-
-    monkeypatch.setattr(retraining, "answers_without", interrupted)
+    Interrupt(monkeypatch, retraining, "answers_without", 4, after=False)
     with pytest.raises(KeyboardInterrupt):
         evaluate(config(base, folder))
     assert figures(evaluate(config(base, folder))) == figures(usual)

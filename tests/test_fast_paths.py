@@ -74,6 +74,9 @@ def test_inputs_that_the_fit_has_rotated_give_the_same_bits(
 
     # In layers as small as these it would pay for few of the sequences.
     monkeypatch.setattr("raylux.curvature.moments.rotate_tokens_first", lambda *shape: True)
+    # Several products of the few sequences that there are.
+    packs = scorer.packs
+    monkeypatch.setattr("raylux.engine.worker.packs", lambda parts, rows, products=1: packs(parts, 4, products))
     how = ("prefilter.kind=none", f"engine.contraction_dtype={dtype}", "query.basis=eigen")
     scores(inputs, tmp_path / "never", *how, "engine.keep_captured=never")
     found: list[bool] = []
@@ -85,9 +88,18 @@ def test_inputs_that_the_fit_has_rotated_give_the_same_bits(
         return rows
 
     monkeypatch.setattr(CapturedSequences, "turned", watched)
+    together: list[bool] = []
+    layer_scores = scorer.Scorer.layer_scores
+
+    def counted(self: scorer.Scorer, pack: scorer.Pack) -> object:
+        together.append(sum(map(len, pack.parts)) > pack.rows)
+        return layer_scores(self, pack)
+
+    monkeypatch.setattr(scorer.Scorer, "layer_scores", counted)
     if on_disk:
         monkeypatch.setattr(scorer, "IN_MEMORY", 0)
     scores(inputs, tmp_path / "kept", *how)
+    assert any(together) == on_disk, "queries on the disk are read once for several products, and those alone"
     assert found and all(found), "nothing was served as it is in the eigenbases: nothing is tested"
     assert differing(contents(tmp_path / "kept"), contents(tmp_path / "never")) == []
     monkeypatch.setattr(Kept, "read", lambda self, key, into: False)

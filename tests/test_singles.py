@@ -20,6 +20,7 @@ from raylux.evaluation import inputs as reading
 from raylux.evaluation.outcome import Outcome
 from raylux.store import RunFolder
 from tests import classifiers
+from tests.interrupts import Interrupt
 from tests.small import Inputs, make_inputs, write_lines
 from tests.test_evaluation import figures
 
@@ -124,15 +125,8 @@ def before_the_optima(usual: Outcome, place: Path) -> Path:
 def test_interrupted_it_goes_on_to_the_same_bits(
     base: Inputs, usual: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, usually, left = before_the_optima(usual, tmp_path), retraining.removed, [2]
-
-    def interrupted(*arguments: Any) -> np.ndarray:
-        left[0] -= 1
-        if left[0] == 0:
-            raise KeyboardInterrupt
-        return usually(*arguments)
-
-    monkeypatch.setattr(retraining, "removed", interrupted)
+    folder = before_the_optima(usual, tmp_path)
+    Interrupt(monkeypatch, retraining, "removed", 2, after=False)
     with pytest.raises(KeyboardInterrupt):
         evaluate(config(base, folder))
     assert len(RunFolder(str(folder)).committed("proximal")) == 1 and not optimum._made

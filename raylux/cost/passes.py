@@ -24,22 +24,20 @@ MOST_PASSES = 64
 
 def covariance_held(groups: Mapping[str, str], itemsize: int, blocks: int = 1) -> Held:
     """S of a layer, and A where the layer leads its input group, in ``blocks`` blocks each."""
-    leaders = frozenset(groups.values())
-
-    def held(layer: TrackedLayer) -> float:
-        inputs = block_entries(layer.inputs, blocks) if layer.name in leaders else 0
-        return float(itemsize * (block_entries(layer.outputs, blocks) + inputs))
-
-    return held
+    return _sides_held(groups, lambda side: itemsize * block_entries(side, blocks))
 
 
 def triangles_held(groups: Mapping[str, str], itemsize: int, blocks: int = 1) -> Held:
     """As ``covariance_held``, one triangle of each block: what the shards hold of A and S while they are summed."""
+    return _sides_held(groups, lambda side: itemsize * triangle_entries(block_sizes(side, blocks)))
+
+
+def _sides_held(groups: Mapping[str, str], size: Callable[[int], int]) -> Held:
+    """``size`` of the outputs of a layer, and of its inputs where it leads its input group."""
     leaders = frozenset(groups.values())
 
     def held(layer: TrackedLayer) -> float:
-        sides = (layer.outputs, layer.inputs) if layer.name in leaders else (layer.outputs,)
-        return float(itemsize * sum(triangle_entries(block_sizes(side, blocks)) for side in sides))
+        return float(size(layer.outputs) + (size(layer.inputs) if layer.name in leaders else 0))
 
     return held
 

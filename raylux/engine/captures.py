@@ -28,7 +28,7 @@ Captured = tuple[Captures, Captures]
 """a and g of a batch."""
 
 
-class _Resting(Mapping[str, Rows]):
+class _OnDisk(Mapping[str, Rows]):
     """What is kept of a batch; each tensor is read when it is asked for, and is not held here.
 
     Args:
@@ -132,8 +132,8 @@ class CapturedSequences:
         filled, computed = self._filled(rows, batch), cache(again)
         inputs, grads = self._names(wanted)
         return (
-            _Resting(inputs, lambda name: self._read(INPUTS, filled, name, dtype), lambda: computed()[0]),
-            _Resting(grads, lambda name: self._read(which, filled, name, dtype), lambda: computed()[1]),
+            _OnDisk(inputs, lambda name: self._read(INPUTS, filled, name, dtype), lambda: computed()[0]),
+            _OnDisk(grads, lambda name: self._read(which, filled, name, dtype), lambda: computed()[1]),
         )
 
     def turned(self, rows: np.ndarray, batch: Batch, dtype: torch.dtype, name: str, basis: FactorFiles) -> Rows | None:

@@ -119,8 +119,10 @@ class FactorShard(IterativeSolves, JointSolves, ProjectedFactors):
     def _snapshotted(self, name: str, key: str) -> np.ndarray:
         """A sum from a snapshot; raylux wrote both triangles of covariances before it summed one."""
         total: np.ndarray = self.folder.group(key).read("sum")
-        if name in self.layers or total.size == triangle_entries(self._sizes(name)):
+        if name in self.layers:
             return total.copy()
+        if total.size == triangle_entries(self._sizes(name)):
+            return total.flatten()
         whole = Blocks.of(torch.from_numpy(total.copy()).flatten(), self._sizes(name))
         return torch.cat([pack(block) for block in whole.parts]).numpy()
 
