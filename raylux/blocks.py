@@ -123,5 +123,24 @@ def _leaks(basis: Tensor, kind: dtype) -> Tensor:
     return found.to(kind)
 
 
-Rotation = Square | RoundedBasis
+@dataclass(frozen=True)
+class FilledBasis:
+    """An eigenbasis Q [n, n] with zeros behind its rows and columns, for products that are slow at a width of n.
+
+    Attributes:
+        filled: [m, m], Q in its first n rows and columns.
+        width: n.
+    """
+
+    filled: Tensor
+    width: int
+
+    @classmethod
+    def of(cls, basis: Tensor, width: int) -> FilledBasis:
+        """Filled up to ``width``."""
+        more = width - len(basis)
+        return cls(torch.nn.functional.pad(basis, (0, more, 0, more)), len(basis))
+
+
+Rotation = Square | RoundedBasis | FilledBasis
 """What tokens are rotated by."""

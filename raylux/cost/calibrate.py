@@ -19,11 +19,10 @@ from typing import Any
 
 import psutil
 import torch
-from scipy.linalg import blas
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn import functional
 
+from raylux.blas import add_gram, eigendecomposition
 from raylux.blocks import RoundedBasis
 from raylux.cache import build_once, entry_name
 from raylux.cost.machine import Cluster, eigh_flops
@@ -126,7 +125,7 @@ def measure(threads: int, device: str, folder: Path) -> dict[str, Any]:
         rates["eigh_float32_tflops"] = eigh_flops(_EIGH_SIZES[-1]) / quick / 1e12
         rates["attention_tflops"] = _attention(device) / 1e12
         if device == "cpu":
-            rates["symmetric_tflops"] = _symmetric(threads) / 1e12
+            rates["symmetric_tflops"] = _symmetric() / 1e12
             rates["gelu_ns"] = _activation(lambda x: functional.gelu(x, approximate="tanh")) * 1e9
             rates["silu_ns"] = _activation(functional.silu) * 1e9
         rates["bandwidth_gb_s"] = _bandwidth(device) / 1e9
@@ -206,14 +205,11 @@ def _dots(dtype: torch.dtype, device: str) -> float:
     return 2.0 * 2 * _TILE**2 * _DOTTED / _best(lambda: x @ y.T, device)
 
 
-def _symmetric(threads: int) -> float:
+def _symmetric() -> float:
     """FLOP/s of a triangle of Σ x xᵀ by the BLAS routine that the engine takes."""
     n, rows = _SYMMETRIC
     total, x = torch.zeros(n, n), torch.randn(rows, n)
-    update: Any = blas.ssyrk
-    with threadpool_limits(threads, user_api="blas"):
-        taken = _best(lambda: update(1.0, x.numpy().T, beta=1.0, c=total.numpy().T, overwrite_c=1), "cpu")
-    return float(n**2 * rows) / taken
+    return float(n**2 * rows) / _best(lambda: add_gram(total, x), "cpu")
 
 
 def _attention(device: str) -> float:
@@ -243,7 +239,7 @@ def _both_passes(call: Callable[..., Tensor], tensors: Sequence[Tensor]) -> floa
 def _eigh(n: int, dtype: torch.dtype, device: str) -> Callable[[], Any]:
     x = torch.randn(n, n, dtype=torch.float64, device=device)
     gram = (x @ x.T).to(dtype)
-    return lambda: torch.linalg.eigh(gram)
+    return lambda: eigendecomposition(gram)
 
 
 def _bandwidth(device: str) -> float:

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
 
 import torch
-from scipy.linalg import blas
-from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from torch import Tensor
 
 from raylux.batches import mask_of_rows
+from raylux.blas import add_gram
 from raylux.blocks import Blocks, block_sizes
 from raylux.products import aligned, wide_product
 from raylux.routed import Routed, Rows
@@ -103,15 +100,7 @@ def _add_gram(sums: dict[int, Tensor], place: int, rows: Tensor) -> None:
     if rows.device.type != "cpu":
         sums[place].addmm_(rows.T, rows)
         return
-    update: Any = blas.dsyrk if rows.dtype == torch.float64 else blas.ssyrk
-    # Column-major for BLAS: the transposes of both, without a copy.
-    with _controller().limit(limits=torch.get_num_threads(), user_api="blas"):
-        update(1.0, rows.contiguous().numpy().T, beta=1.0, c=sums[place].numpy().T, overwrite_c=1)
-
-
-@cache
-def _controller() -> ThreadpoolController:
-    return ThreadpoolController()
+    add_gram(sums[place], rows)
 
 
 def _joined(parts: Mapping[int, Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from raylux.blas import eigendecomposition
 from raylux.blocks import Blocks, Square
 from raylux.errors import NumericsError
 
@@ -88,7 +89,7 @@ def _mixed(matrix: Tensor) -> tuple[Tensor, Tensor]:
     rest = torch.addmm(matrix, torch.cat([v, w], 1), torch.cat([w, v], 1).T, alpha=-1)[count:, count:]
     # Squares of tiny eigenvalues would be lost to float32's range.
     unit = rest.abs().amax().clamp(min=torch.finfo(rest.dtype).tiny)
-    low, within = torch.linalg.eigh((rest / unit).float())
+    low, within = eigendecomposition((rest / unit).float())
     vectors = torch.empty(matrix.shape, dtype=torch.float32, device=matrix.device)
     v, inner = v.float(), vectors[:, : len(low)]
     torch.matmul(v, joined.float() @ (v[count:].T @ within), out=inner)

@@ -13,7 +13,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from raylux.blocks import Rotation, RoundedBasis
+from raylux.blocks import Blocks, FilledBasis, Rotation
 from raylux.cost.contraction import rotate_tokens_first
 from raylux.products import aligned, aligned_width, gradients_into, rotated
 from raylux.profiling import of
@@ -65,11 +65,13 @@ def in_basis(a: Tensor, g: Tensor, q_a: Rotation | None, q_s: Rotation | None) -
             gradients_into(a[some], g[some], formed)
         with of("rotate"):
             turned = formed if len(formed) > 1 else formed[0]
-            if isinstance(q_s, RoundedBasis):
-                turned = rotated(turned.mT, q_s).mT
-            elif q_s is not None:
+            if isinstance(q_s, Tensor | Blocks):
                 turned = q_s.T @ turned
-            turned = turned[..., :inputs] if q_a is None else rotated(turned[..., :inputs], q_a)
+            elif q_s is not None:
+                turned = rotated(turned.mT, q_s).mT
+            if not isinstance(q_a, FilledBasis):
+                turned = turned[..., :inputs]
+            turned = turned if q_a is None else rotated(turned, q_a)
         yield turned if turned.dim() == 3 else turned[None]
 
 

@@ -21,7 +21,7 @@ _BF16_FROM = 1_000_000
 _PACK_BYTES = {"cpu": 256 << 20, "cuda": 8 << 30}
 # Dense s_test of all queries together, in bytes: beyond, they are compressed.
 _DENSE_BYTES = 4 << 30
-_TILES = (8, 64, 256)
+_TILES = (8, 32, 64, 256)
 # Queries from which on it is worth a look whether they fill batches, padded tokens of one on a CPU, and rows of it for
 # each that is a query: a batch's shape is fixed, and rows that no query fills are computed all the same.
 _MANY_QUERIES, _QUERY_TOKENS, _FILLED = 32, 512, 1.25

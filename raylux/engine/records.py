@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from raylux.blocks import Blocks, Rotation, RoundedBasis, Square
+from raylux.blocks import Blocks, Rotation, Square
 from raylux.curvature import KINDS, Spectral
 from raylux.curvature.joint import Joint
 from raylux.curvature.projected import Projected
@@ -18,6 +19,8 @@ from raylux.errors import NumericsError
 from raylux.gpu import to_host
 from raylux.influence.words import WordGradient
 from raylux.layers import TrackedLayer
+from raylux.products import rotation
+from raylux.scratch import Scratch
 from raylux.store import RunFolder
 
 COVARIANCE, EIGEN, MOMENTS = "fit.covariance", "fit.eigen", "fit.moments"
@@ -170,11 +173,14 @@ def each_query(parts: Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]])
     return [query for part in parts for query in ([part] if isinstance(part, Mapping) else part)]
 
 
-def tensor(array: np.ndarray, dtype: torch.dtype, device: str) -> Tensor:
-    """A tensor in memory of torch's own alignment, whatever the array's: alignment can change bits."""
+def tensor(array: np.ndarray, dtype: torch.dtype, device: str, own: bool = True) -> Tensor:
+    """A tensor in memory of torch's own alignment, whatever the array's: alignment can change bits.
+
+    ``own`` False: in the array's memory, where nothing has to be converted; for what is only copied.
+    """
     x = torch.from_numpy(np.ascontiguousarray(array))
     # Onto a device it goes as it is and is converted there: a copy on the host takes longer than the way.
-    x = x.clone() if device == "cpu" else x.to(device)
+    x = x.to(device) if device != "cpu" else x.clone() if own else x
     x = x.view(torch.bfloat16) if x.dtype == torch.int16 else x
     return x.to(dtype)
 
@@ -200,15 +206,9 @@ def read_rotation(
     folder: RunFolder, files: FactorFiles, layer: str, group: str, dtype: torch.dtype, device: str
 ) -> tuple[Rotation | None, Rotation | None]:
     """``read_basis`` as tokens are rotated by it in products of ``dtype``."""
-    if dtype != torch.bfloat16:
-        return read_basis(folder, files, layer, group, dtype, device)
-    q_a, q_s = read_basis(folder, files, layer, group, torch.float32, device)
-    return as_rotation(q_a, dtype), as_rotation(q_s, dtype)
-
-
-def as_rotation(basis: Square | None, dtype: torch.dtype) -> Rotation | None:
-    """A basis in full precision, for products of ``dtype``."""
-    return RoundedBasis.of(basis, dtype) if basis is not None and dtype == torch.bfloat16 else basis
+    wide = torch.float32 if dtype == torch.bfloat16 else dtype
+    q_a, q_s = read_basis(folder, files, layer, group, wide, device)
+    return rotation(q_a, dtype), rotation(q_s, dtype)
 
 
 def read_square(folder: RunFolder, key: str, name: str, dtype: torch.dtype, device: str) -> Square:
@@ -289,25 +289,36 @@ def read_layer_queries(
     ids: Sequence[str],
     dtype: torch.dtype,
     device: str,
+    scratch: Scratch | None = None,
 ) -> list[Tensor | tuple[Tensor, Tensor]]:
-    """s_test of each query of ``ids`` in one layer of matrices: dense [P, M], or (left [P, R], right [M, R])."""
+    """s_test of each query of ``ids`` in one layer of matrices: dense [P, M], or (left [P, R], right [M, R]).
+
+    ``scratch``: memory for the dense ones, which the next layer takes over; not of torch's alignment.
+    """
     found: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
-    for block in files:
+    for number, block in enumerate(files):
         if not set(block.queries) & set(ids):
             continue
         group = folder.group(block.layers[layer])
         ranks, places = group.read("rank"), group.read("place")
-        arrays: dict[str, Any] = {name: group.read(name) for name in ("dense", "left", "right") if name in group}
+        arrays: dict[str, Any] = {name: group.read(name) for name in ("left", "right") if name in group}
+        if "dense" in group:
+            memory = partial(_bytes, scratch or Scratch(), f"dense {number}")
+            arrays["dense"] = group.read_into("dense", memory)
         for index, query in enumerate(block.queries):
             if query not in ids:
                 continue
             rank, place = int(ranks[index]), int(places[index])
             if rank < 0:
-                found[query] = tensor(arrays["dense"][place], dtype, device)
+                found[query] = tensor(arrays["dense"][place], dtype, device, own=scratch is None)
             else:
                 left, right = arrays["left"][place][:, :rank], arrays["right"][place][:, :rank]
                 found[query] = tensor(left, dtype, device), tensor(right, dtype, device)
     return [found[query] for query in ids]
+
+
+def _bytes(scratch: Scratch, use: str, count: int) -> np.ndarray:
+    return scratch.take(use, (count,), torch.uint8, "cpu").numpy()
 
 
 def read_word_queries(

@@ -26,6 +26,7 @@ from raylux.influence.words import WordQueries
 from raylux.layers import TrackedLayer, matrices
 from raylux.memory import give_back
 from raylux.routed import Routed, Rows, sequence_parts
+from raylux.scratch import Scratch
 from raylux.store import RunFolder
 
 
@@ -167,7 +168,7 @@ class Scorer:
             * torch.empty(0, dtype=dtype).element_size()
         )
         self.rests = held > IN_MEMORY
-        hold = Resting().hold if self.rests else in_memory
+        hold, scratch = Resting().hold if self.rests else in_memory, Scratch()
         self._queries: dict[str, LayerQueries | WordQueries] = {
             layer.name: WordQueries(
                 read_word_queries(folder, loaded.files, layer, loaded.ids, dtype, devices[layer.name])
@@ -178,7 +179,7 @@ class Scorer:
         self._queries |= {
             layer.name: LayerQueries.build(
                 layer.shape,
-                read_layer_queries(folder, loaded.files, layer.name, loaded.ids, dtype, devices[layer.name]),
+                read_layer_queries(folder, loaded.files, layer.name, loaded.ids, dtype, devices[layer.name], scratch),
                 plan.typical_tokens * layer.share,
                 plan.tile,
                 hold,

@@ -41,6 +41,7 @@ from raylux.influence.lowrank import component_scores, factorise
 from raylux.influence.words import WordGradient
 from raylux.layers import TrackedLayer
 from raylux.memory import give_back
+from raylux.scratch import Scratch
 from raylux.store import RunFolder
 from raylux.triangles import pack, unpack_blocks
 
@@ -251,7 +252,7 @@ class FactorShard(IterativeSolves, JointSolves, ProjectedFactors):
         self._block, self._factors, self._written, self._words = {}, {}, {}, {}
         damping, squares = {}, {}
         pairs: list[np.ndarray] = []
-        queries = each_query(parts)
+        queries, scratch = each_query(parts), Scratch()
         for name in self.layers:
             if self.layers[name].words:
                 words = solve_words([self._tokens(query, name) for query in queries], form.dtype, checked)
@@ -265,7 +266,9 @@ class FactorShard(IterativeSolves, JointSolves, ProjectedFactors):
                 found, damping[name] = self.solve_projected(name, fitted, tokens, own, checked)
             else:
                 given = None if solutions is None else self.solutions(solutions[name])
-                found, damping[name] = self._solved(name, fitted, tokens, own, given, checked, later)
+                # What is written at once leaves its memory to the next layer.
+                free = scratch if not any(rank_limit.values()) else Scratch()
+                found, damping[name] = self._solved(name, fitted, tokens, own, given, checked, later, free)
             squares[name] = found.squares
             pairs.append(found.pairs)
             if rank_limit[name]:
@@ -288,6 +291,7 @@ class FactorShard(IterativeSolves, JointSolves, ProjectedFactors):
         given: Sequence[Tensor] | None,
         checked: bool,
         later: Sequence[Later],
+        scratch: Scratch,
     ) -> tuple[Solved, float]:
         """A layer by its own curvature, or as it is given or carried; and λ."""
         curvature, damping = self._curvature(name, fitted)
@@ -296,7 +300,7 @@ class FactorShard(IterativeSolves, JointSolves, ProjectedFactors):
             given = [curvature.solve(v, damping) for v in carried]
         try:
             with profiling.of("solve"):
-                return solve_layer(curvature, tokens, damping, form, given, checked), damping
+                return solve_layer(curvature, tokens, damping, form, given, checked, scratch), damping
         except NumericsError as error:
             raise NumericsError(f"layer '{name}': {error}") from None
 

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raylux.blocks import Rotation, RoundedBasis
+from raylux.blocks import FilledBasis, Rotation, RoundedBasis
 from raylux.cost.contraction import rotate_tokens_first
 from raylux.curvature import Spectral, rotate
-from raylux.engine.records import as_rotation
 from raylux.influence.dots import sequence_gradients
 from raylux.influence.words import WordGradient
-from raylux.products import rotated, wide_product
+from raylux.products import aligned_width, rotated, rotation, wide_product
 from raylux.routed import whole_blocks
+from raylux.scratch import Scratch
 
 # Scores that are taken both ways: of a block's first query on the sequences of so many queries after it, of so many
 # tokens of each.
@@ -76,6 +76,7 @@ def solve_layer(
     form: Form,
     given: Sequence[Tensor] | None = None,
     checked: bool = True,
+    scratch: Scratch | None = None,
 ) -> Solved:
     """(G + λI)⁻¹ of each query's gradient.
 
@@ -86,23 +87,29 @@ def solve_layer(
         form: how.
         given: the solution of each query [P, M], where another solver has found it.
         checked: take some scores both ways.
+        scratch: memory for what is computed on the way, and for the result; None: of its own.
 
     Raises:
         NumericsError: λ = 0 where Λ has a zero.
     """
-    shape = tokens[0][1].shape[1], tokens[0][0].shape[1]
-    bases = as_rotation(curvature.q_a, form.dtype), as_rotation(curvature.q_s, form.dtype)
+    outputs, inputs = tokens[0][1].shape[1], tokens[0][0].shape[1]
+    scratch = scratch or Scratch()
+    bases = rotation(curvature.q_a, form.dtype), rotation(curvature.q_s, form.dtype)
     inverse = curvature.inverse(damping) if given is None else None
-    solved = tokens[0][0].new_empty(len(tokens), *shape, dtype=form.dtype)
+    solved = scratch.take("s_test", (len(tokens), outputs, inputs), form.dtype, tokens[0][0].device)
     squares = []
-    for place, gradient in enumerate(_gradients(curvature, tokens, bases, form.rows)):
+    for place, gradient in enumerate(_gradients(curvature, tokens, bases, form.rows, scratch)):
         flat = gradient.flatten()
         squares.append(float(torch.dot(flat, flat)))  # a float64 sum of squares takes fifteen times as long
+        own = gradient[:, :inputs]
         if given is not None:
             solved[place] = curvature.into(given[place]) if form.eigen else given[place]
-            continue
-        divided = gradient if inverse is None else gradient.mul_(inverse)
-        solved[place] = divided if form.eigen else curvature.back(divided)
+        elif not form.eigen:
+            solved[place] = curvature.back(own if inverse is None else own * inverse)
+        elif inverse is not None and solved.dtype == own.dtype:
+            torch.mul(own, inverse, out=solved[place])
+        else:
+            solved[place] = own if inverse is None else own.mul_(inverse)
     pairs = np.zeros((2, 0))
     if checked:
         first = None if given is None else given[0]
@@ -167,8 +174,8 @@ def _both_ways(
     first = curvature.divide(exact(0), damping) if given is None else curvature.into(given)
     wanted = [float((first * exact(place)).sum(dtype=torch.float64)) for place in places]
     if given is None:
-        (gradient,) = _gradients(curvature, [some[0]], bases, _CHECKED)
-        first = curvature.divide(gradient, damping)
+        (gradient,) = _gradients(curvature, [some[0]], bases, _CHECKED, Scratch())
+        first = curvature.divide(gradient[:, : some[0][0].shape[1]], damping)
     s_test = (first if form.eigen else curvature.back(first)).to(form.dtype)
     return np.array([wanted, [_score(s_test, some[place], bases if form.eigen else None) for place in places]])
 
@@ -192,35 +199,55 @@ def _score(s_test: Tensor, tokens: Tokens, bases: Bases | None) -> float:
     return float((sequence_gradients(a, g)[0].float() * s_test.float()).sum(dtype=torch.float64))
 
 
-def _gradients(curvature: Spectral, tokens: Sequence[Tokens], bases: Bases, rows: int) -> Iterator[Tensor]:
-    """Q_Sᵀ G Q_A of each query, in the precision of the curvature; each may be overwritten.
+def _gradients(
+    curvature: Spectral, tokens: Sequence[Tokens], bases: Bases, rows: int, scratch: Scratch
+) -> Iterator[Tensor]:
+    """Q_Sᵀ G Q_A of each query [P, M or more], in the precision of the curvature, zeros behind the rows of M.
+
+    Each is valid until the next, and may be overwritten.
 
     By the cheaper way: its tokens rotated, or G. Which that is follows from a query's own length, and so do the shapes
     of all products but that with the bases: what stands beside it in the block is not to change its bits.
     """
     short = [place for place, (a, g) in enumerate(tokens) if rotate_tokens_first(len(a), g.shape[1], a.shape[1])]
-    turned = [_rotated([tokens[place][side] for place in short], bases[side], rows) for side in range(2)]
+    turned = [
+        _rotated([tokens[place][side] for place in short], bases[side], rows, scratch, use)
+        for side, use in enumerate(("a", "g"))
+    ]
     pairs = dict(zip(short, zip(*turned, strict=True), strict=True))
     for place, (a, g) in enumerate(tokens):
         if place in pairs:
             own_a, own_g = pairs.pop(place)
-            yield _wide(wide_product(own_g.T, own_a))
+            yield _formed(own_a, own_g[:, : g.shape[1]], scratch)
         else:
             yield curvature.into(_wide(g).T @ _wide(a))
 
 
-def _rotated(tokens: Sequence[Tensor], basis: Rotation | None, count: int) -> list[Tensor]:
+def _formed(a: Tensor, g: Tensor, scratch: Scratch) -> Tensor:
+    """Σ_t g_t a_tᵀ in float32 or better."""
+    if a.dtype == torch.bfloat16:
+        return _wide(wide_product(g.T, a))
+    out = scratch.take("gradient", (g.shape[1], a.shape[1]), a.dtype, a.device)
+    return torch.mm(g.T, a, out=out)
+
+
+def _rotated(tokens: Sequence[Tensor], basis: Rotation | None, count: int, scratch: Scratch, use: str) -> list[Tensor]:
     """x Q of each x [T, D], those of all queries in products of ``count`` rows; rows of zeros behind each, up to whole
-    blocks."""
+    blocks, and zeros behind the rows, up to their ``aligned_width``."""
     if not tokens:
         return []
     sizes = [whole_blocks(len(x)) for x in tokens]
     ends = list(accumulate(sizes))
-    dtype = basis.kind if isinstance(basis, RoundedBasis) else _wide(tokens[0][:0]).dtype
-    rows = tokens[0].new_empty(-(-ends[-1] // count) * count, tokens[0].shape[1], dtype=dtype)
+    kind = basis.kind if isinstance(basis, RoundedBasis) else _wide(tokens[0][:0]).dtype
+    width, device = tokens[0].shape[1], tokens[0].device
+    shape = -(-ends[-1] // count) * count, aligned_width(width, kind, device)
+    rows = scratch.take(use, shape, kind, device)
     for end, size, x in zip(ends, sizes, tokens, strict=True):
-        rows[end - size : end - size + len(x)] = x
+        rows[end - size : end - size + len(x), :width] = x
         rows[end - size + len(x) : end] = 0
     rows[ends[-1] :] = 0
-    turned = torch.cat([rotate(part, basis) for part in rows.split(count)])
-    return [turned[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    rows[:, width:] = 0
+    if basis is not None:
+        for part in rows.split(count):
+            part[:, :width] = rotate(part if isinstance(basis, FilledBasis) else part[:, :width], basis)
+    return [rows[end - size : end] for end, size in zip(ends, sizes, strict=True)]

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-from collections.abc import AsyncIterator, Iterable, Mapping
+import math
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from raylux.errors import RayluxError
 from raylux.profiling import of
 from raylux.store.damage import UNSEALED, broken_seal, damaged, read_array, read_whole, seal
-from raylux.store.files import Batch, Files, Objects
+from raylux.store.files import Batch, Files, Objects, in_turn
 
 _CHUNK_BYTES = 1 << 26
 _META = "zarr.json"
@@ -51,22 +52,44 @@ def write_group(files: Files, key: str, arrays: Mapping[str, np.ndarray], attrs:
     return batch.objects
 
 
-def _write_array(store: Store, name: str, array: np.ndarray) -> None:
+def _write_array(store: _Writing, name: str, array: np.ndarray) -> None:
+    chunks = _chunks(array)
+    # Zarr reads a lost chunk as its fill value: one that no array holds gives the loss away.
+    fill = np.nan if array.dtype.kind == "f" else -1 if array.dtype.kind == "i" else None
     created = zarr.create_array(
         store,
         name=name,
         shape=array.shape,
         dtype=array.dtype,
-        chunks=_chunks(array) or "auto",
+        chunks=chunks or "auto",
         compressors=None,  # the group's index has a checksum of each chunk; one of Zarr's own would cost a copy
         # One folder per array instead of one per dimension: each costs an fsync.
         chunk_key_encoding={"name": "default", "separator": "."},
-        # Zarr reads a lost chunk as its fill value: one that no array holds gives the loss away.
-        fill_value=np.nan if array.dtype.kind == "f" else -1 if array.dtype.kind == "i" else None,
+        fill_value=fill,
         config={"write_empty_chunks": True},
     )
-    if array.size:
-        created[...] = array
+    if array.nbytes < _SMALL:
+        if array.size:
+            created[...] = array
+        return
+    # As Zarr would, but straight from the array's memory: Zarr copies each chunk first.
+    runs = enumerate(range(0, len(array), chunks[0]))
+    store.put_chunks(
+        (_chunk_key(name, place, array.ndim), _run(array, start, chunks[0], fill)) for place, start in runs
+    )
+
+
+def _run(array: np.ndarray, start: int, count: int, fill: float | None) -> np.ndarray:
+    """So many rows of an array; those beyond its end have the fill value."""
+    rows = array[start : start + count]
+    if len(rows) == count:
+        return rows
+    return np.concatenate([rows, np.full((count - len(rows), *array.shape[1:]), fill or 0, array.dtype)])
+
+
+def _chunk_key(name: str, place: int, dimensions: int) -> str:
+    """Of a run of whole rows of an array."""
+    return f"{name}/c.{place}" + ".0" * (dimensions - 1)
 
 
 def _chunks(array: np.ndarray) -> tuple[int, ...]:
@@ -127,6 +150,32 @@ class Group:
             except Exception as error:
                 raise damaged(self._files, f"{self._key}/{name}", f"cannot be read ({error})") from None
 
+    def read_into(self, name: str, memory: Callable[[int], np.ndarray]) -> np.ndarray:
+        """A whole array, in memory of the caller's where it comes from the disk: Zarr would read it and copy it.
+
+        Args:
+            name: of the array.
+            memory: gives so many bytes, as uint8 [n].
+
+        Raises:
+            DamagedError: as ``read``.
+        """
+        with of("read"):
+            array = self._array(name)
+            if not array.ndim:
+                return self.read(name)
+            rows, count = array.shape[0], -(-array.shape[0] // array.chunks[0])
+            keys = [_chunk_key(name, place, array.ndim) for place in range(count)]
+            chunk = math.prod(array.chunks) * array.dtype.itemsize
+            # Chunks are runs of whole rows; those of older runs have a checksum of Zarr's own behind them.
+            if not keys or any(self._store.objects.get(key, (0, ""))[0] != chunk for key in keys):
+                return self.read(name)
+            found = memory(chunk * len(keys))
+            for key, part in zip(keys, np.split(found, len(keys)), strict=True):
+                read_array(self._files, f"{self._key}/{key}", *self._store.objects[key], part)
+            whole: np.ndarray = found.view(array.dtype).reshape(-1, *array.shape[1:])[:rows]
+            return whole
+
     def _array(self, name: str) -> zarr.Array:
         if name not in self:
             raise damaged(self._files, f"{self._key}/{name}", "missing")
@@ -185,11 +234,18 @@ class _Writing(_Objects):
         if key.endswith(_META):
             self.meta[key] = value.to_bytes()
             return
-        data = np.ascontiguousarray(value.as_numpy_array()).data
-        if len(data) < _SMALL and not self._batch.remote:
-            self._batch.put(f"{self._key}/{key}", data)
+        chunk = value.as_numpy_array()
+        if self._batch.remote:
+            await asyncio.to_thread(self._put, key, chunk)
         else:
-            await asyncio.to_thread(self._batch.put, f"{self._key}/{key}", data)
+            self._put(key, chunk)
+
+    def put_chunks(self, chunks: Iterable[tuple[str, np.ndarray]]) -> None:
+        """Write whole chunks; to an object store several at a time."""
+        in_turn(lambda item: self._put(*item), chunks, self._batch.remote)
+
+    def _put(self, key: str, chunk: np.ndarray) -> None:
+        self._batch.put(f"{self._key}/{key}", np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
 
 
 class _Reading(_Objects):

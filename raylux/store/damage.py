@@ -6,6 +6,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -69,9 +70,9 @@ def read_whole(files: Files, key: str, size: int, checksum: str) -> bytes:
     return _whole(files, files.get, key, size, checksum)
 
 
-def read_array(files: Files, key: str, size: int, checksum: str) -> np.ndarray:
-    """``read_whole`` of a large object, in numpy's memory [size]."""
-    return _whole(files, files.array, key, size, checksum)
+def read_array(files: Files, key: str, size: int, checksum: str, into: np.ndarray | None = None) -> np.ndarray:
+    """``read_whole`` of a large object, in numpy's memory [size], or in that given [size]."""
+    return _whole(files, partial(files.array, into=into), key, size, checksum)
 
 
 def _whole(files: Files, get: Callable[[str], Read], key: str, size: int, checksum: str) -> Read:

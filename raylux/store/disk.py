@@ -140,10 +140,14 @@ class Disk:
         with _missing(), open(self.path(key), "rb") as file:
             return file.read()
 
-    def array(self, key: str) -> np.ndarray:
-        """An object in numpy's memory, which lies in huge pages: large ones are read in less time so."""
+    def array(self, key: str, into: np.ndarray | None = None) -> np.ndarray:
+        """An object in numpy's memory, which lies in huge pages: large ones are read in less time so.
+
+        ``into``: bytes that it fills, if they are as many.
+        """
         with _missing(), open(self.path(key), "rb", buffering=0) as file:
-            found, done = np.empty(os.fstat(file.fileno()).st_size, np.uint8), 0
+            size, done = os.fstat(file.fileno()).st_size, 0
+            found = np.empty(size, np.uint8) if into is None or len(into) != size else into
             while done < len(found) and (count := file.readinto(found[done:].data)):
                 done += count
             return found[:done]

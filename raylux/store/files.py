@@ -114,12 +114,16 @@ class Files:
         with self._telling(key, "read", FileNotFoundError):
             return self._store.get(_inside(key))
 
-    def array(self, key: str) -> np.ndarray:
-        """The object's bytes [n]. Raises FileNotFoundError."""
+    def array(self, key: str, into: np.ndarray | None = None) -> np.ndarray:
+        """The object's bytes [n], in ``into`` if that has as many. Raises FileNotFoundError."""
         with self._telling(key, "read", FileNotFoundError):
             if isinstance(self._store, Disk):
-                return self._store.array(_inside(key))
-            return np.frombuffer(self._store.get(_inside(key)), np.uint8)
+                return self._store.array(_inside(key), into)
+            found = np.frombuffer(self._store.get(_inside(key)), np.uint8)
+        if into is None or len(into) != len(found):
+            return found
+        into[:] = found
+        return into
 
     def size(self, key: str) -> int | None:
         """Bytes of the object; None if there is none."""
