@@ -171,7 +171,15 @@ class TestChoices:
         assert self.products(9000, 100).query_basis == "standard", "compressed queries stay in the standard basis"
 
     def test_tiles_follow_the_number_of_queries(self) -> None:
-        assert [self.products(count, 10**6).tile for count in (1, 63, 64, 255, 256, 999)] == [8, 8, 64, 64, 256, 256]
+        assert [self.products(count, 10**6).tile for count in (1, 31, 32, 63, 64, 255, 256)] == [
+            8,
+            8,
+            32,
+            32,
+            64,
+            64,
+            256,
+        ]
 
     def test_the_dtype_follows_config_model_and_hardware(self, monkeypatch: pytest.MonkeyPatch) -> None:
         large = (TrackedLayer("up", 1024, 1024, False, False),)

@@ -106,6 +106,9 @@ def test_query_blocks_keep_within_memory() -> None:
     # Dense ones only their tokens wait: in whole sixteens, 64 at most, in a quarter of a GiB.
     assert [plan.query_block(GATED, 4, waiting) for waiting in (1.0, 2**22, 2**23, 2**25)] == [64, 64, 32, 16]
     assert plan.query_block(wide, 4, 1.0) == 4
+    # Half a block where the tokens of a whole one take more, and reading the bases again costs less than is spared.
+    assert [plan.query_block(GATED, 4, 2**25, bases) for bases in (0, 2**28 - 1, 2**28)] == [8, 8, 16]
+    assert plan.query_block(GATED, 4, 2**24, 0) == 16
 
 
 # ---------------------------------------------------------------------------------------- make_plan

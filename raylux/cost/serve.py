@@ -78,14 +78,15 @@ def query(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     )  # fmt: skip
     rounded = 2 if work.contraction == "bfloat16" else work.stored
     waiting = 0.0 if low else rounded * tokens * sum(captured_width(layer, model.groups) for layer in layers)
-    block = query_block(layers, work.stored, waiting)
+    square = covariance_bytes(layers, model.groups, work.stored, work.blocks) if work.basis else 0
+    block = query_block(layers, work.stored, waiting, square)
     blocks = 1 if costs.LAYERWISE in can else math.ceil(count / block)
     if low:
         works += _probes(work, device, blocks)
     iterated = solving.solving(work, cluster)
     works += iterated.works
     disk = count * work.query_bytes()
-    bases = blocks * (covariance_bytes(layers, model.groups, work.stored, work.blocks) if work.basis else 0)
+    bases = blocks * square
     bases += blocks * (layer_bytes(layers, work.stored) if work.moments else 0)
     works.append(store(disk + bases, cluster))
     dense = count * layer_bytes(layers, work.stored)

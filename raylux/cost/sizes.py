@@ -120,7 +120,7 @@ def shards_bytes(
     return max(sums, solving)
 
 
-def query_block(layers: Sequence[TrackedLayer], itemsize: int, waiting: float = 0.0) -> int:
+def query_block(layers: Sequence[TrackedLayer], itemsize: int, waiting: float = 0.0, bases: float = math.inf) -> int:
     """Queries that are solved together.
 
     Args:
@@ -128,11 +128,15 @@ def query_block(layers: Sequence[TrackedLayer], itemsize: int, waiting: float = 
         itemsize: of an entry of s_test.
         waiting: bytes of a query's tokens, which wait for its block's turn at each layer, where s_test is dense and is
             written layer by layer; 0: all of it is held. More queries share the reading of a layer's bases then.
+        bases: bytes of all bases. Where the tokens of a usual block would take more room than they are to, and these
+            less than is spared, half of it is solved at a time; by default they are too many.
     """
     room = _BLOCK_BYTES // max(1, layer_bytes(layers, itemsize))
     usual = min(QUERY_BLOCK, room)
     if waiting:
         usual = max(usual, QUERY_BLOCK * int(min(_DENSE_BLOCK, room, _WAITING_BYTES // waiting) // QUERY_BLOCK))
+        if usual * waiting > max(_WAITING_BYTES, 2 * bases):
+            usual //= 2
     return int(max(1, usual))
 
 

@@ -17,10 +17,11 @@ from raylux.blas import eigendecomposition
 from raylux.blocks import Blocks, Square
 from raylux.errors import NumericsError
 
-# Vectors iterated for the leading ones, and how often. What of them has not converged is left to float32, so that
-# these decide on precision and time, not on whether the answer is right.
+# Vectors iterated for the leading ones, and how often: first in float32, which finds the subspace in less time, then in
+# float64. What of them has not converged is left to float32, so that these decide on precision and time, not on whether
+# the answer is right.
 _SUBSPACE = 64
-_ITERATIONS = 8
+_ROUGH_ITERATIONS, _ITERATIONS = 5, 3
 # A leading vector has converged where its residual is this share of the largest eigenvalue that is left: so much of
 # the coupling between the two parts is dropped, all of it between vectors that the iteration could barely tell apart.
 _CONVERGED = 1e-4
@@ -102,7 +103,11 @@ def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The largest eigenvalues, descending, and vectors in columns of those that converged, in float64; maybe none."""
     generator = torch.Generator(matrix.device).manual_seed(0)
     shape = len(matrix), _SUBSPACE
-    basis = torch.randn(shape, generator=generator, dtype=matrix.dtype, device=matrix.device)
+    basis = torch.randn(shape, generator=generator, dtype=torch.float32, device=matrix.device)
+    rough = (matrix / matrix.abs().amax().clamp(min=torch.finfo(matrix.dtype).tiny)).float()
+    for _ in range(_ROUGH_ITERATIONS):
+        basis = torch.linalg.qr(rough @ basis).Q
+    basis = basis.to(matrix.dtype)
     for _ in range(_ITERATIONS):
         basis = torch.linalg.qr(matrix @ basis).Q
     image = matrix @ basis

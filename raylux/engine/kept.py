@@ -106,7 +106,10 @@ class Resting:
         self._buffer = torch.zeros(0, dtype=torch.uint8)
 
     def hold(self, x: Tensor) -> Callable[[], Tensor]:
-        """Put a tensor to rest; what is returned reads it, into a buffer that the next one takes over."""
+        """Put a tensor to rest; what is returned reads it, into a buffer that the next one takes over.
+
+        On a CPU its memory may be written over then.
+        """
         if x.device.type != "cpu":
             return lambda: x
         data, at = _bytes(x.contiguous()), self._end
@@ -115,7 +118,8 @@ class Resting:
             while written < len(data):
                 written += os.pwrite(self._file.fileno(), data[written:], at + written)
         except OSError:
-            return lambda: x
+            own = x.clone()
+            return lambda: own
         # Whole pages, so that each tensor begins where memory of its own would.
         self._end += -(-len(data) // mmap.PAGESIZE) * mmap.PAGESIZE
         size, shape, dtype = len(data), x.shape, x.dtype

@@ -21,7 +21,7 @@ from raylux.engine.records import (
     read_rotation,
     read_word_queries,
 )
-from raylux.influence.dots import LayerQueries, in_memory, squared_norms
+from raylux.influence.dots import Held, LayerQueries, in_memory, squared_norms
 from raylux.influence.words import WordQueries
 from raylux.layers import TrackedLayer, matrices
 from raylux.memory import give_back
@@ -146,7 +146,7 @@ class Scorer:
 
     Attributes:
         loaded: which.
-        rests: dense ones rest on the disk.
+        rests: dense ones rest on the disk; on a CPU from their second use on, since many a run uses them once.
     """
 
     def __init__(
@@ -161,6 +161,7 @@ class Scorer:
     ) -> None:
         give_back()
         self.loaded, self._layers, self._groups = loaded, layers, groups
+        self._folder, self._plan, self._devices = folder, plan, devices
         dtype = loaded.contraction.torch_dtype
         held = (
             len(loaded.ids)
@@ -168,7 +169,7 @@ class Scorer:
             * torch.empty(0, dtype=dtype).element_size()
         )
         self.rests = held > IN_MEMORY
-        hold, scratch = Resting().hold if self.rests else in_memory, Scratch()
+        self._resting, self._asked = Resting(), set[str]()
         self._queries: dict[str, LayerQueries | WordQueries] = {
             layer.name: WordQueries(
                 read_word_queries(folder, loaded.files, layer, loaded.ids, dtype, devices[layer.name])
@@ -176,20 +177,35 @@ class Scorer:
             for layer in layers
             if layer.words
         }
-        self._queries |= {
-            layer.name: LayerQueries.build(
-                layer.shape,
-                read_layer_queries(folder, loaded.files, layer.name, loaded.ids, dtype, devices[layer.name], scratch),
-                plan.typical_tokens * layer.share,
-                plan.tile,
-                hold,
-            )
-            for layer in matrices(layers)
-        }
+        if not self.rests:
+            self._queries |= {layer.name: self._read(layer, in_memory) for layer in matrices(layers)}
         self._bases = bases.get(loaded.basis, dtype)
+
+    def _read(
+        self, layer: TrackedLayer, hold: Callable[[Tensor], Held], scratch: Scratch | None = None
+    ) -> LayerQueries:
+        loaded, device = self.loaded, self._devices[layer.name]
+        dtype, tokens = loaded.contraction.torch_dtype, self._plan.typical_tokens * layer.share
+        queries = read_layer_queries(self._folder, loaded.files, layer.name, loaded.ids, dtype, device, scratch)
+        return LayerQueries.build(layer.shape, queries, tokens, self._plan.tile, hold, scratch)
+
+    def _of(self, layer: TrackedLayer, scratch: Scratch) -> LayerQueries | WordQueries:
+        """The queries in a layer, valid until those of the next are asked for.
+
+        Those that rest are put to rest when they are asked for again: a run of few sequences asks once.
+        """
+        name, cpu = layer.name, self._devices[layer.name] == "cpu"
+        found = self._queries.get(name)
+        if found is None and cpu and name not in self._asked:
+            self._asked.add(name)
+            return self._read(layer, in_memory, scratch)
+        if found is None:
+            found = self._queries[name] = self._read(layer, self._resting.hold, scratch if cpu else None)
+        return found
 
     def layer_scores(self, pack: Pack) -> Iterator[Tensor]:
         """[rows, Q] of each layer, in order."""
+        scratch = Scratch()
         held: tuple[str, list[Rows]] | None = None
         for layer in self._layers:
             group, q_s = self._groups[layer.name], self._bases[layer.name][1]
@@ -197,19 +213,20 @@ class Scorer:
                 held = None  # not beside the next
                 held = group, [self._turned(part, layer.name) for part in pack.parts]
             grads = [rotate(part.grads[layer.name], q_s) for part in pack.parts]
-            yield self._queries[layer.name].scores(list(zip(held[1], grads, strict=True)), pack.rows)
+            yield self._of(layer, scratch).scores(list(zip(held[1], grads, strict=True)), pack.rows)
 
     def token_scores(self, place: int, part: PackPart) -> Tensor:
         """[N, T]: each token's share of the score of the query at ``place``, over all layers."""
         device = part.grads[self._layers[0].name].device
         whole = torch.zeros(len(part), part.tokens, dtype=torch.float64, device=device)
+        scratch = Scratch()
         for layer in self._layers:
             a, g = self._turned(part, layer.name), rotate(part.grads[layer.name], self._bases[layer.name][1])
             if isinstance(g, Routed):
-                self._add_routed(whole, layer.name, place, a, g)
+                self._add_routed(whole, self._of(layer, scratch), place, a, g)
                 continue
             assert isinstance(a, Tensor)
-            shares = self._queries[layer.name].token_scores(place, a, g).to(whole.device)
+            shares = self._of(layer, scratch).token_scores(place, a, g).to(whole.device)
             if shares.shape[1] % part.tokens:  # above a classifier's pooling: the share stands where its label does
                 whole[:, 0] += shares.sum(1)
             else:
@@ -223,11 +240,11 @@ class Scorer:
         found = None if q_a is None else part.turned(group, self.loaded.basis)
         return rotate(part.inputs[group], q_a) if found is None else found
 
-    def _add_routed(self, whole: Tensor, name: str, place: int, a: Rows, g: Routed) -> None:
+    def _add_routed(self, whole: Tensor, queries: LayerQueries | WordQueries, place: int, a: Rows, g: Routed) -> None:
         """Add the shares of an expert's tokens, where they stand in their sequences."""
         assert g.places is not None, "kept without its tokens' places"
         places = g.places.split(g.sizes)
         for own, own_a, own_g in sequence_parts(a, g):
-            shares = self._queries[name].token_scores(place, own_a, own_g)[0]
+            shares = queries.token_scores(place, own_a, own_g)[0]
             real = places[own.start] >= 0
             whole[own.start, places[own.start][real].to(whole.device)] += shares[real].to(whole.device)

@@ -261,7 +261,9 @@ class FactorShard(IterativeSolves, JointSolves, ProjectedFactors):
                 self._words[name] = words.s_test
                 continue
             own = replace(form, dtype=self.compute) if rank_limit[name] else form
-            tokens = [self._tokens(query, name, rounded=True) for query in queries]
+            # A projecting kind takes products of them; the others copy them first.
+            copied = fitted.projection is None
+            tokens = [self._tokens(query, name, rounded=True, own=not copied) for query in queries]
             if fitted.projection is not None:
                 found, damping[name] = self.solve_projected(name, fitted, tokens, own, checked)
             else:
@@ -368,16 +370,21 @@ class FactorShard(IterativeSolves, JointSolves, ProjectedFactors):
         )  # fmt: skip
         return curvature, curvature.damping(spec.damping, fitted.least.get(name, 0.0))
 
-    def _tokens(self, part: Mapping[str, Any], name: str, rounded: bool = False) -> tuple[Tensor, Tensor]:
-        """a [T, M] and g [T, P]; of the word embedding token ids [T, 1]. ``rounded``: what came in bf16 stays so."""
+    def _tokens(
+        self, part: Mapping[str, Any], name: str, rounded: bool = False, own: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """a [T, M] and g [T, P]; of the word embedding token ids [T, 1].
+
+        ``rounded``: what came in bf16 stays so. ``own``: as in ``records.tensor``.
+        """
         inputs, grads = part["inputs"][self.spec.groups[name]], part["grads"][name]
         if rounded and inputs.dtype == grads.dtype == np.int16:
-            a, g = (tensor(x, torch.bfloat16, self.spec.device) for x in (inputs, grads))
+            a, g = (tensor(x, torch.bfloat16, self.spec.device, own) for x in (inputs, grads))
             return a, g
-        g = tensor(grads, self.compute, self.spec.device)
+        g = tensor(grads, self.compute, self.spec.device, own)
         if inputs.dtype == np.int64:  # in bf16 inputs come as int16
             return torch.from_numpy(inputs.copy()).to(self.spec.device), g
-        return tensor(inputs, self.compute, self.spec.device), g
+        return tensor(inputs, self.compute, self.spec.device, own), g
 
     def _storage(self) -> type:
         return np.float64 if self.compute is torch.float64 else np.float32

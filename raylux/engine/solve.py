@@ -82,7 +82,7 @@ def solve_layer(
 
     Args:
         curvature: of the layer; its bases are in float32 or better.
-        tokens: per query, in the precision of the bases or in bf16; the gradient is Σ_t g_t a_tᵀ.
+        tokens: per query, in the precision of the bases or in bf16, wherever they lie; the gradient is Σ_t g_t a_tᵀ.
         damping: λ.
         form: how.
         given: the solution of each query [P, M], where another solver has found it.
@@ -220,7 +220,8 @@ def _gradients(
             own_a, own_g = pairs.pop(place)
             yield _formed(own_a, own_g[:, : g.shape[1]], scratch)
         else:
-            yield curvature.into(_wide(g).T @ _wide(a))
+            # Where tokens lie in memory is not to change bits.
+            yield curvature.into(_wide(g).clone().T @ _wide(a).clone())
 
 
 def _formed(a: Tensor, g: Tensor, scratch: Scratch) -> Tensor:

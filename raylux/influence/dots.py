@@ -19,6 +19,7 @@ from raylux.influence.words import are_words, word_squares
 from raylux.products import aligned, aligned_width, gradients_into, wide_product
 from raylux.profiling import of
 from raylux.routed import ROW_BLOCK, Routed, Rows, sequence_parts, width
+from raylux.scratch import Scratch
 
 TILE = 8
 """Dense queries per matrix product, unless the plan says more."""
@@ -80,6 +81,7 @@ class LayerQueries:
         tokens: float,
         tile: int = TILE,
         hold: Callable[[Tensor], Held] = in_memory,
+        scratch: Scratch | None = None,
     ) -> LayerQueries:
         """From each query's s_test: dense [P, M], or (left [P, R], right [M, R]), all of one dtype.
 
@@ -89,6 +91,7 @@ class LayerQueries:
             tokens: typical tokens per sequence, by which the contraction is chosen.
             tile: dense queries per matrix product.
             hold: puts a slice of a tile where it rests.
+            scratch: memory for all of them, where they do not rest there; None: of its own.
         """
         outputs, inputs = shape
         first = queries[0] if queries else torch.zeros(0)
@@ -112,7 +115,10 @@ class LayerQueries:
                 mine = {place: dense.pop(place) for place in sorted(dense.keys() & range(start, start + tile))}
                 held = []
                 for part in result.slices:
-                    rows = torch.zeros(tile, part.stop - part.start, width, dtype=some.dtype, device=some.device)
+                    own, use = scratch or Scratch(), f"tile {start} {part.start}"
+                    rows = own.take(use, (tile, part.stop - part.start, width), some.dtype, some.device)
+                    rows[..., inputs:] = 0
+                    rows[[place for place in range(tile) if place + start not in mine]] = 0
                     for place, query in mine.items():
                         rows[place - start, :, :inputs] = query[part]
                     held.append(hold(rows.view(tile, -1)))

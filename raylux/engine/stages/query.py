@@ -13,7 +13,7 @@ import numpy as np
 
 from raylux.batches import TokenRow, query_shape
 from raylux.cost.contraction import captured_width
-from raylux.cost.sizes import rank_limit, solve_block
+from raylux.cost.sizes import covariance_bytes, rank_limit, solve_block
 from raylux.engine.carrying import Later, prints
 from raylux.engine.context import Context
 from raylux.engine.numerics import Numerics, distinct
@@ -65,7 +65,9 @@ def _block_size(ctx: Context, queries: Sequence[Query]) -> int:
         return query_block(layers, ctx.itemsize)
     tokens = sum(len(part.tokens) for query in queries for part in query.parts) / len(queries)
     width = sum(captured_width(layer, ctx.groups) for layer in layers)
-    return query_block(layers, ctx.itemsize, tokens * width * precision.resolve(ctx).torch_dtype.itemsize)
+    waiting = tokens * width * precision.resolve(ctx).torch_dtype.itemsize
+    bases = covariance_bytes(layers, ctx.groups, ctx.itemsize, ctx.config.curvature.blocks) if ctx.kind.basis else 0
+    return query_block(layers, ctx.itemsize, waiting, bases)
 
 
 def _is_checked(place: int, contraction: Contraction) -> bool:
