@@ -67,12 +67,15 @@ def sample_labels(probabilities: Tensor, keys: Tensor, positions: Tensor, seed: 
     """
     with of("label"):
         count = probabilities.shape[1]
-        padded = torch.nn.functional.pad(probabilities, (0, -count % _BLOCK))
-        blocks = padded.unflatten(1, (-1, _BLOCK))
+        whole = count - count % _BLOCK
+        sums = probabilities[:, :whole].unflatten(1, (-1, _BLOCK)).sum(2)
+        if whole < count:
+            sums = torch.cat([sums, probabilities[:, whole:].sum(1, keepdim=True)], 1)
         places = _places(seed, keys, positions)
-        chosen = _race(blocks.sum(2), places)
-        within = blocks[torch.arange(len(blocks), device=chosen.device), chosen]
-        # Never an entry of the padding, however all others are rounded to nothing: the first of equals wins.
+        chosen = _race(sums, places)
+        entries = (chosen * _BLOCK)[:, None] + torch.arange(_BLOCK, device=chosen.device)
+        within = probabilities.gather(1, entries.clamp(max=count - 1)).masked_fill_(entries >= count, 0.0)
+        # Never an entry beyond the last, however all others are rounded to nothing: the first of equals wins.
         return chosen * _BLOCK + _race(within, _mix(places))
 
 
