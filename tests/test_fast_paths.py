@@ -198,10 +198,13 @@ def test_queries_on_the_disk_give_the_same_bits(
 
     usual = scores(inputs, tmp_path / "memory")
     rested: list[int] = []
-    hold = scorer.Resting.hold
+    used: list[int] = []
+    hold, in_memory = scorer.Resting.hold, scorer.in_memory
     monkeypatch.setattr(scorer, "IN_MEMORY", 0)
     monkeypatch.setattr(scorer.Resting, "hold", lambda self, x: rested.append(len(x)) or hold(self, x))
-    assert np.array_equal(scores(inputs, tmp_path / "disk"), usual) and rested
+    monkeypatch.setattr(scorer, "in_memory", lambda x: used.append(len(x)) or in_memory(x))
+    assert np.array_equal(scores(inputs, tmp_path / "disk"), usual)
+    assert used == rested and rested, "each tile is used once as it was read, and rests from its second use on"
 
 
 def test_a_block_measures_what_bf16_does_to_scores(

@@ -169,7 +169,7 @@ class Scorer:
             * torch.empty(0, dtype=dtype).element_size()
         )
         self.rests = held > IN_MEMORY
-        self._resting, self._asked = Resting(), set[str]()
+        self._resting, self._asked = Resting() if self.rests else None, set[str]()
         self._queries: dict[str, LayerQueries | WordQueries] = {
             layer.name: WordQueries(
                 read_word_queries(folder, loaded.files, layer, loaded.ids, dtype, devices[layer.name])
@@ -200,6 +200,7 @@ class Scorer:
             self._asked.add(name)
             return self._read(layer, in_memory, scratch)
         if found is None:
+            assert self._resting is not None, "others are read at once"
             found = self._queries[name] = self._read(layer, self._resting.hold, scratch if cpu else None)
         return found
 
