@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from raylux import gpu, profiling
 from raylux.blocks import Blocks, block_sizes, triangle_entries
 from raylux.curvature import Spectral, square_eigenbasis
 from raylux.engine import numerics
+from raylux.engine.behind import Behind
 from raylux.engine.carrying import Later, mean_carried
 from raylux.engine.iterating import IterativeSolves
 from raylux.engine.jointly import JointSolves
@@ -86,7 +89,8 @@ class FactorShard(IterativeSolves, JointSolves, ProjectedFactors):
         self._ahead: dict[int, Mapping[str, Any] | None] = {}
         self._block: dict[str, list[Tensor]] = {}
         self._factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self._written: dict[str, tuple[str, Objects]] = {}
+        self._written: dict[str, Future[tuple[str, Objects]]] = {}
+        self._behind = Behind()
         self._words: dict[str, list[WordGradient]] = {}
         self._solves = {}
 
@@ -238,8 +242,8 @@ class FactorShard(IterativeSolves, JointSolves, ProjectedFactors):
             fitted: what the fit left.
             rank_limit: layer -> largest rank to try; 0: dense only.
             form: how they are solved; layers that may be compressed keep full precision.
-            block: its name; layers that cannot be compressed are written under it at once, so that s_test of one
-                layer is held at a time.
+            block: its name; layers that cannot be compressed are written under it at once, each beside the next
+                one's computing, so that s_test of two layers is held at a time.
             solutions: layer -> key of the state that an iterative solve ended with; None: the kind's own inverse.
             checked: take some scores both ways.
             later: the runs that the block's queries are carried from, for which their own gradients give way.
@@ -252,7 +256,8 @@ class FactorShard(IterativeSolves, JointSolves, ProjectedFactors):
         self._block, self._factors, self._written, self._words = {}, {}, {}, {}
         damping, squares = {}, {}
         pairs: list[np.ndarray] = []
-        queries, scratch = each_query(parts), Scratch()
+        queries, turns = each_query(parts), cycle((Scratch(), Scratch()))
+        self._behind.wait()  # of a block that failed
         for name in self.layers:
             if self.layers[name].words:
                 words = solve_words([self._tokens(query, name) for query in queries], form.dtype, checked)
@@ -268,8 +273,8 @@ class FactorShard(IterativeSolves, JointSolves, ProjectedFactors):
                 found, damping[name] = self.solve_projected(name, fitted, tokens, own, checked)
             else:
                 given = None if solutions is None else self.solutions(solutions[name])
-                # What is written at once leaves its memory to the next layer.
-                free = scratch if not any(rank_limit.values()) else Scratch()
+                # What is written at once leaves its memory to the next layer but one.
+                free = next(turns) if not any(rank_limit.values()) else Scratch()
                 found, damping[name] = self._solved(name, fitted, tokens, own, given, checked, later, free)
             squares[name] = found.squares
             pairs.append(found.pairs)
@@ -281,7 +286,7 @@ class FactorShard(IterativeSolves, JointSolves, ProjectedFactors):
                 self._block[name] = list(found.s_test)  # its scores on the probes are part of what is measured
             else:
                 arrays = query_arrays(found.s_test, [], [True] * len(queries))
-                self._written[name] = self.folder.write(f"queries/{name}/{block}", arrays)
+                self._written[name] = self._behind.call(self.folder.write, f"queries/{name}/{block}", arrays)
         return damping, squares, np.sum(pairs, 0)
 
     def _solved(
@@ -345,9 +350,10 @@ class FactorShard(IterativeSolves, JointSolves, ProjectedFactors):
         keys: dict[str, str] = {}
         objects: Objects = {}
         for name, words in self._words.items():
-            self._written[name] = self.folder.write(f"queries/{name}/{block}", word_query_arrays(words))
-        for name, (key, more) in self._written.items():
-            keys[name] = key
+            keys[name], more = self.folder.write(f"queries/{name}/{block}", word_query_arrays(words))
+            objects |= more
+        for name, written in self._written.items():
+            keys[name], more = written.result()
             objects |= more
         for name, queries in self._block.items():
             chosen = [rank.get(name, -1) for rank in ranks]
