@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from raylux import examples, fingerprints, models, optimizer
 from raylux.capture import input_groups
@@ -26,7 +27,7 @@ from raylux.engine.stages import carrying, fit, queries
 from raylux.engine.stages import corpus as corpus_stage
 from raylux.errors import MissingStageError, UserError
 from raylux.frozen import Frozen, check_stage_name, drop, falls, holds
-from raylux.layers import Coverage, matrices
+from raylux.layers import Coverage, TrackedLayer, matrices
 from raylux.modulecheck import check_module
 from raylux.modules import Features, features_of
 from raylux.placement import Placement
@@ -60,14 +61,15 @@ class Model:
         features = features_of(structure)
         if features is not None:
             examples.check_config(config)
+        prints = fingerprints.of_model(files)
         return cls(
             files,
             coverage,
-            KINDS[config.curvature.kind].groups(input_groups(structure, coverage.tracked)),
+            KINDS[config.curvature.kind].groups(_groups(files, structure, coverage.tracked, prints)),
             vocabulary,
             context,
             None if features is not None else models.load_tokenizer(files, trusted),
-            fingerprints.of_model(files),
+            prints,
             models.classes_of(structure),
             features,
             config.model.dtype,
@@ -104,6 +106,23 @@ class Model:
             "layers": [layer.name for layer in self.coverage.tracked],
             "groups": self.groups,
         }
+
+
+# (class, hash of config.json, hashes of the code, layers) -> ``input_groups``, which takes a forward pass of fakes: one
+# process may work on many runs of the same model.
+_FOUND: dict[tuple[object, ...], dict[str, str]] = {}
+
+
+def _groups(
+    files: models.ModelFiles, structure: nn.Module, layers: Sequence[TrackedLayer], prints: fingerprints.ModelPrint
+) -> dict[str, str]:
+    """``input_groups``, found once of a model of which config and code say how it runs; a module says it itself."""
+    if files.task == "module":
+        return input_groups(structure, layers)
+    key = (type(structure), prints.config, tuple(sorted(prints.code.items())), tuple(layers))
+    if key not in _FOUND:
+        _FOUND[key] = input_groups(structure, layers)
+    return dict(_FOUND[key])
 
 
 @dataclass(frozen=True)

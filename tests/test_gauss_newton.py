@@ -1,4 +1,4 @@
-"""Products of the Gauss-Newton matrix against the dense matrix, float64, Jacobians by autograd a logit at a time."""
+"""Products of the Gauss-Newton matrix against the dense matrix, float64, Jacobians by autograd a token at a time."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def dense(model: nn.Module, layers: Sequence[TrackedLayer], given: Sequence[Toke
         for place in range(1, len(row.tokens)):
             if row.labels[place] == IGNORED:
                 continue
-            jacobian = torch.stack(
-                [_flat(modules, torch.autograd.grad(x, weights, retain_graph=True)) for x in logits[place - 1]]
-            )
-            p = logits[place - 1].detach().softmax(0)
+            own = logits[place - 1]
+            grads = torch.autograd.grad(own, weights, torch.eye(len(own)).to(own), retain_graph=True, is_grads_batched=True)
+            jacobian = torch.stack([_flat(modules, [grad[logit] for grad in grads]) for logit in range(len(own))])
+            p = own.detach().softmax(0)
             total = total + jacobian.T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian
     for weight in weights:
         weight.requires_grad_(False)
