@@ -220,7 +220,7 @@ def test_in_process_the_driver_waits_for_what_the_others_do(run: Any) -> None:
 
 
 def test_over_ray_the_same_work_is_told(ray_cluster: dict[str, Any], inputs: Inputs, tmp_path: Path, run: Any) -> None:
-    ray = inputs.run(tmp_path / "run", *SETTINGS, "engine.backend=ray", "engine.workers=2", "engine.shards=1")
+    ray = inputs.run(tmp_path / "run", *SETTINGS, "engine.backend=ray", "engine.workers=1", "engine.shards=1")
     for here, there in zip(run.profile(), ray.profile(), strict=True):
         assert (there.stage, there.units, there.work.tokens) == (here.stage, here.units, here.work.tokens)
         assert set(there.work.kinds) - {"load"} == set(here.work.kinds) - {"load"}, here.stage

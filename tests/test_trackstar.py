@@ -27,6 +27,7 @@ from raylux.layers import coverage
 from raylux.optimizer import OptimizerMoments
 from tests import reference
 from tests import test_exact as exact
+from tests.apart import processes
 from tests.architectures import build
 from tests.interrupts import Interrupt
 from tests.small import Inputs, contents, differing, make_inputs
@@ -326,9 +327,11 @@ def usual(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> raylux.Ru
     return inputs.run(tmp_path_factory.mktemp("usual") / "run", *SHORT)
 
 
-def test_bits_over_workers_and_shards(inputs: Inputs, usual: raylux.Run, tmp_path: Path, ray_cluster: Any) -> None:
+def test_bits_over_workers_and_shards_that_die(inputs: Inputs, usual: raylux.Run, tmp_path: Path) -> None:
     more = ("engine.backend=ray", "engine.workers=2", "engine.shards=2", "fit.passes=2")
-    over = inputs.run(tmp_path / "ray", *SHORT, *more)
+    with processes() as found:
+        over = inputs.run(tmp_path / "processes", *SHORT, *more)
+    assert {who for who, _ in found.died} == {"worker", "shard"}
     assert differing(contents(over.folder), contents(usual.folder)) == []
     assert np.array_equal(over.squares[1], usual.squares[1])
 

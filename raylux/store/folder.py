@@ -20,6 +20,8 @@ from raylux.store.files import Files, Objects, fresh, in_turn
 
 FORMAT_VERSION = 2
 _SETTINGS = "run.yaml"
+# Of libyaml, where PyYAML was built with it: eight times as quick, which tells of a file that names every tensor.
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class RunFolder:
                 f"{self.path}/{_SETTINGS}: {problem}: it was changed after raylux wrote it; "
                 "put back a copy of it, or choose a new run.folder"
             )
-        data: dict[str, Any] = yaml.safe_load(raw)
+        data: dict[str, Any] = yaml.load(raw, Loader=_LOADER)
         if data["format_version"] != FORMAT_VERSION:
             raise UserError(
                 f"{self.path}: run folder of format {data['format_version']}, this version reads {FORMAT_VERSION}"
