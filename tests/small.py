@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 import raylux
 from raylux.api import STAGES, run_stages
 from raylux.config import Config
-from raylux.engine.records import COVARIANCE, EIGEN, MOMENTS, PROJECTED, QUERY
+from raylux.engine.records import COVARIANCE, EIGEN, MOMENTS, PROJECTED, QUERY, TOKENS
 from raylux.store import RunFolder
+from raylux.store.arrays import Group
 from tests.architectures import build
 
 WORDS = (
@@ -32,6 +34,8 @@ QUERIES = (
 )
 # Several fit units, score units, batches and lengths, however small the corpus is.
 CUT = ("fit.unit_tokens=400", "score.unit_size=13", "engine.batch_tokens=256", "score.layers=true", "score.token_top=4")
+
+_S_TEST = ("words", "offsets", "vectors", "rank", "place", "dense", "left", "right")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -131,23 +135,52 @@ def objects(folder: Path) -> dict[str, int]:
 def contents(folder: Path | str, queries: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     """All numbers of a run by name: factors, s_test, scores, by layer and by token.
 
-    Score arrays stand in the order of the sequences' ids; per-token scores are those of each query's two best.
+    Scores by layer and by token are as they are stored, each array read once. Score arrays stand in the order of the
+    sequences' ids; per-token scores are those of each query's two best.
     """
     store, run = RunFolder(str(folder)), raylux.open_run(folder)
     found = factors(store)
     wanted = queries or tuple(run.queries)
     for manifest in store.units(QUERY).values():
-        for place, query in enumerate(manifest.meta["queries"]):
-            if query in wanted:
-                found |= {f"s_test {query} {name}": array for name, array in _s_test(store, manifest.meta, place)}
-    scores = run.scores().sortby("sequence")
+        asked = [(place, query) for place, query in enumerate(manifest.meta["queries"]) if query in wanted]
+        for layer, key in manifest.meta["layers"].items():
+            found |= {f"s_test {query} {layer} {name}": x for query, name, x in _s_test(store.group(key), asked)}
+    scores, names = run.scores().load(), run.sequences["sequence"].to_numpy()
+    order = np.argsort(names[run.rows], kind="stable")
+    layers, tokens = _by_layer(run, wanted), _by_token(store, wanted)
     for query in wanted:
-        found[f"total {query}"] = scores.sel(query=query).to_numpy()
+        total = scores.sel(query=query).to_numpy()
+        found[f"total {query}"] = total[order]
         if run.config.score.layers:
-            found[f"layers {query}"] = run.layer_scores(query).sortby("sequence").to_numpy()
+            found[f"layers {query}"] = layers[query][:, order]
         if run.config.score.token_top:
-            for sequence in run.top(query, 2)["sequence"]:
-                found[f"tokens {query} {sequence}"] = run.token_scores(query, sequence)["influence"].to_numpy()
+            best = np.argsort(-total, kind="stable")[: min(2, np.isfinite(total).sum())]
+            for row in run.rows[best]:
+                found[f"tokens {query} {names[row]}"] = tokens[query, int(row)]
+    return found
+
+
+def _by_layer(run: raylux.Run, queries: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Query -> [L, n] over ``run.rows``; only queries that have such scores."""
+    found: dict[str, np.ndarray] = {}
+    for block in run.blocks:
+        if not block.layers or set(queries).isdisjoint(block.queries):
+            continue
+        values, at = run.store.group(block.key).read("layers"), np.searchsorted(run.rows, block.rows)
+        for query, own in zip(block.queries, values, strict=True):
+            if query in queries:
+                found.setdefault(query, np.full((len(own), len(run.rows)), np.nan))[:, at] = own
+    return found
+
+
+def _by_token(store: RunFolder, queries: tuple[str, ...]) -> dict[tuple[str, int], np.ndarray]:
+    """(query, corpus row) -> the shares of its tokens."""
+    found = {}
+    for manifest in store.units(TOKENS).values():
+        if manifest.meta["query"] in queries:
+            group = store.group(manifest.meta["key"])
+            parts = np.split(group.read("shares"), group.read("offsets")[1:-1])
+            found |= {(manifest.meta["query"], int(row)): x for row, x in zip(manifest.meta["rows"], parts, strict=True)}
     return found
 
 
@@ -163,20 +196,21 @@ def factors(store: RunFolder) -> dict[str, np.ndarray]:
     return found
 
 
-def _s_test(store: RunFolder, meta: dict[str, Any], place: int) -> Any:
-    for layer, key in meta["layers"].items():
-        group = store.group(key)
-        if "words" in group:
-            part = slice(*group.read("offsets")[place : place + 2])
-            yield f"{layer} words", group.read("words")[part]
-            yield f"{layer} vectors", group.read("vectors")[part]
+def _s_test(group: Group, asked: list[tuple[int, str]]) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(query, name, array) of a layer's s_test of some queries, each with its place in the block."""
+    arrays = {name: group.read(name) for name in _S_TEST if name in group}
+    for place, query in asked:
+        if "words" in arrays:
+            part = slice(*arrays["offsets"][place : place + 2])
+            yield query, "words", arrays["words"][part]
+            yield query, "vectors", arrays["vectors"][part]
             continue
-        rank, at = int(group.read("rank")[place]), int(group.read("place")[place])
+        rank, at = int(arrays["rank"][place]), int(arrays["place"][place])
         if rank < 0:
-            yield f"{layer} dense", group.read("dense", at)
+            yield query, "dense", arrays["dense"][at]
         else:
-            yield f"{layer} left", group.read("left", at)[:, :rank]
-            yield f"{layer} right", group.read("right", at)[:, :rank]
+            yield query, "left", arrays["left"][at][:, :rank]
+            yield query, "right", arrays["right"][at][:, :rank]
 
 
 def differing(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> list[str]:
