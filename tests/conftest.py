@@ -6,7 +6,6 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +50,14 @@ _LONG = """
 _RAY_PROCESSES = ("raylet", "gcs_server", "/ray/_private/", "/ray/dashboard/", "/ray/util/client/", "ray::")
 
 
+_ON_RAY: set[Path] = set()  # files with tests that ask for the cluster
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first."""
+    """Files on Ray first, as the cluster costs a tenth of a core for as long as it is there; then the long ones."""
+    _ON_RAY.update(item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ()))
     rank = {name: place for place, name in enumerate(_LONG)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    items.sort(key=lambda item: (item.path not in _ON_RAY, rank.get(item.path.stem, len(rank))))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,27 +68,45 @@ def _one_torch_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[dict[str, Any]]:
-    """The one cluster of the session (2 logical CPUs), started by the first test that asks for it.
+_CLUSTER: dict[str, Any] = {}  # ``ray.cluster_resources()`` of the one that is there
+
+
+@pytest.fixture
+def ray_cluster() -> dict[str, Any]:
+    """The cluster of the session (2 logical CPUs), started by the first test that asks for it.
 
     Each worker, shard or task on it is a process that imports torch and the models, which takes seconds of a core. What
-    more of them change than two, ``tests.apart`` shows without processes.
+    more of them change than two, ``tests.apart`` shows without processes. It ends with the last of the files in a row
+    that ask for it.
 
-    Yields ``ray.cluster_resources()`` as it was at the start.
+    Returns ``ray.cluster_resources()`` as it was at the start.
     """
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        log_to_driver=False,
-    )
-    try:
-        yield ray.cluster_resources()
-    finally:
+    if not _CLUSTER:
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+        )
+        _CLUSTER.update(ray.cluster_resources())
+    return dict(_CLUSTER)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End the cluster where the next file needs none."""
+    if nextitem is None or (nextitem.path != item.path and nextitem.path not in _ON_RAY):
+        _end_cluster()
+
+
+def _end_cluster() -> None:
+    if _CLUSTER:
+        import ray
+
+        _CLUSTER.clear()
         ray.shutdown()
 
 
@@ -127,6 +148,7 @@ def pytest_testnodedown(node: Any) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail the session when a Ray process outlives it, and end what is left."""
+    _end_cluster()  # an interrupted session has not come to it
     _end_ray_processes()
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["ray_left"] = _LEFT

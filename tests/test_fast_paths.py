@@ -23,7 +23,7 @@ from raylux.store import RunFolder
 from tests.small import Inputs, contents, differing, error, make_inputs
 
 # One batch shape is filled often enough that sequences of the fit are scored from what was kept of them.
-DENSE = ("query.max_error=0", "fit.unit_tokens=2000", "engine.batch_tokens=64")
+DENSE = ("query.max_error=0", "fit.unit_tokens=2000", "engine.batch_tokens=64", "corpus.limit=36")
 BF16 = "engine.contraction_dtype=bfloat16"
 
 
@@ -62,23 +62,43 @@ def test_what_is_kept_changes_no_bit(
     assert differing(contents(tmp_path / "little"), contents(tmp_path / "never")) == []
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def _rotated_first(patch: pytest.MonkeyPatch, dtype: str) -> tuple[str, ...]:
+    """How a run rotates all of its tokens in the fit, and has several products of the few sequences that there are."""
+    from raylux.engine import scorer
+
+    # In layers as small as these it would pay for few of the sequences.
+    patch.setattr("raylux.curvature.moments.rotate_tokens_first", lambda *shape: True)
+    packs = scorer.packs
+    patch.setattr("raylux.engine.worker.packs", lambda parts, rows, products=1: packs(parts, 4, products))
+    return "prefilter.kind=none", f"engine.contraction_dtype={dtype}", "query.basis=eigen"
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def without(
+    request: pytest.FixtureRequest, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, np.ndarray]]:
+    """The products' dtype, and what a run says that rotates first and keeps nothing."""
+    folder = tmp_path_factory.mktemp("never") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        scores(inputs, folder, *_rotated_first(patch, request.param), "engine.keep_captured=never")
+    return request.param, contents(folder)
+
+
 @pytest.mark.parametrize("on_disk", [False, True], ids=["in memory", "on the disk"])
 def test_inputs_that_the_fit_has_rotated_give_the_same_bits(
-    inputs: Inputs, tmp_path: Path, dtype: str, on_disk: bool, monkeypatch: pytest.MonkeyPatch
+    inputs: Inputs,
+    tmp_path: Path,
+    without: tuple[str, dict[str, np.ndarray]],
+    on_disk: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """They serve the scores; where a file cannot be read any more, the sequences are run again."""
     from raylux.engine import scorer
     from raylux.engine.captures import CapturedSequences
     from raylux.engine.kept import Kept
 
-    # In layers as small as these it would pay for few of the sequences.
-    monkeypatch.setattr("raylux.curvature.moments.rotate_tokens_first", lambda *shape: True)
-    # Several products of the few sequences that there are.
-    packs = scorer.packs
-    monkeypatch.setattr("raylux.engine.worker.packs", lambda parts, rows, products=1: packs(parts, 4, products))
-    how = ("prefilter.kind=none", f"engine.contraction_dtype={dtype}", "query.basis=eigen")
-    scores(inputs, tmp_path / "never", *how, "engine.keep_captured=never")
+    dtype, wanted = without
+    how = _rotated_first(monkeypatch, dtype)
     found: list[bool] = []
     turned = CapturedSequences.turned
 
@@ -101,10 +121,10 @@ def test_inputs_that_the_fit_has_rotated_give_the_same_bits(
     scores(inputs, tmp_path / "kept", *how)
     assert any(together) == on_disk, "queries on the disk are read once for several products, and those alone"
     assert found and all(found), "nothing was served as it is in the eigenbases: nothing is tested"
-    assert differing(contents(tmp_path / "kept"), contents(tmp_path / "never")) == []
+    assert differing(contents(tmp_path / "kept"), wanted) == []
     monkeypatch.setattr(Kept, "read", lambda self, key, into: False)
     scores(inputs, tmp_path / "failed", *how)
-    assert differing(contents(tmp_path / "failed"), contents(tmp_path / "never")) == []
+    assert differing(contents(tmp_path / "failed"), wanted) == []
 
 
 def test_the_eigenbases_give_the_same_scores(inputs: Inputs, tmp_path: Path) -> None:
@@ -118,10 +138,19 @@ def test_the_eigenbases_give_the_same_scores(inputs: Inputs, tmp_path: Path) -> 
         assert error(eigen.layer_scores(query).to_numpy(), plain.layer_scores(query).to_numpy()) <= 1e-9
 
 
-def test_bf16_products_are_near(inputs: Inputs, tmp_path: Path) -> None:
-    exact = scores(inputs, tmp_path / "exact", "engine.contraction_dtype=float32")
+@pytest.fixture(scope="module")
+def rounded(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, np.ndarray]]:
+    """Run folder and scores of float32 products (``exact``), and of bf16 ones by basis of the queries."""
+    base = tmp_path_factory.mktemp("rounded")
+    how = {"exact": ("engine.contraction_dtype=float32",)}
+    how |= {basis: (BF16, f"query.basis={basis}", "fit.eigh=float64") for basis in ("standard", "eigen")}
+    return {name: (base / name, scores(inputs, base / name, *overrides)) for name, overrides in how.items()}
+
+
+def test_bf16_products_are_near(rounded: dict[str, tuple[Path, np.ndarray]]) -> None:
+    exact = rounded["exact"][1]
     for basis in ("standard", "eigen"):
-        found = scores(inputs, tmp_path / basis, BF16, f"query.basis={basis}", "fit.eigh=float64")
+        found = rounded[basis][1]
         assert np.corrcoef(found.ravel(), exact.ravel())[0, 1] >= 0.9999
         assert np.linalg.norm(found - exact) / np.linalg.norm(exact) < 0.01
 
@@ -208,15 +237,19 @@ def test_queries_on_the_disk_give_the_same_bits(
 
 
 def test_a_block_measures_what_bf16_does_to_scores(
-    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    inputs: Inputs,
+    rounded: dict[str, tuple[Path, np.ndarray]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The figure kept with the block is near the error of the scores themselves; where it is large, the run says so."""
-    exact = scores(inputs, tmp_path / "exact", "engine.contraction_dtype=float32")
-    (block,) = RunFolder(str(tmp_path / "exact")).units(QUERY).values()
+    folder, exact = rounded["exact"]
+    (block,) = RunFolder(str(folder)).units(QUERY).values()
     assert "rounding" not in block.meta
     for basis in ("standard", "eigen"):
-        found = scores(inputs, tmp_path / basis, BF16, f"query.basis={basis}", "fit.eigh=float64")
-        (block,) = RunFolder(str(tmp_path / basis)).units(QUERY).values()
+        folder, found = rounded[basis]
+        (block,) = RunFolder(str(folder)).units(QUERY).values()
         measured, true = block.meta["rounding"], np.linalg.norm(found - exact) / np.linalg.norm(exact)
         assert true / 5 < measured < 5 * true
     monkeypatch.setattr(precision, "_WORTH_SAYING", 1e-6)

@@ -298,9 +298,11 @@ def test_a_model_larger_than_the_memory_it_takes(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     weights = 8 * sum(parameter.numel() for parameter in model.parameters())
     found = {}
+    # Processes of their own, whose memory is nobody else's, forked from one that has everything imported.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     for name, device_map in (("plain", None), ("disk", {"": "cpu", "model.layers": "disk"})):
-        # A process of its own, whose memory is nobody else's.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, context) as pool:
             found[name] = pool.submit(grown_by, str(tmp_path), device_map).result()
     assert weights > 126e6 and found["plain"] > weights
     assert found["disk"] < weights / 3
