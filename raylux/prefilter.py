@@ -20,10 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.sparse import csr_array
-from sklearn.feature_extraction.text import TfidfTransformer
+
+if TYPE_CHECKING:
+    from sklearn.feature_extraction.text import TfidfTransformer
 
 KINDS = ("idf", "tfidf", "bm25")
 K1 = 1.5
@@ -161,6 +164,8 @@ def _weigh_tfidf(matrix: csr_array, lengths: np.ndarray, counts: TermCounts) -> 
 
 def _cosine_vectors(counts: TermCounts) -> TfidfTransformer:
     """scikit-learn's transformer with the IDF of the whole corpus, which no single shard could fit."""
+    from sklearn.feature_extraction.text import TfidfTransformer  # a second of everybody who reads a run
+
     transformer = TfidfTransformer()
     transformer.idf_ = np.log((1.0 + counts.sequences) / (1.0 + counts.documents)) + 1.0
     return transformer

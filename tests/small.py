@@ -180,7 +180,9 @@ def _by_token(store: RunFolder, queries: tuple[str, ...]) -> dict[tuple[str, int
         if manifest.meta["query"] in queries:
             group = store.group(manifest.meta["key"])
             parts = np.split(group.read("shares"), group.read("offsets")[1:-1])
-            found |= {(manifest.meta["query"], int(row)): x for row, x in zip(manifest.meta["rows"], parts, strict=True)}
+            found |= {
+                (manifest.meta["query"], int(row)): x for row, x in zip(manifest.meta["rows"], parts, strict=True)
+            }
     return found
 
 

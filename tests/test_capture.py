@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from raylux import prepare
 from raylux.batches import IGNORED, Batch, TokenRow, collate
 from raylux.capture import Capture, Captured, input_groups
 from raylux.errors import NumericsError
@@ -21,6 +24,7 @@ from raylux.layers import TrackedLayer, coverage, tracked_layer
 from raylux.sampling import sample_labels
 from tests import reference
 from tests.architectures import NAMES, build
+from tests.small import Inputs, make_inputs
 
 VOCAB = 40
 # These compute in the dtype of the model; the RMS norms of the others round to float32 always, and a
@@ -331,3 +335,34 @@ class TestInputGroups:
         for name, leader in groups.items():
             assert torch.equal(shared.inputs[leader], single.inputs[name])
             assert torch.equal(shared.grads[name], single.grads[name])
+
+    def test_they_are_found_once_of_models_that_config_and_code_say_are_the_same(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Other weights make no other groups; another config, other layers, and another module may."""
+        asked: list[int] = []
+        monkeypatch.setattr(prepare, "_FOUND", {})
+        monkeypatch.setattr(prepare, "input_groups", lambda *args: asked.append(1) or input_groups(*args))
+        inputs = make_inputs(tmp_path / "one")
+
+        def groups(base: Path, *overrides: str) -> dict[str, str]:
+            return prepare.Model.find(Inputs(base).config(tmp_path / "run", *overrides)).groups
+
+        first = groups(inputs.base)
+        assert any(name != leader for name, leader in first.items()) and len(asked) == 1
+        first["model.layers.0.mlp.up_proj"] = "changed by a caller"
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            other = build("llama", num_hidden_layers=2)
+            for weight in other.parameters():
+                weight.data = torch.randn_like(weight)
+        shutil.copytree(inputs.base, tmp_path / "two")
+        other.save_pretrained(tmp_path / "two" / "model")
+        assert groups(tmp_path / "two")["model.layers.0.mlp.up_proj"] == "model.layers.0.mlp.gate_proj"
+        assert len(asked) == 1
+        assert set(groups(inputs.base, "model.layers='*.up_proj'").values()) == {
+            f"model.layers.{number}.mlp.up_proj" for number in range(2)
+        }
+        assert len(asked) == 2
+        build("llama", num_hidden_layers=1).save_pretrained(tmp_path / "two" / "model")
+        assert len(groups(tmp_path / "two")) < len(first) and len(asked) == 3

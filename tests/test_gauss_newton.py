@@ -46,7 +46,9 @@ def dense(model: nn.Module, layers: Sequence[TrackedLayer], given: Sequence[Toke
             if row.labels[place] == IGNORED:
                 continue
             own = logits[place - 1]
-            grads = torch.autograd.grad(own, weights, torch.eye(len(own)).to(own), retain_graph=True, is_grads_batched=True)
+            grads = torch.autograd.grad(
+                own, weights, torch.eye(len(own)).to(own), retain_graph=True, is_grads_batched=True
+            )
             jacobian = torch.stack([_flat(modules, [grad[logit] for grad in grads]) for logit in range(len(own))])
             p = own.detach().softmax(0)
             total = total + jacobian.T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian

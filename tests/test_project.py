@@ -59,6 +59,16 @@ def _normal(name: str) -> str:
 def test_a_factor_shard_starts_without_what_it_has_no_use_for() -> None:
     """Each actor is a process that imports all it needs: transformers and pandas would double its start."""
     heavy = ("transformers", "pandas", "xarray", "scipy.stats", "ray")
-    code = f"import sys, raylux.engine.shard; print([name for name in {heavy} if name in sys.modules])"
+    assert imported("raylux.engine.shard", heavy) == "[]"
+
+
+def test_whoever_reads_a_run_does_not_wait_for_scikit_learn() -> None:
+    """A prefilter that weighs and queries that are clustered need it; tables and pages of a run do not."""
+    assert imported("raylux.prefilter, raylux.report.across", ("sklearn", "scipy.stats")) == "[]"
+
+
+def imported(modules: str, heavy: tuple[str, ...]) -> str:
+    """Which of some modules a process has that imports others, as a list is printed."""
+    code = f"import sys, {modules}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    return done.stdout.strip()

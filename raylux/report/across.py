@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_array
-from sklearn.cluster import AgglomerativeClustering
-from sklearn.preprocessing import normalize
 
 # Queries of a cluster have at least this cosine, on average.
 ALIKE = 0.3
@@ -71,6 +69,8 @@ def _sequences(found: pd.DataFrame, k: int, queries: int) -> pd.DataFrame:
 
 
 def _clusters(found: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    from sklearn.preprocessing import normalize  # a second of everybody who reads a run
+
     found = found[found["query"].isin(names)]
     columns = list(dict.fromkeys(found["sequence"]))
     place = {name: at for at, name in enumerate(names)}, {name: at for at, name in enumerate(columns)}
@@ -95,6 +95,8 @@ def _labels(cosine: np.ndarray) -> np.ndarray:
     """The cluster of each query, numbered by the place of its first member."""
     if len(cosine) < 2:
         return np.zeros(len(cosine), np.int64)
+    from sklearn.cluster import AgglomerativeClustering
+
     linked = AgglomerativeClustering(
         n_clusters=None, metric="precomputed", linkage="average", distance_threshold=1.0 - ALIKE
     ).fit(1.0 - cosine)
