@@ -37,7 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 }
 # (workers, shards, layer passes): each case has its own, and together they have all.
 CLUSTERS = {"gpt2": (2, 3, 1), "llama": (5, 2, 4), "low-rank": (3, 1, 1), "fast": (2, 2, 2)}
-# Processes take long to start: of these cases one is on Ray itself.
+# Processes take long to start: of these cases one is on Ray itself, and many queries are.
 ON_RAY = "low-rank"
 FLOAT32, FLOAT64 = 1e-4, 1e-9
 
@@ -179,6 +179,13 @@ def test_queries_in_batches_on_workers_that_die(many: Any, tmp_path: Path) -> No
     with processes():
         inputs.run(tmp_path / "processes", *MANY, *_how(2, 1, 1))
     assert differing(contents(tmp_path / "processes"), contents(usual)) == []
+
+
+def test_queries_in_batches_on_ray(many: Any, tmp_path: Path, ray_cluster: Any) -> None:
+    inputs, asked, usual = many
+    write_lines(inputs.queries, asked)
+    inputs.run(tmp_path / "ray", *MANY, *_how(1, 1, 1))
+    assert differing(contents(tmp_path / "ray"), contents(usual)) == []
 
 
 def test_queries_in_batches_against_each_by_itself(many: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
-from itertools import cycle
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,39 +18,25 @@ from torch import Tensor
 
 from raylux import gpu, profiling
 from raylux.blocks import Blocks, block_sizes, triangle_entries
-from raylux.curvature import Spectral, square_eigenbasis
+from raylux.curvature import square_eigenbasis
 from raylux.engine import numerics
 from raylux.engine.behind import Behind
-from raylux.engine.carrying import Later, mean_carried
-from raylux.engine.iterating import IterativeSolves
 from raylux.engine.jointly import JointSolves
-from raylux.engine.projecting import ProjectedFactors
+from raylux.engine.querying import QuerySolves
 from raylux.engine.records import (
-    Fitted,
-    each_query,
     input_matrix,
     output_matrix,
-    query_arrays,
-    read_curvature,
     read_square,
-    tensor,
-    word_query_arrays,
 )
-from raylux.engine.solve import Form, Solved, Tokens, solve_layer, solve_words
 from raylux.errors import NumericsError
-from raylux.influence.dots import sequence_gradients
-from raylux.influence.lowrank import component_scores, factorise
 from raylux.influence.words import WordGradient
 from raylux.layers import TrackedLayer
 from raylux.memory import give_back
-from raylux.scratch import Scratch
 from raylux.store import RunFolder
 from raylux.triangles import pack, unpack_blocks
 
 Objects = dict[str, tuple[int, str]]
 Written = dict[str, tuple[str, Objects, dict[str, Any]]]
-Measured = dict[int, tuple[float, np.ndarray | None]]
-"""Place of a query in its block -> its dense score on a probe, and what each component gives to it [R]."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +58,7 @@ class ShardSpec:
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
-class FactorShard(IterativeSolves, JointSolves, ProjectedFactors):
+class FactorShard(QuerySolves, JointSolves):
     """Curvature factors of the layers it owns."""
 
     def __init__(self, spec: ShardSpec) -> None:
@@ -222,175 +207,6 @@ class FactorShard(IterativeSolves, JointSolves, ProjectedFactors):
         found = {"values": values, "vectors": vectors.to(self.compute)}
         arrays = {kind: gpu.to_host(x).numpy() for kind, x in found.items()}
         return *self.folder.write(f"factors/{_tidy(name)}/eigen", arrays, facts), numerics.here(self.spec.device)
-
-    # queries
-
-    def solve(
-        self,
-        fitted: Fitted,
-        rank_limit: Mapping[str, int],
-        form: Form,
-        block: str,
-        solutions: Mapping[str, str] | None,
-        checked: bool,
-        later: Sequence[Later],
-        *parts: Sequence[Mapping[str, Any]],
-    ) -> tuple[dict[str, float], dict[str, list[float]], np.ndarray]:
-        """s_test of a block of queries in every layer of this shard, kept until ``write_block``.
-
-        Args:
-            fitted: what the fit left.
-            rank_limit: layer -> largest rank to try; 0: dense only.
-            form: how they are solved; layers that may be compressed keep full precision.
-            block: its name; layers that cannot be compressed are written under it at once, each beside the next
-                one's computing, so that s_test of two layers is held at a time.
-            solutions: layer -> key of the state that an iterative solve ended with; None: the kind's own inverse.
-            checked: take some scores both ways.
-            later: the runs that the block's queries are carried from, for which their own gradients give way.
-            *parts: lists of queries' ``inputs`` [T, M] by group and ``grads`` [T, P] by layer.
-
-        Returns:
-            layer -> the damping λ that was used; layer -> ‖∇f‖² of each query in it (of a kind that projects, in its
-            metric); and the scores ``Solved.pairs`` summed over the layers of this shard.
-        """
-        self._block, self._factors, self._written, self._words = {}, {}, {}, {}
-        damping, squares = {}, {}
-        pairs: list[np.ndarray] = []
-        queries, turns = each_query(parts), cycle((Scratch(), Scratch()))
-        self._behind.wait()  # of a block that failed
-        for name in self.layers:
-            if self.layers[name].words:
-                words = solve_words([self._tokens(query, name) for query in queries], form.dtype, checked)
-                damping[name], squares[name] = 0.0, words.squares
-                pairs.append(words.pairs)
-                self._words[name] = words.s_test
-                continue
-            own = replace(form, dtype=self.compute) if rank_limit[name] else form
-            # A projecting kind takes products of them; the others copy them first.
-            copied = fitted.projection is None
-            tokens = [self._tokens(query, name, rounded=True, own=not copied) for query in queries]
-            if fitted.projection is not None:
-                found, damping[name] = self.solve_projected(name, fitted, tokens, own, checked)
-            else:
-                given = None if solutions is None else self.solutions(solutions[name])
-                # What is written at once leaves its memory to the next layer but one.
-                free = next(turns) if not any(rank_limit.values()) else Scratch()
-                found, damping[name] = self._solved(name, fitted, tokens, own, given, checked, later, free)
-            squares[name] = found.squares
-            pairs.append(found.pairs)
-            if rank_limit[name]:
-                self._block[name] = list(found.s_test)
-                with profiling.of("compress"):
-                    self._factors[name] = [factorise(s_test, rank_limit[name]) for s_test in found.s_test]
-            elif any(rank_limit.values()):
-                self._block[name] = list(found.s_test)  # its scores on the probes are part of what is measured
-            else:
-                arrays = query_arrays(found.s_test, [], [True] * len(queries))
-                self._written[name] = self._behind.call(self.folder.write, f"queries/{name}/{block}", arrays)
-        return damping, squares, np.sum(pairs, 0)
-
-    def _solved(
-        self,
-        name: str,
-        fitted: Fitted,
-        tokens: Sequence[Tokens],
-        form: Form,
-        given: Sequence[Tensor] | None,
-        checked: bool,
-        later: Sequence[Later],
-        scratch: Scratch,
-    ) -> tuple[Solved, float]:
-        """A layer by its own curvature, or as it is given or carried; and λ."""
-        curvature, damping = self._curvature(name, fitted)
-        if later and given is None:  # a joint kind has put what is carried through its matrix
-            carried = mean_carried(later, name, self.compute, self.spec.device)
-            given = [curvature.solve(v, damping) for v in carried]
-        try:
-            with profiling.of("solve"):
-                return solve_layer(curvature, tokens, damping, form, given, checked, scratch), damping
-        except NumericsError as error:
-            raise NumericsError(f"layer '{name}': {error}") from None
-
-    def measure(self, part: Mapping[str, Any], places: Sequence[int]) -> dict[str, Measured]:
-        """Scores of queries of the kept block on one probe sequence, by layer.
-
-        Args:
-            part: the probe's ``inputs`` [T, M] by group and ``grads`` [T, P] by layer.
-            places: of the queries in the block.
-        """
-        result: dict[str, Measured] = {}
-        for name, words in self._words.items():
-            with profiling.of("dot"):
-                own = WordGradient.of(*self._tokens(part, name))
-                result[name] = {place: (words[place].dot(own), None) for place in places}
-        for name, queries in self._block.items():
-            a, g = (x.unsqueeze(0) for x in self._tokens(part, name))
-            with profiling.of("form"):
-                gradient = sequence_gradients(a, g)[0]
-            with profiling.of("dot"):
-                result[name] = {
-                    place: (
-                        float((queries[place] * gradient).sum(dtype=torch.float64)),
-                        component_scores(*self._factors[name][place], a, g)[0].cpu().numpy()
-                        if name in self._factors
-                        else None,
-                    )
-                    for place in places
-                }
-        return result
-
-    def write_block(
-        self, block: str, ranks: Sequence[Mapping[str, int]]
-    ) -> tuple[dict[str, str], Objects, numerics.Numerics]:
-        """Write the kept block: per query the rank of each layer, dense where −1 or not named.
-
-        Returns:
-            layer -> key, the objects written, and what their bits depend on.
-        """
-        keys: dict[str, str] = {}
-        objects: Objects = {}
-        for name, words in self._words.items():
-            keys[name], more = self.folder.write(f"queries/{name}/{block}", word_query_arrays(words))
-            objects |= more
-        for name, written in self._written.items():
-            keys[name], more = written.result()
-            objects |= more
-        for name, queries in self._block.items():
-            chosen = [rank.get(name, -1) for rank in ranks]
-            dense = [s_test for s_test, rank in zip(queries, chosen, strict=True) if rank < 0]
-            factors = [
-                (self._factors[name][place][0][:, :rank], self._factors[name][place][1][:, :rank])
-                for place, rank in enumerate(chosen)
-                if rank >= 0
-            ]
-            arrays = query_arrays(dense, factors, [rank < 0 for rank in chosen])
-            keys[name], more = self.folder.write(f"queries/{name}/{block}", arrays)
-            objects |= more
-        self._block, self._factors, self._written, self._words = {}, {}, {}, {}
-        return keys, objects, numerics.here(self.spec.device)
-
-    def _curvature(self, name: str, fitted: Fitted) -> tuple[Spectral, float]:
-        spec = self.spec
-        curvature = read_curvature(
-            self.folder, fitted, spec.kind, name, spec.groups[name], self.compute, spec.device
-        )  # fmt: skip
-        return curvature, curvature.damping(spec.damping, fitted.least.get(name, 0.0))
-
-    def _tokens(
-        self, part: Mapping[str, Any], name: str, rounded: bool = False, own: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """a [T, M] and g [T, P]; of the word embedding token ids [T, 1].
-
-        ``rounded``: what came in bf16 stays so. ``own``: as in ``records.tensor``.
-        """
-        inputs, grads = part["inputs"][self.spec.groups[name]], part["grads"][name]
-        if rounded and inputs.dtype == grads.dtype == np.int16:
-            a, g = (tensor(x, torch.bfloat16, self.spec.device, own) for x in (inputs, grads))
-            return a, g
-        g = tensor(grads, self.compute, self.spec.device, own)
-        if inputs.dtype == np.int64:  # in bf16 inputs come as int16
-            return torch.from_numpy(inputs.copy()).to(self.spec.device), g
-        return tensor(inputs, self.compute, self.spec.device, own), g
 
     def _storage(self) -> type:
         return np.float64 if self.compute is torch.float64 else np.float32

@@ -19,8 +19,8 @@ from raylux.engine.context import Context
 from raylux.engine.numerics import Numerics, distinct
 from raylux.engine.plan import choose_fit_rows, probe_count, query_block
 from raylux.engine.quarantine import give_up, given_up
+from raylux.engine.querying import Measured
 from raylux.engine.records import PROBE, QUERY, Contraction
-from raylux.engine.shard import Measured
 from raylux.engine.solve import Form
 from raylux.engine.stages import carrying, jointly, precision, prefilter, solving
 from raylux.engine.stages.fit import fitted
