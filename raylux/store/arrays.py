@@ -151,7 +151,7 @@ class Group:
                 raise damaged(self._files, f"{self._key}/{name}", f"cannot be read ({error})") from None
 
     def read_into(self, name: str, memory: Callable[[int], np.ndarray]) -> np.ndarray:
-        """A whole array, in memory of the caller's where it comes from the disk: Zarr would read it and copy it.
+        """A whole array, its chunks straight in memory of the caller's: Zarr would read each and copy it.
 
         Args:
             name: of the array.
