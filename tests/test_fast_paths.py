@@ -234,6 +234,10 @@ def test_queries_on_the_disk_give_the_same_bits(
     monkeypatch.setattr(scorer, "in_memory", lambda x: used.append(len(x)) or in_memory(x))
     assert np.array_equal(scores(inputs, tmp_path / "disk"), usual)
     assert used == rested and rested, "each tile is used once as it was read, and rests from its second use on"
+    used.clear()
+    monkeypatch.setattr(scorer, "_ONCE", 0)
+    assert np.array_equal(scores(inputs, tmp_path / "many"), usual)
+    assert not used, "many of one layer rest at once"
 
 
 def test_a_block_measures_what_bf16_does_to_scores(

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from raylux.influence import LayerQueries, choose_ranks, component_scores, factorise, sequence_gradients
-from raylux.influence.dots import TILE, squared_norms, tokens_pay
+from raylux.influence.dots import TILE, Held, squared_norms, tokens_pay
+from raylux.scratch import Scratch
 from tests import reference
 
 Stored = Tensor | tuple[Tensor, Tensor]
@@ -117,6 +118,29 @@ class TestBf16:
         found = built.scores([(a.bfloat16(), g.bfloat16())], 16)
         assert found.dtype == torch.float32
         assert float((found - exact).norm() / exact.norm()) < 0.01
+
+    @pytest.mark.parametrize("moved", [False, True])
+    def test_memory_that_was_used_gives_the_same_bits(self, moved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of several tiles and slices, and one that is not full; ``moved``: each leaves its memory to the next."""
+        monkeypatch.setattr("raylux.influence.dots.SLICE", 28)
+        scratch = Scratch()
+        held: list[Tensor] = []
+
+        def hold(x: Tensor) -> Held:
+            own = x.clone() if moved else x
+            held.append(x)
+            return lambda: own
+
+        for shape in ((30, 7), (9, 11)):
+            a, g = normal(5, 6, shape[1], seed=1).float(), normal(5, 6, shape[0], seed=2).float()
+            queries = [normal(*shape, seed=place).float() for place in range(2 * TILE + 3)]
+            alone = LayerQueries.build(shape, queries, tokens=6).scores([(a, g)])
+            found = LayerQueries.build(shape, queries, 6, hold=hold, scratch=scratch, moved=moved).scores([(a, g)])
+            assert torch.equal(found, alone)
+            assert len({x.data_ptr() for x in held}) == (1 if moved else len(held))
+            held.clear()
+            for memory in scratch._held.values():
+                memory.fill_(torch.nan)
 
     def test_slices_of_a_layer_add_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """In float64: a layer that is worked on in many slices gives what it gives in one."""

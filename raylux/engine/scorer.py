@@ -29,6 +29,9 @@ from raylux.routed import Routed, Rows, sequence_parts
 from raylux.scratch import Scratch
 from raylux.store import RunFolder
 
+# Bytes of a layer's queries that are used as they were read, once, before they rest on the disk.
+_ONCE = 256 << 20
+
 
 @dataclass(frozen=True)
 class LoadedQueries:
@@ -146,7 +149,8 @@ class Scorer:
 
     Attributes:
         loaded: which.
-        rests: dense ones rest on the disk; on a CPU from their second use on, since many a run uses them once.
+        rests: dense ones rest on the disk; on a CPU from their second use on where one layer's are few enough, since
+            many a run uses them once.
     """
 
     def __init__(
@@ -163,12 +167,9 @@ class Scorer:
         self.loaded, self._layers, self._groups = loaded, layers, groups
         self._folder, self._plan, self._devices = folder, plan, devices
         dtype = loaded.contraction.torch_dtype
-        held = (
-            len(loaded.ids)
-            * sum(layer.parameters for layer in matrices(layers))
-            * torch.empty(0, dtype=dtype).element_size()
-        )
-        self.rests = held > IN_MEMORY
+        self._itemsize = torch.empty(0, dtype=dtype).element_size()
+        entries = len(loaded.ids) * sum(layer.parameters for layer in matrices(layers))
+        self.rests = entries * self._itemsize > IN_MEMORY
         self._resting, self._asked = Resting() if self.rests else None, set[str]()
         self._queries: dict[str, LayerQueries | WordQueries] = {
             layer.name: WordQueries(
@@ -187,7 +188,8 @@ class Scorer:
         loaded, device = self.loaded, self._devices[layer.name]
         dtype, tokens = loaded.contraction.torch_dtype, self._plan.typical_tokens * layer.share
         queries = read_layer_queries(self._folder, loaded.files, layer.name, loaded.ids, dtype, device, scratch)
-        return LayerQueries.build(layer.shape, queries, tokens, self._plan.tile, hold, scratch)
+        moved = hold is not in_memory
+        return LayerQueries.build(layer.shape, queries, tokens, self._plan.tile, hold, scratch, moved)
 
     def _of(self, layer: TrackedLayer, scratch: Scratch) -> LayerQueries | WordQueries:
         """The queries in a layer, valid until those of the next are asked for.
@@ -196,7 +198,8 @@ class Scorer:
         """
         name, cpu = layer.name, self._devices[layer.name] == "cpu"
         found = self._queries.get(name)
-        if found is None and cpu and name not in self._asked:
+        few = len(self.loaded.ids) * layer.parameters * self._itemsize <= _ONCE
+        if found is None and cpu and few and name not in self._asked:
             self._asked.add(name)
             return self._read(layer, in_memory, scratch)
         if found is None:

@@ -82,6 +82,7 @@ class LayerQueries:
         tile: int = TILE,
         hold: Callable[[Tensor], Held] = in_memory,
         scratch: Scratch | None = None,
+        moved: bool = False,
     ) -> LayerQueries:
         """From each query's s_test: dense [P, M], or (left [P, R], right [M, R]), all of one dtype.
 
@@ -91,7 +92,8 @@ class LayerQueries:
             tokens: typical tokens per sequence, by which the contraction is chosen.
             tile: dense queries per matrix product.
             hold: puts a slice of a tile where it rests.
-            scratch: memory for all of them, where they do not rest there; None: of its own.
+            scratch: memory for them; None: of their own.
+            moved: ``hold`` puts them elsewhere, so that one may have the memory of the one before.
         """
         outputs, inputs = shape
         first = queries[0] if queries else torch.zeros(0)
@@ -115,7 +117,7 @@ class LayerQueries:
                 mine = {place: dense.pop(place) for place in sorted(dense.keys() & range(start, start + tile))}
                 held = []
                 for part in result.slices:
-                    own, use = scratch or Scratch(), f"tile {start} {part.start}"
+                    own, use = scratch or Scratch(), "tile" if moved else f"tile {start} {part.start}"
                     rows = own.take(use, (tile, part.stop - part.start, width), some.dtype, some.device)
                     rows[..., inputs:] = 0
                     rows[[place for place in range(tile) if place + start not in mine]] = 0
