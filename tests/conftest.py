@@ -43,9 +43,10 @@ _OBJECT_STORE_BYTES = 500 * 1024**2
 # Files that take long, the longest first: several processes share the files out in this order, and one that begins with
 # a long file at the end is waited for by the others.
 _LONG = """
-    test_invariance test_going_on test_verify test_predicts test_experts test_placement test_restart test_fast_paths
-    test_evaluation test_dose_curve test_batch test_metrics test_solving test_store_damage test_joint test_layer_passes
-    test_tasks test_scaling test_blocks test_classifiers test_hessian
+    test_invariance test_experts test_evaluation test_placement test_verify test_dose_curve test_metrics
+    test_store_damage test_fast_paths test_exact test_batch test_solving test_going_on test_restart test_normalised
+    test_classifiers test_source test_blocks test_layer_passes test_joint test_influence test_predicts test_store_kill
+    test_benchmark test_hessian
 """.split()
 _RAY_PROCESSES = ("raylet", "gcs_server", "/ray/_private/", "/ray/dashboard/", "/ray/util/client/", "ray::")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,7 @@ def test_bytes_of_a_run_are_those_of_its_arrays(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------- published figures
 
 
+@cache
 def _published(name: str) -> ModelShape:
     from raylux.config import Config
     from raylux.planning import find_shape
@@ -201,9 +203,13 @@ def test_passes_are_as_few_as_fit_and_take_every_layer_once() -> None:
     assert many.worker_bytes <= _cluster().device.memory
 
 
+@cache
+def _llama() -> ModelShape:
+    return _shape("llama")[1]
+
+
 def _small(**changes: Any) -> Workload:
-    _, shape = _shape("llama")
-    usual = {"model": shape, "dtype": "float32", "contraction": "bfloat16", "tokens": 24.0, "fit_sequences": 100}
+    usual = {"model": _llama(), "dtype": "float32", "contraction": "bfloat16", "tokens": 24.0, "fit_sequences": 100}
     return _work(**{**usual, "corpus": 100, "candidates": 100, "batch_tokens": 96, **changes})
 
 

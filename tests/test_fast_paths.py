@@ -23,7 +23,9 @@ from raylux.store import RunFolder
 from tests.small import Inputs, contents, differing, error, make_inputs
 
 # One batch shape is filled often enough that sequences of the fit are scored from what was kept of them.
-DENSE = ("query.max_error=0", "fit.unit_tokens=2000", "engine.batch_tokens=64", "corpus.limit=36")
+DENSE = ("query.max_error=0", "fit.unit_tokens=2000", "engine.batch_tokens=64")
+# Of what is kept, several sequences stand in a batch: one read in the place of another would show.
+TOGETHER = ("prefilter.kind=none", "engine.batch_tokens=128", "corpus.limit=40")
 BF16 = "engine.contraction_dtype=bfloat16"
 
 
@@ -51,7 +53,7 @@ def test_what_is_kept_changes_no_bit(
         return found
 
     monkeypatch.setattr(CapturedSequences, "batch", watched)
-    how = ("prefilter.kind=none", f"engine.contraction_dtype={dtype}")
+    how = (*TOGETHER, f"engine.contraction_dtype={dtype}")
     scores(inputs, tmp_path / "kept", *how)
     assert GIVEN in served and served.count("fit") > 2, "nothing was served from the disk: nothing is tested"
     served.clear()
@@ -70,7 +72,7 @@ def _rotated_first(patch: pytest.MonkeyPatch, dtype: str) -> tuple[str, ...]:
     patch.setattr("raylux.curvature.moments.rotate_tokens_first", lambda *shape: True)
     packs = scorer.packs
     patch.setattr("raylux.engine.worker.packs", lambda parts, rows, products=1: packs(parts, 4, products))
-    return "prefilter.kind=none", f"engine.contraction_dtype={dtype}", "query.basis=eigen"
+    return *TOGETHER, f"engine.contraction_dtype={dtype}", "query.basis=eigen"
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])

@@ -87,7 +87,12 @@ def test_rates_are_measured_once_and_again_when_asked(config: str, monkeypatch: 
     capsys.readouterr()
 
 
-def test_this_machine_has_rates(tmp_path: Path) -> None:
+def test_this_machine_has_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured as for a plan, on smaller matrices: what is asserted holds of rates of any size."""
+    for name, sizes in (("_GEMM_SIZES", (32, 64, 128)), ("_ROTATED_SIZES", (64, 128)), ("_EIGH_SIZES", (64, 128)),
+                        ("_FORMED", (128, 64, 4)), ("_DOTTED", 1 << 14), ("_SYMMETRIC", (256, 64)),
+                        ("_ELEMENTS", 1 << 20), ("_ACTIVATED", 1 << 16)):  # fmt: skip
+        monkeypatch.setattr(calibrate, name, sizes)
     rates = calibrate.measure(1, "cpu", tmp_path)
     assert set(rates) == set(RATES)
     assert all(value > 0 for name, value in rates.items() if name not in LISTS)
