@@ -1,8 +1,9 @@
 """Which scores predict what other training sets would do? The linear datamodeling score of every kind of curvature.
 
 Small language models are trained on random halves of some Wikipedia leads, as Ray tasks; a method's scores are summed
-over each half and held against what the models of that half say of held-out texts. Interrupted, the same command goes
-on where it was.
+over each half and held against what the models of that half say of held-out texts. A second study, of a model whose
+head and word embedding are two matrices, compares choices of layers. Interrupted, the same command goes on where it
+was.
 
     python jobs/datamodel.py --folder RESULTS --write
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,27 +27,42 @@ from jobs.lds.study import Settings, Study
 from raylux.evaluate import judge
 
 NAME = "datamodel"
+# Of the plot.
+TITLES = ("head and word embedding one matrix", "head and word embedding apart")
 
 
 def measured(options: dict[str, Any], command: str) -> pages.Page:
     """Train, score, judge."""
-    folder, settings = options.pop("folder"), Settings(**options)
+    folder, untied, settings = options.pop("folder"), options.pop("untied"), Settings(**options)
     pages.require(
-        min(settings.queries, settings.train, settings.repeats) >= 1 and settings.subsets >= 4,
-        "--train, --queries and --repeats are at least 1, --subsets at least 4",
+        min(settings.queries, settings.train, settings.repeats) >= 1
+        and settings.subsets >= 4
+        and (untied == 0 or untied >= 4),
+        "--train, --queries and --repeats are at least 1, --subsets and --untied at least 4 (--untied 0: without it)",
     )
-    study = Study.of(settings)
-    place = folder / settings.name
-    found = retrain.measured(study, place / "subsets")
+    tied = found(settings, folder)
+    apart = found(replace(settings, subsets=untied, tied=False), folder) if untied else None
+    panels = {title: one.judged for title, one in zip(TITLES, (tied, apart), strict=True) if one is not None}
+    return pages.Page(page.page(tied, apart, command), partial(page.plot, panels))
+
+
+def found(settings: Settings, folder: Path) -> page.Found:
+    """Of one model, from its own part of the folder as far as it is there."""
+    study, place = Study.of(settings), folder / settings.name
+    answers = retrain.measured(study, place / "subsets")
     made = compared.all_methods(study, place / "runs")
-    judged = judge({method.name: method.scores for method in made}, study.members, found.mean(1), against=EKFAC)
-    return pages.Page(page.page(settings, made, judged, found, command), partial(page.plot, judged))
+    judged = judge({method.name: method.scores for method in made}, study.members, answers.mean(1), against=EKFAC)
+    return page.Found(settings, made, judged, answers)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The study as a program."""
     kept = "trained models' answers and run folders go here"
-    return pages.run(pages.parser(__doc__, NAME, fields(Settings), kept), arguments, NAME, measured)
+    parser = pages.parser(__doc__, NAME, [field for field in fields(Settings) if field.name != "tied"], kept)
+    parser.add_argument(
+        "--untied", type=int, default=64, help="halves of the study of a model whose head has its own weights; 0: none"
+    )
+    return pages.run(parser, arguments, NAME, measured)
 
 
 if __name__ == "__main__":

@@ -132,24 +132,37 @@ def test_methods_score_every_text(study: Study, tmp_path: Path) -> None:
     measured = np.random.default_rng(0).normal(size=(4, 2, 3))
     judged = judge(found, study.members, measured.mean(1), "ekfac", draws=50)
     listed = [Method(name, "", x, 1.0) for name, x in found.items()]
-    text = page.page(SMALL, listed, judged, measured, "cmd")
+    text = page.page(page.Found(SMALL, listed, judged, measured), None, "cmd")
     left_out = "its row is left out"
     assert left_out in text
     listed.append(Method(PEER, "", found["ekfac"], 1.0))
     judged.lds[PEER], judged.above[PEER] = judged.lds["ekfac"], judged.above["ekfac"]
-    assert left_out not in page.page(SMALL, listed, judged, measured, "cmd")
+    assert left_out not in page.page(page.Found(SMALL, listed, judged, measured), None, "cmd")
     for name in found:
         assert f"| {name} |  | {judged.lds[name]} |" in text
     if find_spec("matplotlib") is None:
         with pytest.raises(UserError, match="matplotlib"):
-            page.plot(judged, tmp_path / "plot.png")
+            page.plot({"one": judged}, tmp_path / "plot.png")
     else:
-        page.plot(judged, tmp_path / "plot.png")
+        page.plot({"one": judged, "other": judged}, tmp_path / "plot.png")
         assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_a_method_is_on_the_frontier_where_nothing_as_cheap_is_better() -> None:
+    priced = {
+        "free": (0, 0.2),
+        "worse": (3, 0.1),
+        "good": (3, 0.4),
+        "as good": (3, 0.4),
+        "dear": (9, 0.4),
+        "best": (9, 0.5),
+    }
+    assert page.frontier(priced) == {"free", "good", "as good", "best"}
 
 
 def test_too_little_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert datamodel.main(["--folder", str(tmp_path), "--subsets", "1"]) == 2
+    assert datamodel.main(["--folder", str(tmp_path), "--untied", "3"]) == 2
     assert datamodel.main(["--folder", str(tmp_path), "--train", "1000000"]) == 2
     said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 2 and all(line.startswith("error: ") for line in said)
+    assert len(said) == 3 and all(line.startswith("error: ") for line in said)

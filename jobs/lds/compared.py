@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -12,22 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from jobs.kept import Arrays, kept
-from jobs.lds import peer, segments
-from jobs.lds.methods import EKFAC, combined, prefiltered, projected, scores, unit_length
+from jobs.lds import apart, peer, segments
+from jobs.lds.methods import EKFAC, Epochs, Make, checkpoints, of, over, prefiltered, projected, tracking, unit_length
 from jobs.lds.study import Study
-from jobs.lds.trained import Checkpoint, train
+from jobs.lds.trained import train
 from raylux.curvature import KINDS
 
 PEER = "kronfluence"
-# Epochs whose models TracIn and the average are taken over: the last ones.
-CHECKPOINTS = 4
 # Rows and columns that TrackStar projects a layer's gradients to.
 PROJECTIONS = (16, 32)
-
-Epochs = Sequence[Checkpoint]
-"""The model of all texts after each epoch."""
-Make = Callable[[Epochs], np.ndarray]
-"""Scores [Q, N] of it."""
 
 
 @dataclass(frozen=True)
@@ -66,32 +58,24 @@ LAYERS = {
     "last MLP": ("the last block's MLP alone", ["*.{last}.mlp.*"]),
     "down": ("the MLPs' second layers alone", ["*.mlp.down_proj"]),
 }
-"""Choice of layers -> what it is, in a few words, and its patterns; the others track all MLPs."""
+"""Choice of layers -> what it is, in a few words, and its patterns, ``{last}`` being the last block's number; the
+others track all MLPs."""
 
 
 def all_methods(study: Study, folder: Path) -> list[Method]:
     """Every kind of curvature on the last model, and the exact solve; three of them over checkpoints; TrackStar; BM25;
-    and where it is installed, kronfluence.
+    and where it is installed, kronfluence. Of a model whose head has weights of its own: choices of layers (``apart``).
 
     The model is trained where something is missing that is said of it.
     """
     trained = cache(partial(train, study))
-    return [_kept(folder / "scores", name, *made, trained) for name, made in _makers(study, folder).items()]
+    makers = (_makers if study.settings.tied else apart.makers)(study, folder)
+    return [_kept(folder / "scores", name, *made, trained) for name, made in makers.items()]
 
 
 def _makers(study: Study, folder: Path) -> dict[str, tuple[str, Make]]:
     """Name -> what it is, in a few words, and how its scores are made."""
-    count = min(CHECKPOINTS, study.settings.epochs)
-
-    def of(kind: str, place: str, *overrides: str) -> Make:
-        return lambda epochs: scores(study, epochs[-1].model, folder / place, kind, overrides)
-
-    def over(kind: str, place: str, by_rate: bool) -> Make:
-        def make(epochs: Epochs) -> np.ndarray:
-            points = epochs[-count:]
-            return combined(study, points, folder / place, kind, [point.rate for point in points] if by_rate else None)
-
-        return make
+    count = checkpoints(study)
 
     def source(place: str, adapted: bool, several: bool = False) -> Make:
         return lambda epochs: segments.scores(study, epochs, folder / place, EKFAC, adapted, several)
@@ -104,15 +88,16 @@ def _makers(study: Study, folder: Path) -> dict[str, tuple[str, Make]]:
 
     # A joint kind is for fewer weights than these models have; one that projects has rows of its own.
     kinds = [kind.name for kind in KINDS.values() if not kind.joint and not kind.projected]
-    makers = {kind: (WHAT.get(kind, kind), of(kind, kind)) for kind in kinds}
+    makers = {kind: (WHAT.get(kind, kind), of(study, folder / kind, kind)) for kind in kinds}
     exact = "the exact Gauss-Newton matrix at the same λ, by preconditioned CG"
-    makers["ekfac, pcg"] = exact, of(EKFAC, "pcg", "curvature.solver=pcg")
+    makers["ekfac, pcg"] = exact, of(study, folder / "pcg", EKFAC, "curvature.solver=pcg")
     for layers, (what, patterns) in LAYERS.items():
-        place, chosen = f"ekfac-{layers.replace(' ', '-')}", _layers(study, patterns)
-        makers[f"ekfac, {layers}"] = f"EK-FAC of {what}", of(EKFAC, place, chosen)
+        place, last = folder / f"ekfac-{layers.replace(' ', '-')}", str(study.settings.layers - 1)
+        chosen = tracking([pattern.replace("{last}", last) for pattern in patterns])
+        makers[f"ekfac, {layers}"] = f"EK-FAC of {what}", of(study, place, EKFAC, chosen)
     dots = f"dot products by learning rate over {count} epochs' models"
-    makers["TracIn"] = dots, over("identity", "tracin", by_rate=True)
-    makers["ekfac, averaged"] = f"mean over {count} epochs' models", over(EKFAC, "averaged", by_rate=False)
+    makers["TracIn"] = dots, over(study, folder / "tracin", "identity", True)
+    makers["ekfac, averaged"] = f"mean over {count} epochs' models", over(study, folder / "averaged", EKFAC, False)
     parts = f"EK-FAC over {segments.SEGMENTS} segments of the training, one rate for AdamW's of all weights"
     makers["SOURCE"] = parts, source("source", adapted=True)
     whole = "the same, the models after all epochs of a segment standing for it"
@@ -132,12 +117,6 @@ def _makers(study: Study, folder: Path) -> dict[str, tuple[str, Make]]:
             lambda epochs: peer.scores(epochs[-1].model, study.rows, study.parts, folder / "peer"),
         )
     return makers
-
-
-def _layers(study: Study, patterns: Sequence[str]) -> str:
-    """An override that tracks them, ``{last}`` being the last block's number."""
-    named = [pattern.replace("{last}", str(study.settings.layers - 1)) for pattern in patterns]
-    return f"model.layers={json.dumps(named)}"
 
 
 def _kept(folder: Path, name: str, what: str, make: Make, trained: Callable[[], Epochs]) -> Method:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +21,13 @@ from raylux.combined import Combined
 from raylux.errors import UserError
 
 EKFAC = "ekfac"
+# Epochs whose models TracIn and the average are taken over: the last ones.
+CHECKPOINTS = 4
+
+Epochs = Sequence[Checkpoint]
+"""The model of all texts after each epoch."""
+Make = Callable[[Epochs], np.ndarray]
+"""Scores [Q, N] of it."""
 Case = TypeVar("Case", bound=Hashable)
 
 
@@ -73,12 +81,30 @@ def _ordered(study: Study, found: xr.DataArray) -> np.ndarray:
     return found.sel(query=queries, sequence=ids).to_numpy().astype(np.float64)
 
 
-def combined(
-    study: Study, points: Sequence[Checkpoint], folder: Path, kind: str, weights: Sequence[float] | None = None
-) -> np.ndarray:
-    """raylux's scores [Q, N] of several models, added up by ``weights``; default: their mean."""
-    runs = [run(study, point.model, folder / str(place), kind) for place, point in enumerate(points)]
-    return array(study, raylux.combine(runs, weights))
+def of(study: Study, folder: Path, kind: str, *overrides: str) -> Make:
+    """Scores of the last model."""
+    return lambda epochs: scores(study, epochs[-1].model, folder, kind, overrides)
+
+
+def over(study: Study, folder: Path, kind: str, by_rate: bool, *overrides: str) -> Make:
+    """Scores of the models after the last epochs, added up by their learning rates, or their mean."""
+
+    def make(epochs: Epochs) -> np.ndarray:
+        points = epochs[-checkpoints(study) :]
+        runs = [run(study, point.model, folder / str(place), kind, overrides) for place, point in enumerate(points)]
+        return array(study, raylux.combine(runs, [point.rate for point in points] if by_rate else None))
+
+    return make
+
+
+def checkpoints(study: Study) -> int:
+    """How many models ``over`` takes."""
+    return min(CHECKPOINTS, study.settings.epochs)
+
+
+def tracking(patterns: Sequence[str]) -> str:
+    """An override: these layers are tracked, and no others."""
+    return f"model.layers={json.dumps(list(patterns))}"
 
 
 def projected(study: Study, point: Checkpoint, folder: Path, size: int) -> np.ndarray:

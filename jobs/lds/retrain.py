@@ -38,4 +38,5 @@ def train(settings: Settings, subset: int, repeat: int) -> np.ndarray:
     """f of each query after training on a subset."""
     study = Study.of(settings)
     texts = [study.texts[place] for place in np.flatnonzero(study.members[subset])]
-    return study.logprobs(train_model(texts, study.tokenizer, settings.training(FIRST_SEED + repeat)))
+    seed = FIRST_SEED + repeat
+    return study.logprobs(train_model(texts, study.tokenizer, settings.training(seed), start=study.start(seed)))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from jobs.kept import folder_name
 from raylux.batches import IGNORED, TokenRow
 from raylux.demo.corpus import read_leads
-from raylux.demo.training import TrainingSettings, train_tokenizer
+from raylux.demo.training import TrainingSettings, initial_model, train_tokenizer
 from raylux.errors import UserError
 from raylux.evaluate.training import Answers
 from raylux.queries import parse_queries
@@ -35,6 +37,7 @@ class Settings:
         layers: see ``vocabulary``.
         width: see ``vocabulary``.
         epochs: see ``vocabulary``.
+        tied: head and word embedding are one matrix; otherwise each has weights of its own.
     """
 
     seed: int = 0
@@ -47,6 +50,7 @@ class Settings:
     layers: int = 2
     width: int = 64
     epochs: int = 12
+    tied: bool = True
 
     def training(self, seed: int) -> TrainingSettings:
         """How a model is trained; ``seed``: of its initial weights and the order of its batches."""
@@ -58,7 +62,7 @@ class Settings:
     @property
     def name(self) -> str:
         """Of the folder of its results: other settings, other results."""
-        return folder_name(self)
+        return folder_name(self, without="tied") + ("" if self.tied else "-untied")
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,17 @@ class Study:
             for place, text in enumerate(held)
         ]
         return cls(settings, texts, asked, members, train_tokenizer(texts, settings.training(0)))
+
+    def start(self, seed: int) -> PreTrainedModel | None:
+        """What training begins at: ``seed``'s initial model with a head of its own; None: what is usual, tied."""
+        if self.settings.tied:
+            return None
+        usual = initial_model(self.tokenizer, self.settings.training(seed))
+        config = copy.deepcopy(usual.config)
+        config.tie_word_embeddings = False
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return type(usual)(config)
 
     @cached_property
     def rows(self) -> list[TokenRow]:

@@ -45,7 +45,8 @@ def train(study: Study) -> list[Checkpoint]:
             copy.load_state_dict(model.state_dict())
             found.append(Checkpoint(copy.eval(), rate, sum(steps.rates), _moments(model, steps.optimizer)))
 
-        train_model(study.texts, study.tokenizer, study.settings.training(FIRST_SEED), watch=watch)
+        start = study.start(FIRST_SEED)
+        train_model(study.texts, study.tokenizer, study.settings.training(FIRST_SEED), watch=watch, start=start)
     return found
 
 
