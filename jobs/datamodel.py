@@ -33,24 +33,26 @@ TITLES = ("head and word embedding one matrix", "head and word embedding apart")
 
 def measured(options: dict[str, Any], command: str) -> pages.Page:
     """Train, score, judge."""
-    folder, untied, settings = options.pop("folder"), options.pop("untied"), Settings(**options)
+    folder, untied, repeats = (options.pop(name) for name in ("folder", "untied", "untied_repeats"))
+    without, settings = options.pop("without"), Settings(**options)
     pages.require(
         min(settings.queries, settings.train, settings.repeats) >= 1
         and settings.subsets >= 4
         and (untied == 0 or untied >= 4),
         "--train, --queries and --repeats are at least 1, --subsets and --untied at least 4 (--untied 0: without it)",
     )
-    tied = found(settings, folder)
-    apart = found(replace(settings, subsets=untied, tied=False), folder) if untied else None
+    tied = found(settings, folder, without)
+    other = replace(settings, subsets=untied, repeats=repeats or settings.repeats, tied=False)
+    apart = found(other, folder, without) if untied else None
     panels = {title: one.judged for title, one in zip(TITLES, (tied, apart), strict=True) if one is not None}
     return pages.Page(page.page(tied, apart, command), partial(page.plot, panels))
 
 
-def found(settings: Settings, folder: Path) -> page.Found:
-    """Of one model, from its own part of the folder as far as it is there."""
+def found(settings: Settings, folder: Path, without: Sequence[str] = ()) -> page.Found:
+    """Of one model, from its own part of the folder as far as it is there; some methods left out."""
     study, place = Study.of(settings), folder / settings.name
     answers = retrain.measured(study, place / "subsets")
-    made = compared.all_methods(study, place / "runs")
+    made = compared.all_methods(study, place / "runs", without)
     judged = judge({method.name: method.scores for method in made}, study.members, answers.mean(1), against=EKFAC)
     return page.Found(settings, made, judged, answers)
 
@@ -62,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--untied", type=int, default=64, help="halves of the study of a model whose head has its own weights; 0: none"
     )
+    parser.add_argument("--untied-repeats", type=int, default=0, help="seeds of that study; 0: as many as of the other")
+    parser.add_argument("--without", nargs="*", default=[], help="names of methods that are left out")
     return pages.run(parser, arguments, NAME, measured)
 
 

@@ -6,6 +6,7 @@ A study named ``word-order`` is ``jobs/word_order.py``, and writes docs/results/
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import Field, dataclass
@@ -100,7 +101,7 @@ def require(holds: bool, what: str) -> None:
 def command(program: str, given: Sequence[str], folder: Path | None = None) -> str:
     """The command as the page shows it: where results are kept (``folder``) is nobody's business."""
     shown = ["RESULTS" if folder is not None and Path(part).absolute() == folder else part for part in given]
-    return " ".join([f"python jobs/{program}", *shown])
+    return " ".join([f"python jobs/{program}", *map(shlex.quote, shown)])
 
 
 def write(text: str, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -62,15 +62,15 @@ LAYERS = {
 others track all MLPs."""
 
 
-def all_methods(study: Study, folder: Path) -> list[Method]:
+def all_methods(study: Study, folder: Path, without: Collection[str] = ()) -> list[Method]:
     """Every kind of curvature on the last model, and the exact solve; three of them over checkpoints; TrackStar; BM25;
     and where it is installed, kronfluence. Of a model whose head has weights of its own: choices of layers (``apart``).
 
-    The model is trained where something is missing that is said of it.
+    The model is trained where something is missing that is said of it. ``without``: names of those left out.
     """
     trained = cache(partial(train, study))
     makers = (_makers if study.settings.tied else apart.makers)(study, folder)
-    return [_kept(folder / "scores", name, *made, trained) for name, made in makers.items()]
+    return [_kept(folder / "scores", name, *made, trained) for name, made in makers.items() if name not in without]
 
 
 def _makers(study: Study, folder: Path) -> dict[str, tuple[str, Make]]:

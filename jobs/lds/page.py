@@ -140,7 +140,10 @@ def frontier(priced: Mapping[str, tuple[int, float]]) -> set[str]:
 
 
 def _reachable(measured: np.ndarray) -> str:
-    alike, spread = agreement_of_repeats(measured), measured.mean(1).std(0).mean()
+    spread = measured.mean(1).std(0).mean()
+    if measured.shape[1] == 1:
+        return f"Over the halves f of a query has a standard deviation of {spread:.2f} nats."
+    alike = agreement_of_repeats(measured)
     return f"""Models of the same half that differ in their seed agree by a Spearman's ρ of {alike:.3f}: even the true
 effect of a half would correlate with the mean of {measured.shape[1]} of them by about {ceiling(measured):.3f}. Over the
 halves f of a query has a standard deviation of {spread:.2f} nats."""
