@@ -24,7 +24,7 @@ def eigendecomposition(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and eigenvectors in columns of a symmetric matrix, by the library that is quicker.
 
     torch has Intel's library, whose LAPACK takes its plainest path on other processors: of n = 2,000 in float32, on a
-    Zen with AVX2, 0.9 s where OpenBLAS takes 0.75.
+    Zen with AVX2, 0.9 s where OpenBLAS takes 0.75; of n = 1,000 in float64 0.29 s and 0.20.
 
     Raises:
         torch.linalg.LinAlgError: it does not converge.

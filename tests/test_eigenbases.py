@@ -71,8 +71,9 @@ def test_what_fails_the_check_and_what_is_small_is_done_in_float64(monkeypatch: 
     rounded = []
 
     def spoilt(given: Tensor) -> tuple[Tensor, Tensor]:
-        assert given.dtype == torch.float32
         values, vectors = eigendecomposition(given)
+        if given.dtype != torch.float32:
+            return values, vectors
         rounded.append(len(given))
         return values, vectors * 1.001
 

@@ -54,7 +54,7 @@ def eigenbasis(covariance: Tensor, name: str, quick: bool = False) -> tuple[Tens
             values, vectors = _mixed(matrix)
             if _holds(matrix.float(), values.float(), vectors):
                 return values.clamp_(min=0.0), vectors.double()
-        values, vectors = torch.linalg.eigh(matrix)
+        values, vectors = eigendecomposition(matrix)
     except torch.linalg.LinAlgError as error:
         raise NumericsError(f"{name}: the eigendecomposition failed ({error})") from None
     return values.clamp_(min=0.0), vectors

@@ -80,10 +80,10 @@ class QuerySolves(IterativeSolves, ProjectedFactors):
                 self._words[name] = words.s_test
                 continue
             own = replace(form, dtype=self.compute) if rank_limit[name] else form
-            # A projecting kind takes products of them; the others copy them first.
-            copied = fitted.projection is None
-            tokens = [self._tokens(query, name, rounded=True, own=not copied) for query in queries]
-            if fitted.projection is not None:
+            # A kind that projects takes products of them; the others copy them first.
+            projects = fitted.projection is not None
+            tokens = [self._tokens(query, name, rounded=True, own=projects) for query in queries]
+            if projects:
                 found, damping[name] = self.solve_projected(name, fitted, tokens, own, checked)
             else:
                 given = None if solutions is None else self.solutions(solutions[name])
