@@ -169,6 +169,7 @@ class Combined:
             if not table[by].equals(tables[0][by]):
                 raise UserError(
                     f"{redacted(run.folder)}: '{query}' was scored against {len(table):,} {by}s that are not those "
-                    f"of {redacted(self.runs[0].folder)} ({len(tables[0]):,}); give both the same prefilter"
+                    f"of {redacted(self.runs[0].folder)} ({len(tables[0]):,}); give both the same prefilter, "
+                    "and every pair a score (score.best=null)"
                 )
         return tables[0], np.stack([table["influence"].to_numpy(np.float64) for table in tables])

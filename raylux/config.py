@@ -229,6 +229,14 @@ class ScoreSection(Section):
     self_influence: bool = Field(
         False, description="measure the gradient of each scored sequence, its self-influence among it"
     )
+    best: Count | None = Field(
+        None,
+        description="only so many best sequences of each query are wanted: all pairs are estimated first, and those "
+        "that may be among them are scored exactly; none: all pairs are",
+    )
+    recall: Real = Field(
+        0.99, ge=0.5, lt=1, description="with best: the share of the best that is to be found, as the run estimates it"
+    )
     token_top: int = Field(10, ge=0, le=10**9, description="per-token scores for this many best sequences of a query")
     unit_size: Count | Auto = Field("auto", description="corpus sequences in a score unit")
 

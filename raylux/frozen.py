@@ -34,6 +34,7 @@ from raylux.engine.records import (
     TAKEN,
     TOKENS,
     VERIFIED,
+    WAVES,
 )
 from raylux.engine.stages import queries
 from raylux.errors import UserError
@@ -50,7 +51,7 @@ _LEDGER = {
     "fit": (PROJECTED, MOMENTS, EIGEN, COVARIANCE, LABELS, SNAPSHOT, CONTRACTION),
     "prefilter": (CANDIDATES,),
     "query": (VERIFIED, LEVERAGE, CALIBRATION, FREEDOM, QUERY, SOLVE, PRODUCT, PROBE, queries.STAGE),
-    "score": (ANSWER, TAKEN, ASIDE, TOKENS, SQUARES, SCORE),
+    "score": (ANSWER, TAKEN, ASIDE, TOKENS, SQUARES, SCORE, WAVES),
 }
 # Stage -> those that fall with it, the last reader first.
 _FALLS = {
@@ -84,6 +85,8 @@ _FREE = frozenset(
         "score.layers",
         "score.self_influence",
         "score.token_top",
+        "score.best",
+        "score.recall",
         "engine.backend",
         "engine.workers",
         "engine.shards",

@@ -23,6 +23,7 @@ from raylux.engine.device import placement_of
 from raylux.engine.kept import kept_bytes
 from raylux.engine.plan import Plan, make_plan, probe_count
 from raylux.engine.records import CONTRACTION
+from raylux.engine.stages import two_stage
 from raylux.placement import Placement, placed
 from raylux.queries import load_queries
 from raylux.store import CorpusReader, RunFolder
@@ -62,6 +63,7 @@ def find_shape(config: Config) -> Found:
     check_words(kind.name, covered.tracked)
     joint.check(kind.name, kind.joint, covered.tracked, setting.dtype)
     projected.check(kind.name, kind.projected, config.curvature.projection, covered.tracked)
+    two_stage.check(kind, config.score, covered.tracked)
     optimizer.check(kind.name, kind.projected, config.curvature.optimizer)
     groups = kind.groups(input_groups(structure, covered.tracked))
     # Of the word embedding a gradient has a row for each word of a text, whatever the size of the vocabulary.

@@ -23,7 +23,7 @@ from raylux.engine.device import placement_of
 from raylux.engine.plan import Plan, make_plan
 from raylux.engine.progress import Reporter
 from raylux.engine.records import MOMENTS
-from raylux.engine.stages import carrying, fit, queries
+from raylux.engine.stages import carrying, fit, queries, two_stage
 from raylux.engine.stages import corpus as corpus_stage
 from raylux.errors import MissingStageError, UserError
 from raylux.frozen import Frozen, check_stage_name, drop, falls, holds
@@ -176,6 +176,7 @@ def read(config: Config, folder: RunFolder, restart: str | None, asked: Sequence
     check_words(kind.name, model.coverage.tracked)
     joint.check(kind.name, kind.joint, model.coverage.tracked, config.model.dtype)
     projected.check(kind.name, kind.projected, config.curvature.projection, model.coverage.tracked)
+    two_stage.check(kind, config.score, model.coverage.tracked)
     _check_optimizer(config, model, folder, restart)
     if asked is None:
         asked = model.questions(config.queries.path)

@@ -11,7 +11,7 @@ from raylux.engine.stages import answers
 from raylux.engine.stages.prefilter import candidates
 from raylux.errors import MissingStageError, UserError
 from raylux.normalised import Normalise
-from raylux.store import Manifest, answer_blocks
+from raylux.store import ESTIMATED, Manifest, answer_blocks
 
 if TYPE_CHECKING:
     from raylux.results import Run
@@ -50,6 +50,21 @@ def scored(run: Run, query: str, by: Rows, normalise: Normalise) -> pd.DataFrame
     frame = pd.DataFrame({name: np.asarray(column) for name, column in columns.items()})
     frame = frame if (frame["document"] != frame["sequence"]).any() else frame.drop(columns="document")
     return by_document(frame) if by == "document" else frame
+
+
+def check_best(run: Run, k: int, by: Rows) -> None:
+    """Raise UserError where two stages left out scores that are wanted (``score.best``)."""
+    best = run.config.score.best
+    if best is None or not any(block.stage == ESTIMATED for block in run.own_blocks):
+        return
+    more = f"run `{run.command('score')}` with score.best=null for all scores"
+    if by == "document":
+        raise UserError(f"{run.folder}: score.best={best} left out scores that documents sum up; {more}")
+    if k > best:
+        raise UserError(
+            f"{run.folder}: {k} sequences are asked for and the best {best} of a query were scored (score.best); ask "
+            f"for those, or {more}"
+        )
 
 
 def best_of(run: Run, answer: Manifest) -> pd.DataFrame:

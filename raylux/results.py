@@ -177,7 +177,8 @@ class Run:
     def scores(self, normalise: Normalise = "none") -> xr.DataArray:
         """Influence of every scored sequence on every query: dims (query, sequence), read when looked at.
 
-        NaN where a pair was not computed. Attributes: unit, sign, train_size, curvature.
+        NaN where a pair was not computed, as those that ``score.best`` left out. Attributes: unit, sign, train_size,
+        curvature.
 
         Args:
             normalise: divide each sequence's scores by the length of its gradient, as ``raylux.normalised`` says.
@@ -239,9 +240,11 @@ class Run:
         ``normalise``: as ``scores`` has it.
 
         Raises:
-            UserError: no such query, documents asked of a packed corpus or of normalised scores; as ``scores``.
+            UserError: no such query, documents asked of a packed corpus or of normalised scores, more than
+                ``score.best``; as ``scores``.
             MissingStageError: the query has no scores yet; as ``scores``.
         """
+        ranking.check_best(self, k, by)
         result = ranking.best(self.scored(query, by, normalise), k)
         result.attrs.update(self.meaning(normalise))
         return result
@@ -254,7 +257,8 @@ class Run:
         frames = [pd.DataFrame({"query": [], "sequence": [], "influence": np.zeros(0)})]
         for entry in records(self.store):
             with contextlib.suppress(MissingStageError):  # not scored, or not yet
-                frames.append(self.top(entry["id"], answers.BEST).assign(query=entry["id"]))
+                count = min(answers.BEST, self.config.score.best or answers.BEST)
+                frames.append(self.top(entry["id"], count).assign(query=entry["id"]))
         for answer in self.answers:
             if answer.unit not in self._best:
                 self._best[answer.unit] = ranking.best_of(self, answer)

@@ -10,6 +10,7 @@ achieve.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -34,6 +35,13 @@ _MIX_2 = _signed(0x94D049BB133111EB)
 def sequence_key(name: str) -> int:
     """A signed 64-bit key of a sequence's id."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def random_signs(key: str, shape: tuple[int, ...]) -> Tensor:
+    """±1, float64, from the bits of a hash of any length: no generator's version changes them."""
+    count = math.prod(shape)
+    drawn = np.frombuffer(hashlib.shake_256(key.encode()).digest(-(-count // 8)), np.uint8)
+    return torch.from_numpy(np.unpackbits(drawn)[:count].reshape(shape) * 2.0 - 1.0)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from raylux.curvature import KINDS
-from raylux.engine.records import ASIDE, COVARIANCE, EIGEN, MOMENTS, PROJECTED, QUERY, SCORE, TAKEN
+from raylux.engine.records import ASIDE, COVARIANCE, EIGEN, MOMENTS, PROJECTED, QUERY, SCORE, TAKEN, WAVES
 from raylux.engine.stages.prefilter import candidates
 from raylux.engine.stages.queries import records
 from raylux.shown import redacted
@@ -95,7 +95,7 @@ def _queries(run: Run) -> list[StageStatus]:
         StageStatus(
             "score",
             bool(asked) and asked <= scored | unsolved,
-            f"{len(scored)} of {len(asked)} queries, {len(rows):,} sequences{_squares(run)}"
+            f"{len(scored)} of {len(asked)} queries, {len(rows):,} sequences{_two_stage(run)}{_squares(run)}"
             f"{_quarantined(len(unscored))}",
             _command(run, "score"),
         ),
@@ -145,6 +145,17 @@ def _how(run: Run) -> str:
     short = int((~solves["solved"].astype(bool)).sum())
     text = f" by {solves['solver'].iloc[0]}, residual at most {solves['residual'].max():.1e}"
     return f"{text}; {short} above curvature.tolerance" if short else text
+
+
+def _two_stage(run: Run) -> str:
+    """What two stages came to (``score.best``)."""
+    if run.config.score.best is None:
+        return ""
+    found = [x.meta for x in run.store.units(WAVES).values() if x.meta.get("best") == run.config.score.best]
+    if not found:
+        return ""
+    recall = "" if found[-1]["recall"] is None else f", {found[-1]['recall']:.1%} of the best by the pilot"
+    return f"; two stages: {found[-1]['share']:.1%} of the pairs scored{recall}"
 
 
 def _squares(run: Run) -> str:

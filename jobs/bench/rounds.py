@@ -18,6 +18,7 @@ import psutil
 from jobs.bench.records import KRONFLUENCE, RAYLUX, Measured, Spec, Stage
 from jobs.bench.workloads import WORKLOADS
 from raylux.config import EngineSection
+from raylux.engine.choices import has_bfloat16
 from raylux.errors import RayluxError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -71,8 +72,8 @@ class Choice:
 
 
 def precisions() -> dict[str, tuple[str, ...]]:
-    """Variants of raylux -> overrides: as it is by default, and with every contraction in float32."""
-    if "contraction_dtype" not in EngineSection.model_fields:
+    """Variants of raylux -> overrides: as it is by default, and with every contraction in float32 where that differs."""
+    if "contraction_dtype" not in EngineSection.model_fields or not has_bfloat16("cpu"):
         return {FLOAT32: ()}
     return {RAYLUX: (), FLOAT32: ("engine.contraction_dtype=float32",)}
 

@@ -13,17 +13,16 @@ v may be known up to a factor for each layer: λ being a share of the mean of C,
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from raylux.curvature.spectral import DAMPING_SHARE
 from raylux.errors import NumericsError, UserError
 from raylux.layers import TrackedLayer
+from raylux.sampling import random_signs
 
 # Of the mean of v, added to it: a weight that had no gradient in the training is not divided by nothing.
 _FLOOR = 1e-8
@@ -50,15 +49,10 @@ def check(kind: str, projected: bool, size: int, layers: Sequence[TrackedLayer])
 
 def sides(name: str, shape: tuple[int, int], size: int, seed: int) -> tuple[Tensor, Tensor]:
     """(L [K, P], R [K, M]) of a layer, float64: signs over √K, a function of name, shape, size and seed alone."""
-    left, right = (_signs(f"{seed} {size} {width} {side} {name}", (size, width)) for side, width in enumerate(shape))
+    left, right = (
+        random_signs(f"{seed} {size} {width} {side} {name}", (size, width)) for side, width in enumerate(shape)
+    )
     return left / size**0.5, right / size**0.5
-
-
-def _signs(key: str, shape: tuple[int, int]) -> Tensor:
-    """The bits of a hash of any length: no generator's version changes them."""
-    count = shape[0] * shape[1]
-    drawn = np.frombuffer(hashlib.shake_256(key.encode()).digest(-(-count // 8)), np.uint8)
-    return torch.from_numpy(np.unpackbits(drawn)[:count].reshape(shape) * 2.0 - 1.0)
 
 
 def reciprocal_roots(moments: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ COVARIANCE, EIGEN, MOMENTS = "fit.covariance", "fit.eigen", "fit.moments"
 PROJECTED = "fit.projected"
 LABELS, SNAPSHOT, QUARANTINE, PROBE = "fit.labels", "fit.snapshot", "quarantine", "query.probe"
 QUERY, SCORE, TOKENS, CANDIDATES = "query", "score", "tokens", "prefilter"
+# Of two-stage scoring: which units make a wave, what each wave leaves out, and what became of it.
+WAVES = "score.waves"
 # How long the gradients of scored sequences are.
 SQUARES = "score.squares"
 CONTRACTION = "fit.contraction"

@@ -22,6 +22,7 @@ from raylux.capture import Capture, Captured, Labeller
 from raylux.curvature import Statistics
 from raylux.engine import numerics
 from raylux.engine.captures import GIVEN, CapturedSequences
+from raylux.engine.estimating import EstimatedScores
 from raylux.engine.fitting import Part
 from raylux.engine.measuring import ProximalMeasurements
 from raylux.engine.multiplying import GaussNewtonProducts
@@ -75,7 +76,7 @@ class QuerySpec:
     weights: tuple[float, ...]
 
 
-class GradientWorker(ProjectedSums, GaussNewtonProducts, ProximalMeasurements, SelfInfluences):
+class GradientWorker(ProjectedSums, GaussNewtonProducts, ProximalMeasurements, SelfInfluences, EstimatedScores):
     """Holds a frozen model and answers for units; it keeps nothing that another worker would miss.
 
     What a unit needs beside the model (bases, queries) comes with the call and is read from the run folder
@@ -315,11 +316,12 @@ class GradientWorker(ProjectedSums, GaussNewtonProducts, ProximalMeasurements, S
         kept: bool = True,
         wanted: Collection[str] | None = None,
         products: int = 1,
+        fresh: int = 1,
     ) -> Iterator[Pack]:
         """Captured sequences, as many together as a product takes; those that are kept are not run again.
 
         ``wanted``: names of the layers that are captured; default: all. ``products``: of the sequences that are kept,
-        as many together as so many products take.
+        as many together as so many products take; ``fresh``: likewise of the others.
         """
         plan, dtype = self.spec.plan, contraction.torch_dtype
         sequences = self.reader.rows(rows)
@@ -339,7 +341,7 @@ class GradientWorker(ProjectedSums, GaussNewtonProducts, ProximalMeasurements, S
                 yield PackPart(places, count, batch.mask.shape[1], *tokens, turned)
 
         yield from packs(parts(here, GIVEN), plan.rows, products)
-        yield from packs(parts(rest, None), plan.rows)
+        yield from packs(parts(rest, None), plan.rows, fresh)
 
     def _captured(
         self, batch: Batch, dtype: torch.dtype, wanted: Collection[str] | None
@@ -377,7 +379,7 @@ class GradientWorker(ProjectedSums, GaussNewtonProducts, ProximalMeasurements, S
 
     def _release(self) -> None:
         """Let go of queries and bases."""
-        self._held = self._aimed = None
+        self._held = self._aimed = self._sieve = None
         self._bases.drop()
 
     def _run(

@@ -12,7 +12,7 @@ import numpy as np
 from raylux import api, fingerprints, prefilter
 from raylux.engine.progress import Reporter
 from raylux.engine.records import damping_of
-from raylux.errors import RayluxError
+from raylux.errors import RayluxError, UserError
 from raylux.evaluation.inputs import Estimator, Inputs, overridden
 from raylux.report.profile import total
 
@@ -62,6 +62,8 @@ def scored(inputs: Inputs, estimator: Estimator, model: Mapping[str, Any], repor
         return Scored(_by_words(inputs, estimator), "", len(inputs.sequences), float("nan"))
     reporter.say(f"estimator '{estimator.name}': {' '.join(estimator.overrides) or 'the config as it is'}")
     config = overridden(inputs.config, "evaluate", estimator.overrides, model)
+    if config.score.best is not None:
+        raise UserError(f"estimator '{estimator.name}': every pair wants a score here; remove score.best")
     said = config.dump()
     del said["score"]["self_influence"]  # may be measured later in the same folder
     named = {name: str(said[name]) for name in _SECTIONS} | {name: str(said["engine"][name]) for name in _ENGINE}

@@ -106,7 +106,7 @@ class LayerQueries:
             if isinstance(query, Tensor):
                 dense[place] = query
             elif tokens_pay(query[0].shape[1], outputs, inputs, tokens):
-                result.factors[place] = _no_vectors(*query)
+                result.factors[place] = no_vectors(*query)
             else:
                 dense[place] = query[0] @ query[1].T
         if dense:
@@ -146,16 +146,16 @@ class LayerQueries:
         if len(places) == count:
             return self._scores(taken, rows)
         # An expert that not every sequence has tokens at: the others' score is 0.
-        result = torch.zeros(count, self.count, dtype=_wide(self.dtype), device=batches[0][1].device)
+        result = torch.zeros(count, self.count, dtype=wide_dtype(self.dtype), device=batches[0][1].device)
         if places:
             result[places] = self._scores(taken, rows or count)
         return result
 
     def _scores(self, parts: Sequence[tuple[Tensor, Tensor]], rows: int | None) -> Tensor:
-        parts = [(_whole_blocks(a), _whole_blocks(g)) for a, g in parts]
+        parts = [(whole_blocks(a), whole_blocks(g)) for a, g in parts]
         count = sum(len(a) for a, _ in parts)
         some, rows = parts[0][0], rows or count
-        result = torch.zeros(-(-count // rows) * rows, self.count, dtype=_wide(self.dtype), device=some.device)
+        result = torch.zeros(-(-count // rows) * rows, self.count, dtype=wide_dtype(self.dtype), device=some.device)
         if self.tiles:
             self._dense(parts, result, rows)
         for place, (left, right) in self.factors.items():
@@ -190,8 +190,8 @@ class LayerQueries:
     def token_scores(self, place: int, a: Tensor, g: Tensor) -> Tensor:
         """Each token's share of the score of query ``place``: [N, T]; they sum to the sequence's score."""
         tokens = a.shape[1]
-        a, g = _whole_blocks(a), _whole_blocks(g)
-        wide = _wide(self.dtype)
+        a, g = whole_blocks(a), whole_blocks(g)
+        wide = wide_dtype(self.dtype)
         if place in self.factors:
             left, right = self.factors[place]
             return ((g @ left).to(wide) * (a @ right)).sum(2)[:, :tokens]
@@ -202,12 +202,12 @@ class LayerQueries:
         return total[:, :tokens]
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums of products are kept in float32 or better."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _whole_blocks(x: Tensor) -> Tensor:
+def whole_blocks(x: Tensor) -> Tensor:
     """[N, T, ·] with rows of zeros behind each sequence up to whole blocks; batches of a run have them already.
 
     BLAS works on blocks of rows and takes the rest by another kernel: a token has the same bits wherever in the
@@ -217,7 +217,7 @@ def _whole_blocks(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, rest)) if rest else x
 
 
-def _no_vectors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def no_vectors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of rank 1 with a second column of zeros.
 
     A product with a single column is a matrix times a vector, which BLAS cuts into blocks of rows: a token's
@@ -238,7 +238,7 @@ def squared_norms(inputs: Mapping[str, Rows], grads: Mapping[str, Rows], groups:
             part = word_squares(a, g)
         else:
             gradient = sequence_gradients(a, g)
-            part = gradient.to(_wide(gradient.dtype)).square().sum((1, 2))
+            part = gradient.to(wide_dtype(gradient.dtype)).square().sum((1, 2))
         total = part if total is None else total + part.to(total.device)
     assert total is not None
     return total

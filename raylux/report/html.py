@@ -135,7 +135,7 @@ _SAID = ("id", "prompt", "completion", "text", "label", "features")
 
 def _query(run: Run, name: str, record: dict[str, Any], k: int, negative: int) -> dict[str, Any]:
     try:
-        everything = run.top(name, _EVERY)
+        everything = run.top(name, run.config.score.best or _EVERY)
     except MissingStageError:  # every unit of it was given up
         everything = pd.DataFrame({"influence": np.zeros(0)})
     best, rest = everything.head(k), everything.iloc[k:]

@@ -9,10 +9,13 @@ from raylux.store.damage import DamagedError
 from raylux.store.files import Files
 from raylux.store.folder import FORMAT_VERSION, Manifest, RunFolder
 from raylux.store.lease import Holder, Lease, LeaseLostError, present_holder
-from raylux.store.scores import ScoreBlock, answer_blocks, score_blocks
+from raylux.store.scores import CHOSEN, ESTIMATED, PILOT, ScoreBlock, answer_blocks, score_blocks
 
 __all__ = [
+    "CHOSEN",
+    "ESTIMATED",
     "FORMAT_VERSION",
+    "PILOT",
     "CorpusReader",
     "DamagedError",
     "Files",

@@ -73,7 +73,9 @@ class _Scores(BackendArray):
         if self._norms is not None:
             norms = np.array([self._norms[block.queries[place]] for place in here])
             total = total / (norms[:, None] * group.read("norms")[hit])
-        result[np.ix_([wanted[block.queries[place]] for place in here], at[hit])] = total
+        where = np.ix_([wanted[block.queries[place]] for place in here], at[hit])
+        # Of two stages a block has NaN where it left a pair to another, or to nobody.
+        result[where] = np.where(np.isnan(total), result[where], total)
 
 
 def lazy_scores(

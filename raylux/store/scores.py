@@ -9,6 +9,9 @@ import numpy as np
 
 from raylux.store.folder import Manifest, RunFolder
 
+PILOT, ESTIMATED, CHOSEN = "pilot", "estimated", "chosen"
+"""Stages of a block of two-stage scoring."""
+
 
 @dataclass(frozen=True)
 class ScoreBlock:
@@ -19,12 +22,16 @@ class ScoreBlock:
         queries: ids of its rows.
         rows: [n] int64, the sequences' rows in the corpus.
         layers: whether per-layer scores are kept.
+        stage: of two-stage scoring: ``pilot``, whose pairs have all their scores beside their estimates;
+            ``estimated``: ``estimate`` and ``error`` [Q, n] of all pairs, ``total`` NaN where it is no more than that;
+            ``chosen``: a ``total`` of some of these. Empty: every pair is scored.
     """
 
     key: str
     queries: tuple[str, ...]
     rows: np.ndarray
     layers: bool
+    stage: str = ""
 
 
 def score_blocks(folder: RunFolder) -> list[ScoreBlock]:
@@ -35,6 +42,7 @@ def score_blocks(folder: RunFolder) -> list[ScoreBlock]:
             tuple(manifest.meta["queries"]),
             np.asarray(manifest.meta["rows"], np.int64),
             bool(manifest.meta["layers"]),
+            manifest.meta.get("two_stage", ""),
         )
         for manifest in folder.units("score").values()
     ]

@@ -3,41 +3,37 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from raylux.engine.context import Context
 from raylux.engine.quarantine import lost_pairs
-from raylux.engine.records import SCORE, TOKENS, FactorFiles, factor_files, query_files
-from raylux.engine.scorer import LoadedQueries
-from raylux.engine.stages import precision, prefilter, squares
+from raylux.engine.records import SCORE, TOKENS
+from raylux.engine.stages import precision, prefilter, squares, two_stage
+from raylux.engine.stages.pairs import ScoreJob, loaded_queries, missing_jobs
 from raylux.engine.stages.query import answerable
-from raylux.engine.stages.units import cut, keepers_of, settle
+from raylux.engine.stages.units import keepers_of, settle
 from raylux.engine.work import Job, results
 from raylux.store import RunFolder, ScoreBlock, score_blocks
 
 
-@dataclass(frozen=True)
-class ScoreJob:
-    """Rows of one unit and the queries that miss their scores; ``near``: the worker that may keep the rows."""
-
-    name: str
-    rows: np.ndarray
-    queries: tuple[str, ...]
-    near: int | None = None
-
-
 def run(ctx: Context) -> None:
     """Compute and commit the scores that are missing, then the per-token scores of the best."""
-    jobs = missing(ctx, keepers_of(ctx))
+    if two_stage.wanted(ctx):
+        two_stage.run(ctx, _score)
+    jobs = missing_jobs(ctx, keepers_of(ctx))
     if jobs and not _score(ctx, jobs):
         # What failed among the sequences that a worker keeps is tried in smaller company before it is given up.
-        _score(ctx, missing(ctx))
+        _score(ctx, missing_jobs(ctx))
     _tokens(ctx)
     squares.run(ctx)
+
+
+def missing(ctx: Context) -> bool:
+    """Whether scores are still to be computed."""
+    return bool(missing_jobs(ctx)) or two_stage.missing(ctx)
 
 
 def _score(ctx: Context, jobs: Sequence[ScoreJob]) -> bool:
@@ -59,55 +55,7 @@ def _score(ctx: Context, jobs: Sequence[ScoreJob]) -> bool:
 
 
 def _loaded(ctx: Context, wanted: set[str]) -> Any:
-    """A handle of the queries that workers are to hold, in the order in which they were asked."""
-    ids = tuple(query.id for query in ctx.queries if query.id in wanted)
-    basis = factor_files(ctx.folder) if ctx.plan.query_basis == "eigen" else FactorFiles()
-    return ctx.backend.share(LoadedQueries(tuple(query_files(ctx.folder)), ids, precision.resolve(ctx), basis))
-
-
-def missing(ctx: Context, keepers: np.ndarray | None = None) -> list[ScoreJob]:
-    """The jobs that the present queries and candidates still need, in the order of their units.
-
-    Within a unit the rows are parted by the set of queries that miss them, so each row runs once. Where queries stand
-    apart the sets are as many as their candidates have ways to overlap: there a unit's rows stay together, so that
-    batches are full, and are scored for all its queries.
-
-    Args:
-        ctx: the run.
-        keepers: [N] the worker that keeps each corpus row, or −1: what one worker keeps is cut into units of its own.
-    """
-    wanted = [query.id for query in answerable(ctx)]
-    rows = prefilter.union(ctx)
-    units, near = cut(ctx, rows, keepers)
-    blocks = [block for block in score_blocks(ctx.folder) if block.layers or not ctx.config.score.layers]
-    absent = np.ones((len(wanted), len(rows)), bool)
-    lost = lost_pairs(ctx.folder, SCORE)
-    for queries, known in [(x.queries, x.rows) for x in blocks] + [(x.queries, np.array(x.rows)) for x in lost]:
-        places = [wanted.index(query) for query in queries if query in wanted]
-        absent[np.ix_(np.array(places, np.int64), np.flatnonzero(np.isin(rows, known)))] = False
-    if ctx.apart:
-        own = prefilter.own_rows(ctx)
-        for place, query in enumerate(wanted):
-            absent[place] &= np.isin(rows, own[query], assume_unique=True)
-    return list(_jobs(wanted, rows, absent, units, near, bool(ctx.apart)))
-
-
-def _jobs(
-    wanted: Sequence[str], rows: np.ndarray, absent: np.ndarray, units: np.ndarray, near: Mapping[int, int], whole: bool
-) -> Iterator[ScoreJob]:
-    for unit in np.unique(units[absent.any(0)]):
-        here = np.flatnonzero(units == unit)
-        parts = absent[:, here]
-        if whole:
-            parts = np.outer(parts.any(1), parts.any(0))
-        patterns, which = np.unique(parts, axis=1, return_inverse=True)
-        for index in range(patterns.shape[1]):
-            queries = tuple(query for query, flag in zip(wanted, patterns[:, index], strict=True) if flag)
-            if queries:
-                chosen = rows[here[which.reshape(-1) == index]]
-                text = f"{queries} {chosen.tolist()}"
-                tail = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-                yield ScoreJob(f"u{unit:06d}-{tail}", chosen, queries, near.get(int(unit)))
+    return ctx.backend.share(loaded_queries(ctx, wanted, precision.resolve(ctx)))
 
 
 def _tokens(ctx: Context) -> None:
@@ -162,6 +110,8 @@ def best_rows(
                 counted = slice(None) if own is None else np.isin(block.rows, own[query])
                 rows = np.concatenate([held[query][0], block.rows[counted]])
                 scores = np.concatenate([held[query][1], (total[place] / norms)[counted]])
+                there = ~np.isnan(scores)  # of two stages some pairs have none
+                rows, scores = rows[there], scores[there]
                 # A row may stand in two blocks, with the same bits.
                 rows, first = np.unique(rows, return_index=True)
                 keep = np.lexsort((rows, -scores[first]))[:count]

@@ -1,0 +1,290 @@
+"""Two-stage scoring: all pairs estimated, and those scored exactly that may be among the best of their query.
+
+Units come in waves, in an order that a hash of their names gives. The first one, the pilot, has both scores and
+estimates of all its pairs: how many standard errors an estimate must be allowed for the share of the best that the
+config asks for. A later wave leaves out the pairs that do not come near their query's threshold, which is taken from
+all scores before it, and frozen. In the end each query's K-th best score is known, and whatever estimate still may
+reach it is scored too: thresholds on the way cost time where they were too low or too high, and no score.
+
+What a wave leaves out is written down before it starts, so that a run that was cut off goes on with the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from raylux.config import ScoreSection
+from raylux.curvature import Kind
+from raylux.engine.context import Context
+from raylux.engine.estimating import Estimated
+from raylux.engine.quarantine import lost_pairs
+from raylux.engine.records import SCORE, WAVES, Contraction
+from raylux.engine.stages import prefilter
+from raylux.engine.stages.fit import fitted
+from raylux.engine.stages.pairs import ScoreJob, loaded_queries, missing_jobs
+from raylux.engine.stages.query import answerable
+from raylux.engine.stages.thresholds import largest_scores, margins_of, outcome, rank_of, read_pilot, relative_cost
+from raylux.engine.stages.units import settle
+from raylux.engine.work import Job, results
+from raylux.errors import UserError
+from raylux.influence import sketches
+from raylux.layers import TrackedLayer
+from raylux.store import CHOSEN, ESTIMATED, PILOT, ScoreBlock, score_blocks
+
+# Rows of the pilot: a share of all, between two bounds.
+_PILOT_SHARE, _PILOT_LEAST, _PILOT_MOST = 1 / 64, 128, 2048
+# Where later waves end, as shares of all rows.
+_ENDS = (0.125, 0.5, 1.0)
+# Fewer rows than this for each of the best that are wanted are scored as ever.
+_WORTH = 8
+
+Plain = Callable[[Context, Sequence[ScoreJob]], bool]
+"""Scores jobs as ever."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a wave leaves out.
+
+    Attributes:
+        thresholds: query -> below which a pair is not wanted; those that are not named want all of theirs.
+        margin: standard errors that an estimate may lie below.
+        plain: nothing: all pairs are scored as ever.
+    """
+
+    thresholds: dict[str, float]
+    margin: float
+    plain: bool
+
+
+def wanted(ctx: Context) -> bool:
+    """Whether this run scores in two stages; what is answered apart has all its pairs."""
+    return ctx.config.score.best is not None and not ctx.apart
+
+
+def check(kind: Kind, score: ScoreSection, layers: Sequence[TrackedLayer]) -> None:
+    """Raises UserError where scores are wanted in two stages that cannot be had so."""
+    if score.best is None:
+        return
+    if kind.normalised or kind.projected or kind.joint:
+        raise UserError(
+            f"score.best: curvature.kind={kind.name} has no estimates of its scores; remove score.best, or take a "
+            "kind layer by layer, as ekfac"
+        )
+    if score.layers:
+        raise UserError("score.best: scores by layer are of all pairs; remove score.best or score.layers")
+    odd = [layer.name for layer in layers if layer.words or layer.routed]
+    if odd:
+        raise UserError(
+            f"score.best: '{odd[0]}' is a word embedding or an expert's layer, whose scores are not estimated; remove "
+            "score.best, or name other layers in model.layers"
+        )
+
+
+def run(ctx: Context, plain: Plain) -> None:
+    """Score what is missing, in waves, and then what they left out wrongly.
+
+    Args:
+        ctx: the run.
+        plain: scores jobs without any estimate, for what is better off without.
+    """
+    while jobs := {job.name: job for job in missing_jobs(ctx)}:
+        number, waves = _round(ctx, jobs)
+        for wave, names in enumerate(waves):
+            left = [jobs[name] for name in names if name in jobs]
+            if not left:
+                continue
+            rule = _rule(ctx, number, wave, left)
+            if rule is not None and rule.plain:
+                plain(ctx, left)
+            else:
+                _run(ctx, left, rule)
+    _reach(ctx)
+
+
+def missing(ctx: Context) -> bool:
+    """Whether pairs that were left out have yet to be looked at."""
+    return wanted(ctx) and _summary_name(ctx) not in ctx.folder.units(WAVES) and any(_estimated(ctx))
+
+
+def _round(ctx: Context, jobs: dict[str, ScoreJob]) -> tuple[int, list[list[str]]]:
+    """The number of a round that has some of the jobs, and the names of its waves' jobs; a new one if there is none."""
+    rounds = {m.meta["number"]: m.meta["waves"] for m in ctx.folder.units(WAVES).values() if "waves" in m.meta}
+    for number, waves in sorted(rounds.items()):
+        if not jobs.keys().isdisjoint(name for wave in waves for name in wave):
+            return number, waves
+    number = len(rounds)
+    waves = _waves(ctx, list(jobs.values()))
+    ctx.folder.commit(WAVES, f"r{number:04d}", {}, number=number, waves=waves)
+    return number, waves
+
+
+def _waves(ctx: Context, jobs: Sequence[ScoreJob]) -> list[list[str]]:
+    order = sorted(jobs, key=lambda job: hashlib.blake2b(job.name.encode(), digest_size=8).digest())
+    rows = sum(len(job.rows) for job in order)
+    assert ctx.config.score.best is not None
+    if rows < _WORTH * ctx.config.score.best or rows < 2 * _PILOT_LEAST:
+        return [[], [], [], [job.name for job in order]]
+    pilot = min(max(rows * _PILOT_SHARE, _PILOT_LEAST), _PILOT_MOST)
+    waves: list[list[str]] = [[]]
+    ends, done = [pilot, *(rows * end for end in _ENDS)], 0
+    for job in order:
+        while done >= ends[len(waves) - 1] and len(waves) <= len(_ENDS):
+            waves.append([])
+        waves[-1].append(job.name)
+        done += len(job.rows)
+    return waves
+
+
+def _rule(ctx: Context, number: int, wave: int, jobs: Sequence[ScoreJob]) -> Rule | None:
+    """What a wave leaves out, as it was written down, or is now; None: it is the pilot."""
+    if not wave:
+        return None
+    name = f"r{number:04d}.{wave}"
+    known = ctx.folder.units(WAVES).get(name)
+    if known is None:
+        before = ctx.folder.units(WAVES).get(f"r{number:04d}.{wave - 1}")
+        plain = before is not None and before.meta["plain"]
+        rule = Rule({}, 0.0, True) if plain else _new_rule(ctx, {query for job in jobs for query in job.queries})
+        known = ctx.folder.commit(WAVES, name, {}, **vars(rule))
+    return Rule(known.meta["thresholds"], known.meta["margin"], known.meta["plain"])
+
+
+def _new_rule(ctx: Context, wanted: set[str]) -> Rule:
+    ids = [query.id for query in answerable(ctx) if query.id in wanted]
+    pilot = read_pilot(ctx, ids)
+    if pilot is None:
+        return Rule({}, 0.0, True)
+    best = ctx.config.score.best
+    assert best is not None
+    every = len(prefilter.union(ctx))
+    largest, seen = largest_scores(ctx, ids, best + math.isqrt(best) + 2)
+    ranks = [rank_of(best * count / every) for count in seen]
+    thresholds = [float(found[rank - 1]) for found, rank in zip(largest, ranks, strict=True)]
+    margin = pilot.margin(best, every, ctx.config.score.recall)
+    reach = pilot.estimate + margin * pilot.error >= np.array(thresholds)[:, None]
+    plain = relative_cost(ctx, len(ids), float(reach.mean())) >= 1
+    if plain:
+        ctx.reporter.say(
+            f"score: {reach.mean():.0%} of the pairs may be among the {best} best of their query by what is estimated "
+            "of them: all are scored exactly, which costs less"
+        )
+    named = {query: least for query, least in zip(ids, thresholds, strict=True) if math.isfinite(least)}
+    return Rule(named, margin, plain)
+
+
+def _run(
+    ctx: Context, jobs: Sequence[ScoreJob], rule: Rule | None, chosen: dict[str, np.ndarray] | None = None
+) -> None:
+    """Score a wave; ``chosen``: of each job, the pairs [Q, n] that are, where nothing is to be estimated any more."""
+    loaded = loaded_queries(ctx, {query for job in jobs for query in job.queries}, _contraction(ctx))
+    thresholds = None if rule is None else tuple(rule.thresholds.get(query, -math.inf) for query in loaded.ids)
+    how = Estimated(fitted(ctx), thresholds, rule.margin if rule else 0.0, sketches.SIZE)
+    shared = ctx.backend.share(loaded), ctx.backend.share(how)
+    calls = (
+        Job(job.name, (job.name, job.rows, job.queries, *shared, *([chosen[job.name]] if chosen else [])), job)
+        for job in jobs
+    )
+    stage = CHOSEN if chosen else PILOT if rule is None else ESTIMATED
+    task = "score, left out" if chosen else "score, pilot" if rule is None else "score"
+    with ctx.reporter.task(task, sum(len(job.rows) for job in jobs), "sequences") as shown:
+        for result in results(ctx.backend, "estimated_unit", calls):
+            job: ScoreJob = result.job.item
+            about = {"queries": list(job.queries), "layers": False, "two_stage": stage}
+            settle(ctx, SCORE, result, job.rows, job.queries, about)
+            shown.advance(len(job.rows))
+
+
+def _contraction(ctx: Context) -> Contraction:
+    """Products of single pairs know no bf16."""
+    return Contraction("float64" if ctx.plan.dtype == "float64" else "float32")
+
+
+# what was left out
+
+
+def _reach(ctx: Context) -> None:
+    """Score the pairs whose estimates may reach the K-th best of their query after all; then say what was found."""
+    if not any(_estimated(ctx)):
+        return
+    while True:
+        chosen = {job.name: (job, pairs) for job, pairs in _left(ctx)}
+        if not chosen:
+            break
+        _run(
+            ctx,
+            [job for job, _ in chosen.values()],
+            Rule({}, 0.0, False),
+            {name: pairs for name, (_, pairs) in chosen.items()},
+        )
+    name = _summary_name(ctx)
+    if name not in ctx.folder.units(WAVES):
+        facts = outcome(ctx)
+        ctx.folder.commit(WAVES, name, {}, **facts)
+        told = (
+            "none of the best was in the pilot"
+            if facts["recall"] is None
+            else (f"of {facts['among']} of the best that were in the pilot {facts['recall']:.1%} would be among them")
+        )
+        ctx.reporter.say(f"score: {facts['share']:.1%} of the pairs scored exactly; {told}")
+
+
+def _left(ctx: Context) -> Iterator[tuple[ScoreJob, np.ndarray]]:
+    """Jobs of the pairs [Q, n] that are estimated alone and may be among the best."""
+    ids = [query.id for query in answerable(ctx)]
+    best = ctx.config.score.best
+    assert best is not None
+    largest, _ = largest_scores(ctx, ids, best)
+    kth, margins = dict(zip(ids, largest[:, best - 1], strict=True)), margins_of(ctx)
+    done = _scored_apart(ctx)
+    for block in _estimated(ctx):
+        group = ctx.folder.group(block.key)
+        own = [place for place, query in enumerate(block.queries) if query in kth]
+        limits = np.array([kth[block.queries[place]] for place in own])
+        margin = np.array([margins[block.queries[place]] for place in own])[:, None]
+        # Where fewer than K are scored at all there is no limit.
+        reach = group.read("estimate")[own] + margin * group.read("error")[own] >= limits[:, None]
+        reach &= np.isnan(group.read("total")[own])
+        for place, known in enumerate(done.get(block.queries[at]) for at in own):
+            if known is not None:
+                reach[place] &= ~np.isin(block.rows, known)
+        rows = reach.any(0)
+        if rows.any():
+            queries = tuple(block.queries[place] for place, some in zip(own, reach.any(1), strict=True) if some)
+            pairs = reach[reach.any(1)][:, rows]
+            text = f"{queries} {block.rows[rows].tolist()} {pairs.tolist()}"
+            yield (
+                ScoreJob(f"c-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}", block.rows[rows], queries),
+                pairs,
+            )
+
+
+def _estimated(ctx: Context) -> Iterator[ScoreBlock]:
+    ids = {query.id for query in answerable(ctx)}
+    return (x for x in score_blocks(ctx.folder) if x.stage == ESTIMATED and not ids.isdisjoint(x.queries))
+
+
+def _scored_apart(ctx: Context) -> dict[str, np.ndarray]:
+    """Query -> rows that were scored after all, or were given up."""
+    found: dict[str, list[np.ndarray]] = {}
+    for block in score_blocks(ctx.folder):
+        if block.stage in (CHOSEN, "", PILOT):
+            total = ctx.folder.group(block.key).read("total") if block.stage == CHOSEN else None
+            for place, query in enumerate(block.queries):
+                known = block.rows if total is None else block.rows[~np.isnan(total[place])]
+                found.setdefault(query, []).append(known)
+    for lost in lost_pairs(ctx.folder, SCORE):
+        for query in lost.queries:
+            found.setdefault(query, []).append(np.array(lost.rows, np.int64))
+    return {query: np.concatenate(rows) for query, rows in found.items()}
+
+
+def _summary_name(ctx: Context) -> str:
+    text = f"{sorted(query.id for query in answerable(ctx))} {len(prefilter.union(ctx))}"
+    digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return f"found-{ctx.config.score.best}-{ctx.config.score.recall}-{digest}"

@@ -1,0 +1,129 @@
+"""Exact scores of chosen pairs of sequences and queries, where most pairs are not wanted.
+
+Gradients are formed as for all pairs, T·P·M per sequence. Dense queries lie in pieces of some thousand entries, so that
+a piece of all of them stays in the processor's cache while the chosen pairs of many sequences take their products: a
+pair there costs about five times what it does in a matrix product. Low-rank queries are put against the tokens of each
+sequence that wants them, T·R·(P + M) a pair, without a gradient.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from raylux.influence.dots import SLICE, Held, in_memory, no_vectors, whole_blocks, wide_dtype
+from raylux.profiling import of
+
+# Entries of a query that its products take at a time.
+_PIECE = 4096
+
+
+@dataclass
+class PairQueries:
+    """The preconditioned queries of one layer, ready for some pairs.
+
+    Attributes:
+        shape: (P, M).
+        count: Q.
+        dense: places of the dense queries.
+        pieces: of these, [n, entries] each; ``spans`` of P.
+        spans: see ``pieces``.
+        factors: query -> (left [P, R], right [M, R]) of the others, R never 1.
+    """
+
+    shape: tuple[int, int]
+    count: int
+    dense: list[int]
+    pieces: list[Held] = field(default_factory=list)
+    spans: list[slice] = field(default_factory=list)
+    factors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def build(
+        cls,
+        shape: tuple[int, int],
+        queries: Sequence[Tensor | tuple[Tensor, Tensor]],
+        hold: Callable[[Tensor], Held] = in_memory,
+    ) -> PairQueries:
+        """From each query's s_test: dense [P, M], or (left [P, R], right [M, R]), all of one dtype."""
+        outputs, inputs = shape
+        dense = [place for place, query in enumerate(queries) if isinstance(query, Tensor)]
+        found = cls(shape, len(queries), dense)
+        for place, query in enumerate(queries):
+            if not isinstance(query, Tensor):
+                found.factors[place] = no_vectors(*query)
+        if dense:
+            step = max(1, _PIECE // inputs)
+            found.spans = [slice(start, min(start + step, outputs)) for start in range(0, outputs, step)]
+            for span in found.spans:
+                rows = [query[span].reshape(-1) for query in queries if isinstance(query, Tensor)]
+                found.pieces.append(hold(torch.stack(rows)))
+        return found
+
+    def scores(self, batches: Sequence[tuple[Tensor, Tensor]], chosen: Tensor | None, rows: int) -> Tensor:
+        """Scores of pairs.
+
+        Args:
+            batches: a [N, T, M] and g [N, T, P] of each, in the dtype of the queries.
+            chosen: [N, Q] bool, over all batches; None: every pair.
+            rows: of a product of all pairs.
+
+        Returns:
+            [N, Q] in float32 or better, zero where a pair was not chosen.
+        """
+        parts = [(whole_blocks(a), whole_blocks(g)) for a, g in batches]
+        count, some = sum(len(a) for a, _ in parts), parts[0][0]
+        result = torch.zeros(count, self.count, dtype=wide_dtype(some.dtype), device=some.device)
+        if self.dense:
+            wanted = None if chosen is None else chosen[:, self.dense]
+            result[:, self.dense] = self._of_dense(parts, wanted, rows)
+        with of("dot"):
+            start = 0
+            for a, g in parts:
+                here = slice(start, start + len(a))
+                start += len(a)
+                for query in self.factors:
+                    own = slice(None) if chosen is None else chosen[here, query]
+                    result[here, query][own] = self._of_factors(query, a[own], g[own])
+        return result
+
+    def _of_factors(self, query: int, a: Tensor, g: Tensor) -> Tensor:
+        left, right = self.factors[query]
+        return ((g @ left).to(wide_dtype(a.dtype)) * (a @ right)).sum((1, 2))
+
+    def _of_dense(self, parts: Sequence[tuple[Tensor, Tensor]], chosen: Tensor | None, rows: int) -> Tensor:
+        count, inputs = sum(len(a) for a, _ in parts), self.shape[1]
+        filled = count if chosen is not None else -(-count // rows) * rows
+        some = parts[0][0]
+        total = torch.zeros(filled, len(self.dense), dtype=some.dtype, device=some.device)
+        if chosen is not None:
+            with warnings.catch_warnings():
+                # PyTorch's sparse rows are "in beta state".
+                warnings.simplefilter("ignore", UserWarning)
+                total = chosen.to(some.dtype).to_sparse_csr() * 0
+        together = max(1, SLICE // (inputs * (self.spans[0].stop - self.spans[0].start)))
+        for first in range(0, len(self.spans), together):
+            spans = self.spans[first : first + together]
+            formed = _formed(parts, slice(spans[0].start, spans[-1].stop), filled)
+            for span, piece in zip(spans, self.pieces[first : first + together], strict=True):
+                own = formed[:, span.start - spans[0].start : span.stop - spans[0].start].flatten(1)
+                with of("read"):
+                    queries = piece()
+                with of("dot"):
+                    if chosen is None:
+                        for gradients, scores in zip(own.split(rows), total.split(rows), strict=True):
+                            scores += gradients @ queries.T
+                    else:
+                        total = torch.sparse.sampled_addmm(total, own, queries.T)
+        return (total if chosen is None else total.to_dense())[:count].to(wide_dtype(some.dtype))
+
+
+def _formed(parts: Sequence[tuple[Tensor, Tensor]], span: slice, filled: int) -> Tensor:
+    """Rows of G [N, span, M], zeros beyond the sequences."""
+    with of("form"):
+        found = torch.cat([torch.bmm(g[..., span].mT, a) for a, g in parts])
+        return torch.nn.functional.pad(found, (0, 0, 0, 0, 0, filled - len(found)))

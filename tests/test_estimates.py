@@ -1,0 +1,266 @@
+"""Two-stage scoring: estimates, exact scores of chosen pairs, and runs of both against runs of every pair."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import raylux
+from raylux.api import run_stages
+from raylux.engine.records import SCORE, WAVES
+from raylux.engine.stages import thresholds, two_stage
+from raylux.errors import UserError
+from raylux.influence import sketches
+from raylux.influence.pairs import PairQueries
+from raylux.influence.sketches import LayerSketch, balance, fold
+from raylux.store import RunFolder
+from tests.apart import processes
+from tests.interrupts import Interrupt
+from tests.small import Inputs, make_inputs
+
+P, M, N, T, Q = 40, 21, 24, 8, 12
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def basis(size: int) -> torch.Tensor:
+    return torch.linalg.qr(drawn(size, size, seed=size))[0]
+
+
+@pytest.fixture
+def layer() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """V, a, g and the scores [N, Q] of all pairs."""
+    v, a, g = list(drawn(Q, P, M)), drawn(N, T, M, seed=1), drawn(N, T, P, seed=2)
+    return v, a, g, torch.einsum("ntp,ntm,qpm->nq", g, a, torch.stack(v))
+
+
+def test_a_fold_of_whole_gradients_has_the_scores_themselves(layer: tuple) -> None:
+    v, a, g, exact = layer
+    leading = basis(P)[:, -4:], basis(M)[:, -4:]
+    whole = fold("l", v, leading, drawn(P, M).square(), size=P * M)
+    found, variance = LayerSketch.build(whole, v).estimates([(a, g)], 16)
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-10)
+    assert not variance.any()
+    # Scales along directions cancel between the two sides, however much is folded: φ(V)·φ(G) of what is not.
+    short = fold("l", v, leading, drawn(P, M).square(), size=P * M // 4)
+    assert short.outputs is not None and short.inputs is not None
+    scaled = short.outputs.scaled(g), short.inputs.scaled(a)
+    back = torch.stack([short.outputs.scaled(short.inputs.scaled(x, -1).T, -1).T for x in v])
+    torch.testing.assert_close(torch.einsum("ntp,ntm,qpm->nq", *scaled, back), exact, rtol=1e-10, atol=1e-9)
+
+
+def test_estimates_err_as_their_variance_says_and_have_no_bias() -> None:
+    v, a, g = list(drawn(6, P, M)), drawn(6, T, M, seed=1), drawn(6, T, P, seed=2)
+    exact = torch.einsum("ntp,ntm,qpm->nq", g, a, torch.stack(v))
+    off = []
+    for name in range(400):
+        one = LayerSketch.build(fold(f"l{name}", v, None, None, size=P * M // 5), v)
+        found, variance = one.estimates([(a, g)], 6)
+        off.append((found - exact) / variance.sqrt())
+    z = torch.stack(off)
+    assert float(z.square().mean()) == pytest.approx(1, abs=0.1)
+    assert float(z.mean(0).abs().max()) < 5 / 400**0.5
+
+
+def test_balancing_makes_the_product_of_norms_least() -> None:
+    v = np.array([[10.0, 1.0, 2.0], [0.1, 0.01, 0.3]])
+    g = np.array([[1.0, 30.0, 5.0], [40.0, 900.0, 7.0]])
+    x, y = balance(v, g)
+
+    def product(x: np.ndarray, y: np.ndarray) -> float:
+        b = np.outer(np.append(1, x), np.append(1, y)) ** 2
+        return float((v / b).sum() * (g * b).sum())
+
+    least = product(x, y)
+    assert least < 0.5 * product(np.ones(1), np.ones(2))
+    for change in (0.97, 1.03):
+        assert product(x * change, y) > least
+        assert product(x, y * np.array([change, 1])) > least
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_chosen_pairs_have_the_scores_of_all_pairs(layer: tuple, low: bool) -> None:
+    v, a, g, exact = layer
+    given: list = list(v)
+    for place in range(1, Q, 2) if low else ():
+        u, s, right = torch.linalg.svd(v[place], full_matrices=False)
+        given[place] = u * s, right.T
+    held = PairQueries.build((P, M), given)
+    batches = [(a[:10], g[:10]), (a[10:], g[10:])]
+    torch.testing.assert_close(held.scores(batches, None, 8), exact, rtol=1e-10, atol=1e-9)
+    chosen = drawn(N, Q, seed=5) > 1
+    found = held.scores(batches, chosen, 8)
+    torch.testing.assert_close(found, torch.where(chosen, exact, 0.0), rtol=1e-10, atol=1e-9)
+    # Which other pairs are chosen makes no difference.
+    more = chosen | (drawn(N, Q, seed=6) > 1)
+    assert torch.equal(held.scores(batches, more, 8)[chosen], found[chosen])
+
+
+# runs
+
+BEST = 4
+TWO = (f"score.best={BEST}", "score.layers=false", "score.token_top=2", "score.unit_size=10", "prefilter.kind=none")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return make_inputs(tmp_path_factory.mktemp("two"), "gpt2", hidden_size=24, intermediate_size=48)
+
+
+@pytest.fixture(autouse=True)
+def small_folds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of a small model are folded too, and a small corpus has a pilot and is worth two stages."""
+    monkeypatch.setattr(sketches, "SIZE", 600)
+    monkeypatch.setattr(two_stage, "_PILOT_LEAST", 15)
+    monkeypatch.setattr(thresholds, "GATHERED", 0.01)
+    monkeypatch.setattr(thresholds, "FORMED", 0.0)
+
+
+def estimated(folder: Path) -> dict[str, list]:
+    """Manifests of score blocks by their stage."""
+    found: dict[str, list] = {}
+    for manifest in RunFolder(str(folder)).units(SCORE).values():
+        found.setdefault(manifest.meta.get("two_stage", ""), []).append(manifest)
+    return found
+
+
+@pytest.fixture(scope="module")
+def every(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    """Scores of all pairs [Q, N]."""
+    more = ("score.layers=false", "prefilter.kind=none")
+    return inputs.run(tmp_path_factory.mktemp("every") / "run", *more).scores().to_numpy()
+
+
+def test_the_best_have_their_scores_and_others_are_left_out(inputs: Inputs, tmp_path: Path, every: np.ndarray) -> None:
+    run = inputs.run(tmp_path, *TWO)
+    blocks = estimated(tmp_path)
+    assert set(blocks) >= {"pilot", "estimated"}
+    scores = run.scores().to_numpy()
+    there = ~np.isnan(scores)
+    assert 0.1 < there.mean() < 0.8, there.mean()
+    np.testing.assert_allclose(scores[there], every[there], rtol=1e-3, atol=1e-4 * every.std())
+    kth = np.sort(every, 1)[:, -BEST]
+    assert there[every >= kth[:, None]].mean() >= 0.9
+    # Whatever may reach the K-th best by its estimate and the margin is scored.
+    (facts,) = (m.meta for name, m in run.store.units(WAVES).items() if name.startswith("found"))
+    assert facts["share"] == pytest.approx(there.mean())
+    for manifest in blocks["estimated"]:
+        group = run.store.group(manifest.meta["key"])
+        margins = [m.meta["margin"] for m in run.store.units(WAVES).values() if "margin" in m.meta]
+        high = group.read("estimate") + min(margins) * group.read("error")
+        places = [run.queries.index(query) for query in manifest.meta["queries"]]
+        own = scores[np.ix_(places, manifest.meta["rows"])]
+        limits = np.sort(np.where(there, scores, -np.inf), 1)[places, -BEST] * run.train_size
+        assert there[np.ix_(places, manifest.meta["rows"])][high >= limits[:, None]].all(), own
+    top = run.top("a", BEST)
+    assert np.isfinite(top["influence"]).all() and len(top) == BEST
+    assert "of the pairs scored" in next(x.detail for x in run.status() if x.name == "score")
+    with pytest.raises(UserError, match=r"5 sequences are asked for and the best 4 .* score.best=null"):
+        run.top("a", 5)
+    with pytest.raises(UserError, match="documents sum up"):
+        run.top("a", 2, by="document")
+
+
+def test_what_was_left_out_is_scored_when_it_is_asked_for(inputs: Inputs, tmp_path: Path, every: np.ndarray) -> None:
+    few = ~np.isnan(inputs.run(tmp_path, *TWO).scores().to_numpy())
+    more = ~np.isnan(inputs.run(tmp_path, *TWO, f"score.best={3 * BEST}").scores().to_numpy())
+    assert more[few].all() and more.sum() > few.sum()
+    whole = inputs.run(tmp_path, *TWO, "score.best=null")
+    np.testing.assert_allclose(whole.scores().to_numpy(), every, rtol=1e-3, atol=1e-4 * every.std())
+    assert len(whole.top("a", 20)) == 20
+
+
+def test_more_queries_on_the_same_folder(inputs: Inputs, tmp_path: Path, every: np.ndarray) -> None:
+    inputs.ask("a", "b")
+    try:
+        inputs.run(tmp_path, *TWO)
+    finally:
+        inputs.ask()
+    run = inputs.run(tmp_path, *TWO)
+    scores = run.scores().sel(query=list("abcd")).to_numpy()
+    there = ~np.isnan(scores)
+    assert there.any(1).all() and there.mean() < 0.9
+    np.testing.assert_allclose(scores[there], every[there], rtol=1e-3, atol=1e-4 * every.std())
+
+
+def test_where_estimates_say_little_every_pair_is_scored(
+    inputs: Inputs, tmp_path: Path, every: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(thresholds, "GATHERED", 1e6)
+    run = inputs.run(tmp_path, *TWO)
+    assert set(estimated(tmp_path)) == {"pilot", ""}
+    np.testing.assert_allclose(run.scores().to_numpy(), every, rtol=1e-3, atol=1e-4 * every.std())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("score.layers=true",), "remove score.best or score.layers"),
+        (("curvature.kind=cosine",), "curvature.kind=cosine has no estimates"),
+        (("curvature.kind=gauss_newton",), "curvature.kind=gauss_newton has no estimates"),
+        (("model.layers=[transformer.wte]",), "'transformer.wte' is a word embedding"),
+    ],
+)
+def test_what_cannot_be_estimated_is_refused(
+    inputs: Inputs, tmp_path: Path, overrides: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        inputs.run(tmp_path, *TWO, *overrides)
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two runs have scored the same pairs, with the same bits."""
+    found = [raylux.open_run(folder).scores().to_numpy() for folder in (one, other)]
+    return bool(np.array_equal(found[0], found[1], equal_nan=True))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("query.basis=eigen",),
+        ("query.low_rank=always", "query.max_error=0.3", "fit.sequences=40"),
+        ("curvature.kind=identity",),
+        ("curvature.blocks=2",),
+        ("prefilter.kind=bm25", "prefilter.top=30"),
+    ],
+    ids=" ".join,
+)
+def test_ways_of_keeping_queries_make_no_difference(inputs: Inputs, tmp_path: Path, how: tuple[str, ...]) -> None:
+    more = ("model.dtype=float64", *how)
+    whole = inputs.run(tmp_path / "every", *TWO, *more, "score.best=null").scores().to_numpy()
+    found = inputs.run(tmp_path / "two", *TWO, *more).scores().to_numpy()
+    there = ~np.isnan(found)
+    assert 0 < there.mean() < 1
+    np.testing.assert_allclose(found[there], whole[there], rtol=1e-8, atol=1e-9 * np.nanstd(whole))
+
+
+def test_workers_that_die_change_no_bit(inputs: Inputs, tmp_path: Path) -> None:
+    inputs.run(tmp_path / "one", *TWO)
+    with processes():
+        inputs.run(tmp_path / "many", *TWO, "engine.backend=ray", "engine.workers=3", "engine.shards=2")
+    assert same(tmp_path / "one", tmp_path / "many")
+
+
+def test_a_run_that_is_cut_off_anywhere_goes_on_with_the_same(inputs: Inputs, tmp_path: Path) -> None:
+    inputs.run(tmp_path / "whole", *TWO)
+    shutil.copytree(tmp_path / "whole", tmp_path / "solved")
+    run_stages(inputs.config(tmp_path / "solved", *TWO), ("corpus",), quiet=True, restart="score")
+    stopped = 0
+    for call in range(1, 40, 3):
+        folder = tmp_path / f"cut {call}"
+        shutil.copytree(tmp_path / "solved", folder)
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                Interrupt(patch, RunFolder, "commit", call, after=bool(call % 2))
+                inputs.run(folder, *TWO)
+        except KeyboardInterrupt:
+            stopped += 1
+            inputs.run(folder, *TWO)
+        assert same(tmp_path / "whole", folder), call
+    assert stopped > 4
