@@ -1,0 +1,161 @@
+"""One case scored both ways: all pairs, and the best of each query in two stages; what was found, and what it took."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jobs.twostage.cases import Case
+from raylux import api
+from raylux.config import Config
+from raylux.engine.stages.thresholds import GATHERED
+from raylux.influence import sketches
+from raylux.results import Run
+from raylux.store import ESTIMATED, PILOT
+
+# What is done whichever way pairs are scored.
+_MODEL = frozenset({"forward", "backward", "load", "other", "write", "label"})
+# Standard errors of the curve.
+MARGINS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
+_USUAL = (
+    "prefilter.kind=none", "query.max_error=0", "score.token_top=0", "engine.backend=local", "engine.threads=1",
+    "engine.keep_captured=never", "query.basis=standard",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Point:
+    """Of the curve: recall and cost where estimates are allowed ``margin`` standard errors.
+
+    Attributes:
+        margin: see above.
+        recall: share of the best pairs that would be scored.
+        share: of all pairs, that would be.
+        cost: multiplications, of those of all pairs' contraction.
+        time: the same with a pair by itself at ``GATHERED`` pairs.
+    """
+
+    margin: float
+    recall: float
+    share: float
+    cost: float
+    time: float
+
+
+def measure(case: Case, folder: Path, fitted: int, best: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Run both, in a folder that is gone on with.
+
+    Args:
+        case: what is scored.
+        folder: of its files and runs.
+        fitted: sequences of the fit.
+        best: K.
+        overrides: of the config of every run.
+
+    Returns:
+        Sizes, seconds of CPU by kind of work, shares and recall, the curve.
+    """
+    sections = case.write(folder)
+
+    def config(name: str, *more: str) -> Config:
+        named = {**sections, "run": {"folder": str(folder / name)}, "fit": {"sequences": fitted}}
+        return Config.parse(named, [*_USUAL, *overrides, *more])
+
+    two, every = folder / "two", folder / "every"
+    if not every.exists():
+        api.run_stages(config("two"), ("corpus", "fit", "query"))
+        # Objects of a run are never written to again.
+        subprocess.run(["cp", "-al", two, every], check=True)
+    runs = api.run_stages(config("every"), ("score",)), api.run_stages(config("two", f"score.best={best}"), ("score",))
+    exact, found = (run.scores().sel(query=runs[0].queries).to_numpy().astype(np.float64) for run in runs)
+    kth = -np.sort(-exact, 1)[:, best - 1 : best]
+    there, among = ~np.isnan(found), exact >= kth
+    off = np.abs(np.where(there, found - exact, 0.0)).max() / np.sqrt(np.mean(exact**2))
+    tokens = float(np.mean([len(row) for row in _lengths(runs[1])]))
+    return {
+        "queries": len(exact),
+        "sequences": exact.shape[1],
+        "tokens": tokens,
+        "fitted": fitted,
+        "best": best,
+        "layers": len(_layers(runs[1])),
+        "entries": sum(_layers(runs[1])),
+        "share": float(there.mean()),
+        "recall": float(there[among].mean()),
+        "least": float(min(x[y].mean() for x, y in zip(there, among, strict=True))),
+        "promised": _promised(runs[1]),
+        "off": float(off),
+        "plain": all(block.stage != ESTIMATED for block in runs[1].blocks),
+        "seconds": {name: _seconds(run) for name, run in zip(("every", "two"), runs, strict=True)},
+        "curve": [vars(point) for point in _curve(runs[1], exact, kth, tokens)],
+    }
+
+
+def _curve(run: Run, exact: np.ndarray, kth: np.ndarray, tokens: float) -> list[Point]:
+    """By the estimates that the run has: those of all pairs, or where it gave up, of its pilot."""
+    estimate, error = (np.full(exact.shape, np.nan) for _ in range(2))
+    places = {query: place for place, query in enumerate(run.queries)}
+    for block in run.blocks:
+        if block.stage in (PILOT, ESTIMATED):
+            group = run.store.group(block.key)
+            where = np.ix_([places[query] for query in block.queries], block.rows)
+            estimate[where], error[where] = group.read("estimate"), group.read("error")
+    there, scale = ~np.isnan(estimate), run.scale
+    points = []
+    for margin in MARGINS:
+        with np.errstate(invalid="ignore"):
+            chosen = (estimate + margin * error) * scale >= kth
+        among = there & (exact >= kth)
+        recall, share = float(chosen[among].mean()), float(chosen[there].mean())
+        costs = (_cost(run, len(exact), tokens, share, weight) for weight in (1.0, GATHERED))
+        points.append(Point(margin, recall, share, *costs))
+    return points
+
+
+def _cost(run: Run, queries: int, tokens: float, share: float, weight: float) -> float:
+    """Of two stages in that of one: gradients are formed twice, and all queries folded put against all sequences."""
+    entries = sum(_layers(run))
+    folded = sum(min(size, sketches.SIZE) for size in _layers(run))
+    balancing = 4 * tokens * sketches.DIRECTIONS * sum(_widths(run))
+    two = 2 * tokens * entries + balancing + queries * folded + weight * share * queries * entries
+    return two / ((tokens + queries) * entries)
+
+
+def _shapes(run: Run) -> list[tuple[int, int]]:
+    """(P, M) of each layer, by the Λ of the run."""
+    return [run.store.group(x.meta["key"]).shape("matrix") for x in run.store.units("fit.moments").values()]  # type: ignore[misc]
+
+
+def _layers(run: Run) -> list[int]:
+    return [outputs * inputs for outputs, inputs in _shapes(run)]
+
+
+def _widths(run: Run) -> list[int]:
+    return [outputs + inputs for outputs, inputs in _shapes(run)]
+
+
+def _lengths(run: Run) -> list[np.ndarray]:
+    from raylux.store import CorpusReader
+
+    return [row.tokens for row in CorpusReader(run.store).rows(run.rows)]
+
+
+def _promised(run: Run) -> float | None:
+    """The recall that the run itself told."""
+    told = [x.meta for x in run.store.units("score.waves").values() if "recall" in x.meta]
+    return told[-1]["recall"] if told else None
+
+
+def _seconds(run: Run) -> dict[str, float]:
+    """Seconds of CPU of the scores by kind of work; ``contraction``: all but the model's own and loading."""
+    found: dict[str, float] = {}
+    for stage in run.profile():
+        if stage.stage.startswith("score"):
+            for kind, (_, cpu) in stage.work.kinds.items():
+                found[kind] = found.get(kind, 0.0) + cpu
+    return {**found, "contraction": sum(x for kind, x in found.items() if kind not in _MODEL)}
