@@ -11,7 +11,6 @@ from jobs.twostage.measured import measure
 from raylux.errors import UserError
 from raylux.influence import sketches
 
-
 # Several waves of a small corpus.
 UNITS = ("score.unit_size=16",)
 

@@ -72,7 +72,7 @@ class Choice:
 
 
 def precisions() -> dict[str, tuple[str, ...]]:
-    """Variants of raylux -> overrides: as it is by default, and where that differs, with every contraction in float32."""
+    """Variants of raylux -> overrides: as it is by default, and, where that differs, in float32 throughout."""
     if "contraction_dtype" not in EngineSection.model_fields or not has_bfloat16("cpu"):
         return {FLOAT32: ()}
     return {RAYLUX: (), FLOAT32: ("engine.contraction_dtype=float32",)}
