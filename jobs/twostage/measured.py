@@ -24,7 +24,7 @@ _MODEL = frozenset({"forward", "backward", "load", "other", "write", "label"})
 MARGINS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
 _USUAL = (
     "prefilter.kind=none", "query.max_error=0", "score.token_top=0", "engine.backend=local", "engine.threads=1",
-    "engine.keep_captured=never", "query.basis=standard",
+    "engine.keep_captured=never",
 )  # fmt: skip
 
 
@@ -69,8 +69,10 @@ def measure(case: Case, folder: Path, fitted: int, best: int, overrides: Sequenc
     two, every = folder / "two", folder / "every"
     if not every.exists():
         api.run_stages(config("two"), ("corpus", "fit", "query"))
-        # Objects of a run are never written to again.
+        # Objects of a run are never written to again; its log is.
         subprocess.run(["cp", "-al", two, every], check=True)
+        log = every / "progress.jsonl"
+        log.write_bytes(_unlinked(log))
     runs = api.run_stages(config("every"), ("score",)), api.run_stages(config("two", f"score.best={best}"), ("score",))
     exact, found = (run.scores().sel(query=runs[0].queries).to_numpy().astype(np.float64) for run in runs)
     kth = -np.sort(-exact, 1)[:, best - 1 : best]
@@ -94,6 +96,13 @@ def measure(case: Case, folder: Path, fitted: int, best: int, overrides: Sequenc
         "seconds": {name: _seconds(run) for name, run in zip(("every", "two"), runs, strict=True)},
         "curve": [vars(point) for point in _curve(runs[1], exact, kth, tokens)],
     }
+
+
+def _unlinked(path: Path) -> bytes:
+    """The bytes of a file, which goes: what is written in its place is another file."""
+    data = path.read_bytes()
+    path.unlink()
+    return data
 
 
 def _curve(run: Run, exact: np.ndarray, kth: np.ndarray, tokens: float) -> list[Point]:

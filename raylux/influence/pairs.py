@@ -1,8 +1,8 @@
 """Exact scores of chosen pairs of sequences and queries, where most pairs are not wanted.
 
-Gradients are formed as for all pairs, T·P·M per sequence. Dense queries lie in pieces of some thousand entries, so that
-a piece of all of them stays in the processor's cache while the chosen pairs of many sequences take their products: a
-pair there costs about five times what it does in a matrix product. Low-rank queries are put against the tokens of each
+Gradients are formed as for all pairs, T·P·M per sequence. They and dense queries lie in pieces of a thousand entries:
+those of all gradients stay in the processor's cache while each query in turn takes its chosen products, so that a pair
+costs about five times what it does in a matrix product. Low-rank queries are put against the tokens of each
 sequence that wants them, T·R·(P + M) a pair, without a gradient.
 """
 
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from raylux.influence.dots import SLICE, Held, in_memory, no_vectors, whole_blocks, wide_dtype
+from raylux.products import gradients_into
 from raylux.profiling import of
 
 # Entries of a query that its products take at a time.
-_PIECE = 4096
+_PIECE = 1024
 
 
 @dataclass
@@ -104,11 +105,12 @@ class PairQueries:
             with warnings.catch_warnings():
                 # PyTorch's sparse rows are "in beta state".
                 warnings.simplefilter("ignore", UserWarning)
-                total = chosen.to(some.dtype).to_sparse_csr() * 0
+                total = chosen.T.to(some.dtype).to_sparse_csr() * 0
         together = max(1, SLICE // (inputs * (self.spans[0].stop - self.spans[0].start)))
+        buffer = some.new_zeros(filled * together * (self.spans[0].stop - self.spans[0].start) * inputs)
         for first in range(0, len(self.spans), together):
             spans = self.spans[first : first + together]
-            formed = _formed(parts, slice(spans[0].start, spans[-1].stop), filled)
+            formed = _form(parts, slice(spans[0].start, spans[-1].stop), filled, buffer)
             for span, piece in zip(spans, self.pieces[first : first + together], strict=True):
                 own = formed[:, span.start - spans[0].start : span.stop - spans[0].start].flatten(1)
                 with of("read"):
@@ -118,12 +120,16 @@ class PairQueries:
                         for gradients, scores in zip(own.split(rows), total.split(rows), strict=True):
                             scores += gradients @ queries.T
                     else:
-                        total = torch.sparse.sampled_addmm(total, own, queries.T)
-        return (total if chosen is None else total.to_dense())[:count].to(wide_dtype(some.dtype))
+                        total = torch.sparse.sampled_addmm(total, queries, own.T)
+        return (total[:count] if chosen is None else total.to_dense().T).to(wide_dtype(some.dtype))
 
 
-def _formed(parts: Sequence[tuple[Tensor, Tensor]], span: slice, filled: int) -> Tensor:
-    """Rows of G [N, span, M], zeros beyond the sequences."""
+def _form(parts: Sequence[tuple[Tensor, Tensor]], span: slice, filled: int, buffer: Tensor) -> Tensor:
+    """Rows of G [filled, span, M] in the buffer's memory; what lies beyond the sequences is of no use."""
+    size, inputs, at = span.stop - span.start, parts[0][0].shape[2], 0
+    found = buffer[: filled * size * inputs].view(filled, size, inputs)
     with of("form"):
-        found = torch.cat([torch.bmm(g[..., span].mT, a) for a, g in parts])
-        return torch.nn.functional.pad(found, (0, 0, 0, 0, 0, filled - len(found)))
+        for a, g in parts:
+            gradients_into(a, g[..., span], found[at : at + len(a)])
+            at += len(a)
+    return found

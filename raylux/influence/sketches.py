@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from raylux.influence.dots import Held, in_memory
+from raylux.products import gradients_into
 from raylux.profiling import of
 from raylux.sampling import random_signs
 
@@ -33,6 +34,10 @@ DIRECTIONS = 16
 SIZE = 1 << 14
 """Numbers of a folded gradient, about."""
 
+# Rows of a gradient that are formed at a time, and sequences.
+_FORMED, _SEQUENCES = 128, 8
+# Queries whose mean squares say how gradients are balanced.
+_SEEN = 64
 # Bytes of queries that are balanced at a time.
 _BLOCK = 64 << 20
 _ROUNDS = 20
@@ -87,9 +92,20 @@ class Fold:
         a = (a if self.inputs is None else self.inputs.scaled(a)) * self.signs[1]
         g = (g if self.outputs is None else self.outputs.scaled(g)) * self.signs[0]
         found = a.new_zeros(len(a), self.rows, a.shape[2])
-        for run, shift in self._runs():
-            own = g[..., run]
-            found[:, : own.shape[2]].baddbmm_(own.mT, a.roll(shift, 2))
+        # Many rows are formed at a time, since products of few are slow; of few sequences, so that they stay in cache.
+        together = max(1, _FORMED // self.rows)
+        runs = list(self._runs())
+        buffer = a.new_empty(_SEQUENCES, together * self.rows, a.shape[2])
+        for some in torch.arange(len(a)).split(_SEQUENCES):
+            own = slice(int(some[0]), int(some[-1]) + 1)
+            for first in range(0, len(runs), together):
+                here = runs[first : first + together]
+                begin = here[0][0].start
+                some_g = g[own, :, begin : here[-1][0].stop]
+                formed = buffer[: len(some), : some_g.shape[2]]
+                gradients_into(a[own], some_g, formed)
+                for run, shift in here:
+                    _add_rolled(found[own], formed[:, run.start - begin : run.stop - begin], shift)
         return found.flatten(1)
 
     def queries(self, v: Tensor) -> Tensor:
@@ -99,8 +115,7 @@ class Fold:
         v = v * self.signs[0][:, None] * self.signs[1]
         found = v.new_zeros(len(v), self.rows, v.shape[2])
         for run, shift in self._runs():
-            own = v[:, run]
-            found[:, : own.shape[1]] += own.roll(shift, 2)
+            _add_rolled(found, v[:, run], shift)
         return found.flatten(1)
 
     def _runs(self) -> Iterator[tuple[slice, int]]:
@@ -110,6 +125,13 @@ class Fold:
         step = round(inputs * (math.sqrt(5) - 1) / 2)
         for number, start in enumerate(range(0, outputs, self.rows)):
             yield slice(start, start + self.rows), number * step % inputs
+
+
+def _add_rolled(total: Tensor, x: Tensor, shift: int) -> None:
+    """Add x [N, R, M], or fewer rows, with its columns rolled on."""
+    into, rest = total[:, : x.shape[1]], x.shape[2] - shift
+    into[..., shift:] += x[..., :rest]
+    into[..., :shift] += x[..., rest:]
 
 
 def fold(
@@ -136,7 +158,8 @@ def fold(
         return Fold(None, None, signs, rows)
     u_s, u_a = leading
     moments = np.zeros((u_s.shape[1] + 1, u_a.shape[1] + 1))
-    for block in _blocks(queries):
+    # Scales need not be exact: some of many queries do.
+    for block in _blocks(queries[:: -(-len(queries) // _SEEN)]):
         weights = 1 / block.square().sum((1, 2), keepdim=True).clamp_min(torch.finfo(block.dtype).tiny)
         top_rows, top_columns = u_s.T @ block, block @ u_a
         corner = top_rows @ u_a

@@ -25,8 +25,11 @@ _TELLING = 3
 
 
 def rank_of(expected: float) -> int:
-    """Of a threshold: with so many of the best expected among what was seen, seldom are there more."""
-    return math.ceil(expected + math.sqrt(expected)) if expected else 1
+    """Of a threshold: of so many of the best expected among what was seen, hardly ever are there more.
+
+    A threshold that is too high costs more than one that is too low: what it left out runs through the model again.
+    """
+    return math.ceil(expected + 3 * math.sqrt(expected)) if expected else 1
 
 
 def relative_cost(ctx: Context, queries: int, share: float) -> float:

@@ -163,7 +163,7 @@ def _new_rule(ctx: Context, wanted: set[str]) -> Rule:
     best = ctx.config.score.best
     assert best is not None
     every = len(prefilter.union(ctx))
-    largest, seen = largest_scores(ctx, ids, best + math.isqrt(best) + 2)
+    largest, seen = largest_scores(ctx, ids, rank_of(best))
     ranks = [rank_of(best * count / every) for count in seen]
     thresholds = [float(found[rank - 1]) for found, rank in zip(largest, ranks, strict=True)]
     margin = pilot.margin(best, every, ctx.config.score.recall)
