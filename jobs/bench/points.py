@@ -99,17 +99,19 @@ def rows(found: Found) -> list[Row]:
 
 
 def _agreement(found: Found) -> list[Row]:
-    pairs = [x for x in found.compared if (x.found, x.exact) == (RAYLUX, FLOAT32) and x.labels == "sampled"]
-    pearson = Spread.of(x.agreement.pearson for x in pairs)
-    top = Spread.of(x.agreement.top for x in pairs)
+    """Scores in bf16 against those in float32; those in float32 against the peer's, which has float64 eigenbases."""
+    pearson: dict[str, Spread] = {}
+    top: dict[str, Spread] = {}
+    for variant, exact, labels in ((RAYLUX, FLOAT32, "sampled"), (FLOAT32, KRONFLUENCE, "data set")):
+        pairs = [x.agreement for x in found.compared if (x.found, x.exact, x.labels) == (variant, exact, labels)]
+        for held, values in ((pearson, [x.pearson for x in pairs]), (top, [x.top for x in pairs])):
+            spread = Spread.of(values)
+            if spread is not None:
+                held[variant] = spread
     return [
-        Row("scores against exact float32, Pearson", 0.9999, None, None, _one(pearson), least=True, digits=6),
-        Row("scores against exact float32, top-10 overlap", 0.99, None, None, _one(top), least=True, digits=3),
+        Row("scores against exact float32, Pearson", 0.9999, None, None, pearson, least=True, digits=6),
+        Row("scores against exact float32, top-10 overlap", 0.99, None, None, top, least=True, digits=3),
     ]
-
-
-def _one(spread: Spread | None) -> dict[str, Spread]:
-    return {} if spread is None else {RAYLUX: spread}
 
 
 def ray_seconds(run: Measured) -> float:
