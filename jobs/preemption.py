@@ -22,12 +22,12 @@ import numpy as np
 
 from raylux.engine.pace import Pace
 from raylux.engine.progress import Reporter
-from raylux.engine.records import MOMENTS
 from raylux.engine.shard import FactorShard, ShardSpec
 from raylux.engine.simulate import Behaviour, Node, Seconds, SimulatedCluster
 from raylux.engine.simulate_backend import ShardBehaviour, SimulatedBackend
 from raylux.engine.sums import SumPass, Units
 from raylux.layers import TrackedLayer
+from raylux.ledger import MOMENTS
 from raylux.store import RunFolder
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "preemption.md"

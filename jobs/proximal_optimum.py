@@ -26,10 +26,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTraine
 import raylux
 from raylux.batches import TokenRow
 from raylux.demo.corpus import read_leads
-from raylux.engine.records import QUERY
 from raylux.evaluate import Optimum, ProximalObjective
 from raylux.evaluate.datamodel import pearson
 from raylux.layers import coverage
+from raylux.ledger import QUERY
 from raylux.queries import parse_queries
 from raylux.store import CorpusReader, RunFolder
 

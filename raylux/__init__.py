@@ -12,15 +12,28 @@ Example::
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raylux.config import Config
 from raylux.errors import MissingStageError, NumericsError, RayluxError, UserError
+from raylux.lazily import on_use
 
 if TYPE_CHECKING:
-    from raylux.api import Run, attribute, combine, open_run, run
+    from raylux.api import attribute, run
+    from raylux.opening import combine, open_run
     from raylux.perturbing import Perturbation, perturb
+    from raylux.results import Run
     from raylux.verification import CalibrationOptions, VerifyOptions, calibrate, verify
+else:
+    # ``raylux --help`` answers at once.
+    __getattr__ = on_use(
+        __name__,
+        api="attribute run",
+        opening="combine open_run",
+        perturbing="Perturbation perturb",
+        results="Run",
+        verification="CalibrationOptions VerifyOptions calibrate verify",
+    )
 
 __all__ = [
     "CalibrationOptions",
@@ -45,20 +58,3 @@ __all__ = [
 # of them. Without, the kernel hands out and clears 4 KiB at a time: a copy of 64 MiB took 48 ms of CPU in place of 13
 # on a virtual machine, a whole run an eighth more. Who has set it keeps it.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
-def __getattr__(name: str) -> Any:
-    """The names that need torch are imported when they are first used: ``raylux --help`` answers at once."""
-    if name in ("Run", "attribute", "combine", "open_run", "run"):
-        from raylux import api
-
-        return getattr(api, name)
-    if name in ("Perturbation", "perturb"):
-        from raylux import perturbing
-
-        return getattr(perturbing, name)
-    if name in ("CalibrationOptions", "VerifyOptions", "calibrate", "verify"):
-        from raylux import verification
-
-        return getattr(verification, name)
-    raise AttributeError(f"module 'raylux' has no attribute '{name}'")

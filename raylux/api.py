@@ -20,6 +20,7 @@ from raylux.engine.progress import Reporter
 from raylux.engine.stages import fit, prefilter, query, score
 from raylux.errors import MissingStageError, UserError, shown
 from raylux.modulecheck import features_read
+from raylux.opening import combine, open_run
 from raylux.results import Run, StageStatus
 from raylux.store import Lease, RunFolder
 
@@ -38,24 +39,6 @@ def run(config: Config) -> Run:
         NumericsError: NaN or infinity where none may be.
     """
     return run_stages(config)
-
-
-def open_run(path: str | Path) -> Run:
-    """Open a run folder to look at. Raises UserError where there is none."""
-    return Run(str(path))
-
-
-def combine(runs: Sequence[str | Path | Run], weights: Sequence[float] | None = None) -> Combined:
-    """Read several runs over the same corpus and queries as one: Σ_k w_k · influence_k, by default the mean.
-
-    Args:
-        runs: folders, or runs that are open: models of several checkpoints, seeds or stages of a training.
-        weights: one for each; learning rates with kind ``identity`` are TracIn's.
-
-    Raises:
-        UserError: they cannot be added up, or there is no run at one of them.
-    """
-    return Combined([one if isinstance(one, Run) else open_run(one) for one in runs], weights)
 
 
 def run_stages(

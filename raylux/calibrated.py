@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from raylux.engine.records import CALIBRATION, FREEDOM, LEVERAGE, VERIFIED
-from raylux.engine.stages.calibrating import WHOLE, leverage_unit
-from raylux.engine.stages.verifying import ASKED, unit_name
 from raylux.evaluate import Agreement, Doses, Effect, Measured, agreement, effect, whole
+from raylux.ledger import ASKED, CALIBRATION, FREEDOM, LEVERAGE, VERIFIED, WHOLE, sequence_unit
 from raylux.store import RunFolder
 
 if TYPE_CHECKING:
@@ -124,8 +122,8 @@ def verification(run: Run) -> pd.DataFrame:
     asked = store.manifest(VERIFIED, ASKED).meta
     doses = Doses(**asked["doses"])
     there = store.committed(VERIFIED)
-    rows = [row for row in asked["rows"] if unit_name(asked["name"], row) in there]
-    effects = {row: _effect(store.manifest(VERIFIED, unit_name(asked["name"], row)).meta, doses) for row in rows}
+    rows = [row for row in asked["rows"] if sequence_unit(asked["name"], row) in there]
+    effects = {row: _effect(store.manifest(VERIFIED, sequence_unit(asked["name"], row)).meta, doses) for row in rows}
     solved = _solved(store, asked, rows)
     found = calibration(store, asked["train_size"])
     names = run.sequences["sequence"].to_numpy()
@@ -184,7 +182,7 @@ def _solved(store: RunFolder, asked: Mapping[str, Any], rows: list[int]) -> dict
     """Corpus row -> what its better solve says, where there is one."""
     if asked["leverage"] is None:
         return {}
-    names = {row: leverage_unit(asked["leverage"], row) for row in rows}
+    names = {row: sequence_unit(asked["leverage"], row) for row in rows}
     there = store.committed(LEVERAGE)
     return {row: store.manifest(LEVERAGE, name).meta for row, name in names.items() if name in there}
 

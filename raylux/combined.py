@@ -19,7 +19,7 @@ import pandas as pd
 import xarray as xr
 
 from raylux import ranking
-from raylux.engine.stages.carrying import END, prints_of, taken
+from raylux.engine.stages.carried import END, prints_of, taken
 from raylux.errors import UserError
 from raylux.evaluate.datamodel import spearman
 from raylux.normalised import Normalise, unit

@@ -7,14 +7,17 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raylux import sources
 from raylux.errors import UserError
 from raylux.hashing import of_file
-from raylux.modelfiles import TOKENIZER_FILES, ModelFiles
-from raylux.queries import Query
+from raylux.tokens import TOKENIZER_FILES
 from raylux.weights import tensor_hashes
+
+if TYPE_CHECKING:
+    from raylux.modelfiles import ModelFiles
+    from raylux.queries import Query
 
 __all__ = [
     "ModelPrint",

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from raylux.config import Config
-from raylux.engine.records import (
+from raylux.errors import UserError
+from raylux.fingerprints import ModelPrint
+from raylux.ledger import (
     ANSWER,
     ASIDE,
     CALIBRATION,
@@ -26,6 +28,7 @@ from raylux.engine.records import (
     PRODUCT,
     PROJECTED,
     QUARANTINE,
+    QUERIES,
     QUERY,
     SCORE,
     SNAPSHOT,
@@ -36,9 +39,6 @@ from raylux.engine.records import (
     VERIFIED,
     WAVES,
 )
-from raylux.engine.stages import queries
-from raylux.errors import UserError
-from raylux.fingerprints import ModelPrint
 from raylux.shown import redacted_values
 from raylux.store import RunFolder
 
@@ -50,7 +50,7 @@ _LEDGER = {
     "corpus": ("corpus",),
     "fit": (PROJECTED, MOMENTS, EIGEN, COVARIANCE, LABELS, SNAPSHOT, CONTRACTION),
     "prefilter": (CANDIDATES,),
-    "query": (VERIFIED, LEVERAGE, CALIBRATION, FREEDOM, QUERY, SOLVE, PRODUCT, PROBE, queries.STAGE),
+    "query": (VERIFIED, LEVERAGE, CALIBRATION, FREEDOM, QUERY, SOLVE, PRODUCT, PROBE, QUERIES),
     "score": (ANSWER, TAKEN, ASIDE, TOKENS, SQUARES, SCORE, WAVES),
 }
 # Stage -> those that fall with it, the last reader first.
@@ -113,7 +113,7 @@ def stage_of(key: str) -> str | None:
 
 def holds(folder: RunFolder, stage: str) -> bool:
     """Whether anything is computed that falls with a stage; to know the queries is to have computed nothing yet."""
-    known = (queries.STAGE, TAKEN, ASIDE)
+    known = (QUERIES, TAKEN, ASIDE)
     ledgers = [ledger for fallen in _FALLS[stage] for ledger in _LEDGER[fallen] if ledger not in known]
     return any(folder.committed(ledger) for ledger in ledgers)
 

@@ -6,18 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raylux.engine.records import (
-    ANSWER,
-    COVARIANCE,
-    EIGEN,
-    MOMENTS,
-    PROJECTED,
-    QUARANTINE,
-    QUERY,
-    SCORE,
-    SQUARES,
-    TOKENS,
-)
+from raylux.ledger import ANSWER, COVARIANCE, EIGEN, MOMENTS, PROJECTED, QUARANTINE, QUERY, SCORE, SQUARES, TOKENS
 from raylux.store import RunFolder
 
 

@@ -23,8 +23,8 @@ from raylux.config import ModelSection
 from raylux.errors import UserError
 from raylux.modelcheck import check_folder, read_config, task_of_config
 from raylux.sources import is_url, one_line, resolve
+from raylux.tokens import TOKENIZER_FILES
 
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "*.jinja", "*.tiktoken")
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
 
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 import pandas as pd
 
-from raylux.engine.records import SQUARES
 from raylux.errors import MissingStageError, UserError
+from raylux.ledger import SQUARES
 from raylux.store import RunFolder
 
 if TYPE_CHECKING:

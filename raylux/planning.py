@@ -22,8 +22,8 @@ from raylux.curvature.solvers import Rule
 from raylux.engine.device import placement_of
 from raylux.engine.kept import kept_bytes
 from raylux.engine.plan import Plan, make_plan, probe_count
-from raylux.engine.records import CONTRACTION
 from raylux.engine.stages import two_stage
+from raylux.ledger import CONTRACTION
 from raylux.placement import Placement, placed
 from raylux.queries import load_queries
 from raylux.store import CorpusReader, RunFolder

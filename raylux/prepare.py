@@ -22,12 +22,12 @@ from raylux.engine.context import Context
 from raylux.engine.device import placement_of
 from raylux.engine.plan import Plan, make_plan
 from raylux.engine.progress import Reporter
-from raylux.engine.records import MOMENTS
 from raylux.engine.stages import carrying, fit, queries, two_stage
 from raylux.engine.stages import corpus as corpus_stage
 from raylux.errors import MissingStageError, UserError
 from raylux.frozen import Frozen, check_stage_name, drop, falls, holds
 from raylux.layers import Coverage, TrackedLayer, matrices
+from raylux.ledger import MOMENTS
 from raylux.modulecheck import check_module
 from raylux.modules import Features, features_of
 from raylux.placement import Placement

@@ -15,12 +15,12 @@ from raylux import calibrated, health, normalised, ranking, shares, status
 from raylux.calibrated import Calibration
 from raylux.config import Config
 from raylux.curvature import KINDS
-from raylux.engine.records import QUERY
 from raylux.engine.stages import answers
 from raylux.engine.stages.queries import records
 from raylux.errors import MissingStageError, UserError
 from raylux.evaluate import Agreement
 from raylux.health import Quarantined
+from raylux.ledger import QUERY
 from raylux.normalised import Normalise
 from raylux.ranking import Rows
 from raylux.report.across import Across, across

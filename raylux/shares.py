@@ -9,9 +9,8 @@ import pandas as pd
 import xarray as xr
 
 from raylux.engine.stages import answers
-from raylux.engine.stages.score import token_rows
 from raylux.errors import MissingStageError, UserError
-from raylux.store import ScoreBlock
+from raylux.store import ScoreBlock, token_rows
 
 if TYPE_CHECKING:
     from raylux.results import Run

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from raylux.curvature import KINDS
-from raylux.engine.records import ASIDE, COVARIANCE, EIGEN, MOMENTS, PROJECTED, QUERY, SCORE, TAKEN, WAVES
 from raylux.engine.stages.prefilter import candidates
 from raylux.engine.stages.queries import records
+from raylux.ledger import ASIDE, COVARIANCE, EIGEN, MOMENTS, PROJECTED, QUERY, SCORE, TAKEN, WAVES
 from raylux.shown import redacted
 from raylux.store import ScoreBlock, score_blocks
 

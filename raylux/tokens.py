@@ -15,6 +15,7 @@ from raylux.readers import Document
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "*.jinja", "*.tiktoken")
 IGNORE = -100  # the label of a position without loss, as everywhere in PyTorch
 _BATCH = 256  # documents tokenized at once
 

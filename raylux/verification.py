@@ -10,11 +10,11 @@ import pandas as pd
 
 from raylux import api, prepare
 from raylux.engine.context import Context
-from raylux.engine.records import SCORE, VERIFIED
 from raylux.engine.stages import calibrating, query, verifying
 from raylux.engine.stages import queries as known
 from raylux.errors import MissingStageError, UserError
 from raylux.evaluate import Doses
+from raylux.ledger import ASKED, SCORE, VERIFIED
 from raylux.queries import Query
 from raylux.results import Run
 from raylux.shown import plain
@@ -169,7 +169,7 @@ def _measure(ctx: Context, asked: Sequence[Query], run: Run, chosen: VerifyOptio
     name = calibrating.lever_name(ctx, asked) if chosen.products else None
     ctx.folder.commit(
         VERIFIED,
-        verifying.ASKED,
+        ASKED,
         name=job.name,
         leverage=name,
         queries=ids,

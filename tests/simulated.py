@@ -15,12 +15,12 @@ import torch
 from raylux.blocks import triangle_entries
 from raylux.engine.pace import Pace
 from raylux.engine.progress import Reporter
-from raylux.engine.records import COVARIANCE, SNAPSHOT
 from raylux.engine.shard import FactorShard, ShardSpec
 from raylux.engine.simulate import Behaviour, Fate, Node, SimulatedCluster
 from raylux.engine.simulate_backend import ShardBehaviour, ShardFate, SimulatedBackend
 from raylux.engine.sums import Finished, SumPass, Units
 from raylux.layers import TrackedLayer
+from raylux.ledger import COVARIANCE, SNAPSHOT
 from raylux.store import RunFolder
 from raylux.triangles import unpack
 

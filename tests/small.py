@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 import raylux
 from raylux.api import STAGES, run_stages
 from raylux.config import Config
-from raylux.engine.records import COVARIANCE, EIGEN, MOMENTS, PROJECTED, QUERY, TOKENS
+from raylux.ledger import COVARIANCE, EIGEN, MOMENTS, PROJECTED, QUERY, TOKENS
 from raylux.store import RunFolder
 from raylux.store.arrays import Group
 from tests.architectures import build

@@ -23,9 +23,9 @@ from raylux.batch import Options, Outcome, answer_files, driver
 from raylux.cli import main
 from raylux.engine import choices
 from raylux.engine.context import Context
-from raylux.engine.records import ANSWER, CANDIDATES, QUERY, SCORE, TAKEN, TOKENS
 from raylux.engine.worker import GradientWorker
 from raylux.errors import MissingStageError, UserError
+from raylux.ledger import ANSWER, CANDIDATES, QUERY, SCORE, TAKEN, TOKENS
 from raylux.report.profile import parsed
 from raylux.results import Run
 from raylux.store import CorpusReader, Lease, RunFolder

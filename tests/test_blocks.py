@@ -13,10 +13,10 @@ from raylux.cost import costs, sizes
 from raylux.cost.passes import largest, moments_held, split, triangles_held
 from raylux.cost.planner import plan_run
 from raylux.curvature import Covariances, square_eigenbasis
-from raylux.engine.records import COVARIANCE, EIGEN, MOMENTS
 from raylux.engine.shard import FactorShard
 from raylux.engine.worker import GradientWorker
 from raylux.errors import UserError
+from raylux.ledger import COVARIANCE, EIGEN, MOMENTS
 from raylux.planning import Sizes, _workload
 from raylux.routed import Routed
 from raylux.store import RunFolder

@@ -12,7 +12,7 @@ from jobs.faults.inputs import SHORT
 from jobs.faults.killer import KINDS
 from jobs.faults.progress import STAGES
 from jobs.faults.verdict import count, differing, problems
-from raylux.engine.records import COVARIANCE, QUERY, SCORE
+from raylux.ledger import COVARIANCE, QUERY, SCORE
 from raylux.store import RunFolder
 from tests.small import make_inputs
 

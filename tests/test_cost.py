@@ -112,7 +112,7 @@ def test_bytes_of_a_run_are_those_of_its_arrays(tmp_path: Path) -> None:
                 total += sum(group.read(name).nbytes for name in names if name in group)
         return total
 
-    from raylux.engine.records import COVARIANCE, EIGEN, MOMENTS, QUERY, SCORE
+    from raylux.ledger import COVARIANCE, EIGEN, MOMENTS, QUERY, SCORE
 
     assert plan.stage("covariance").disk_bytes == stored(COVARIANCE, "matrix")
     assert plan.stage("eigenbases").disk_bytes == stored(EIGEN, "vectors")

@@ -9,7 +9,7 @@ import pytest
 
 from jobs import fewer_sequences
 from raylux.engine.captures import FIT, GIVEN, CapturedSequences
-from raylux.engine.records import COVARIANCE, EIGEN, MOMENTS
+from raylux.ledger import COVARIANCE, EIGEN, MOMENTS
 from raylux.store import RunFolder
 from tests.small import Inputs, contents, differing, factors, make_inputs
 

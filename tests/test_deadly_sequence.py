@@ -15,7 +15,7 @@ from jobs.faults.inputs import write_config
 from jobs.faults.verdict import differing
 from raylux.api import run, run_stages
 from raylux.config import Config
-from raylux.engine.records import COVARIANCE, MOMENTS, PROBE, QUARANTINE, SCORE
+from raylux.ledger import COVARIANCE, MOMENTS, PROBE, QUARANTINE, SCORE
 from raylux.store import RunFolder
 from tests.small import CUT, Inputs, make_inputs, tokenizer, write_lines
 

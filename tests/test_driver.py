@@ -12,8 +12,8 @@ from jobs.driver import Settings, simulate
 from jobs.driving.passes import LAYERS, SHARDS, shard_specs, work
 from jobs.driving.sleepers import Sleeper, SleeperSpec
 from raylux.engine.progress import Reporter
-from raylux.engine.records import MOMENTS, SCORE
 from raylux.engine.simulate import Behaviour, SimulatedCluster
+from raylux.ledger import MOMENTS, SCORE
 from raylux.report.profile import parsed, stage_times
 from raylux.store import RunFolder
 

@@ -11,12 +11,12 @@ import torch
 
 import raylux
 from raylux.api import run_stages
-from raylux.engine.records import SCORE, WAVES
 from raylux.engine.stages import thresholds, two_stage
 from raylux.errors import UserError
 from raylux.influence import sketches
 from raylux.influence.pairs import PairQueries
 from raylux.influence.sketches import LayerSketch, balance, fold
+from raylux.ledger import SCORE, WAVES
 from raylux.store import RunFolder
 from tests.apart import processes
 from tests.interrupts import Interrupt

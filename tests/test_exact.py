@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import raylux
 from raylux.engine.plan import choose_fit_rows
-from raylux.engine.records import LABELS
+from raylux.ledger import LABELS
 from raylux.store import CorpusReader, RunFolder
 from tests import reference
 from tests.architectures import build

@@ -14,11 +14,12 @@ from raylux.batches import IGNORED, TokenRow
 from raylux.config import Config
 from raylux.curvature import Spectral
 from raylux.engine import choices
-from raylux.engine.records import CONTRACTION, QUERY, Contraction
+from raylux.engine.records import Contraction
 from raylux.engine.solve import Form, solve_layer
 from raylux.engine.stages import precision
 from raylux.engine.stages.query import _is_checked
 from raylux.layers import TrackedLayer
+from raylux.ledger import CONTRACTION, QUERY
 from raylux.store import RunFolder
 from tests.small import Inputs, contents, differing, error, make_inputs
 

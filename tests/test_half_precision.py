@@ -12,7 +12,7 @@ from raylux import models
 from raylux.batches import fit_batches
 from raylux.capture import Capture, input_groups
 from raylux.config import ModelSection
-from raylux.engine.records import COVARIANCE, LABELS, MOMENTS
+from raylux.ledger import COVARIANCE, LABELS, MOMENTS
 from raylux.models import coverage
 from raylux.sampling import drawn_before
 from raylux.store import RunFolder

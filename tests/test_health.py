@@ -11,12 +11,11 @@ import pytest
 import raylux
 from raylux.cli import main
 from raylux.engine.quarantine import Pairs, give_up
-from raylux.engine.records import COVARIANCE, QUARANTINE, SCORE, TOKENS
-from raylux.engine.stages.score import token_rows
 from raylux.engine.work import Failure
 from raylux.health import Quarantined
+from raylux.ledger import COVARIANCE, QUARANTINE, SCORE, TOKENS
 from raylux.results import Run
-from raylux.store import RunFolder
+from raylux.store import RunFolder, token_rows
 from tests.small import Inputs, make_inputs
 
 

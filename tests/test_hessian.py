@@ -13,9 +13,9 @@ from torch.nn import functional
 
 from raylux.cli import main
 from raylux.curvature.joint import Joint
-from raylux.engine.records import MOMENTS
 from raylux.engine.worker import GradientWorker
 from raylux.errors import UserError
+from raylux.ledger import MOMENTS
 from raylux.modules import logits_of
 from tests import test_exact as exact
 from tests import test_modules as modules

@@ -12,8 +12,8 @@ import pytest
 
 from raylux.batch.inbox import Inbox
 from raylux.engine.progress import Reporter
-from raylux.engine.records import ASIDE, TAKEN
 from raylux.errors import UserError
+from raylux.ledger import ASIDE, TAKEN
 from raylux.queries import Query
 from raylux.store import RunFolder
 

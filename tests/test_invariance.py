@@ -15,9 +15,9 @@ import raylux
 from raylux.batches import IGNORED, TokenRow, collate
 from raylux.capture import Capture, input_groups
 from raylux.engine.local import LocalBackend
-from raylux.engine.records import QUERY
 from raylux.engine.work import Failure, Job, Result
 from raylux.influence.dots import sequence_gradients
+from raylux.ledger import QUERY
 from raylux.models import coverage
 from raylux.store import RunFolder
 from tests.apart import processes

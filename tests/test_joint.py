@@ -15,10 +15,10 @@ from raylux.capture import input_groups
 from raylux.config import EngineSection
 from raylux.curvature.joint import MOST, Joint
 from raylux.engine.demand import demand_of
-from raylux.engine.records import MOMENTS
 from raylux.engine.worker import GradientWorker
 from raylux.errors import NumericsError, UserError
 from raylux.layers import coverage
+from raylux.ledger import MOMENTS
 from tests import reference
 from tests import test_exact as exact
 from tests.apart import processes

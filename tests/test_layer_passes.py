@@ -33,12 +33,12 @@ from raylux.engine.capacity import fit as fit_supply
 from raylux.engine.context import Context
 from raylux.engine.demand import demand_of
 from raylux.engine.local import LocalBackend
-from raylux.engine.records import COVARIANCE, MOMENTS, SNAPSHOT
 from raylux.engine.shard import FactorShard
 from raylux.engine.work import Failure, Job, Result
 from raylux.engine.worker import GradientWorker
 from raylux.errors import UserError
 from raylux.layers import TrackedLayer
+from raylux.ledger import COVARIANCE, MOMENTS, SNAPSHOT
 from raylux.models import coverage
 from raylux.store import RunFolder
 from tests.architectures import build

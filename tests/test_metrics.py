@@ -18,7 +18,7 @@ from raylux.batch import answer_files
 from raylux.blocks import triangle_entries
 from raylux.engine import metrics
 from raylux.engine.metrics import Meter
-from raylux.engine.records import COVARIANCE, MOMENTS
+from raylux.ledger import COVARIANCE, MOMENTS
 from raylux.report.profile import parsed
 from raylux.store import RunFolder
 from tests.arriving import put

@@ -16,8 +16,8 @@ from torch.utils.data import TensorDataset
 import raylux
 from raylux.cli import main
 from raylux.engine.plan import choose_fit_rows
-from raylux.engine.records import LABELS
 from raylux.errors import UserError
+from raylux.ledger import LABELS
 from raylux.modules import logits_of
 from raylux.store import CorpusReader, RunFolder
 from raylux.verification import CalibrationOptions, VerifyOptions

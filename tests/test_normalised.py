@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import raylux
-from raylux.engine.records import SQUARES
 from raylux.engine.worker import GradientWorker
 from raylux.errors import MissingStageError, UserError
+from raylux.ledger import SQUARES
 from raylux.store import RunFolder
 from tests import reference
 from tests import test_exact as exact

@@ -37,7 +37,7 @@ from jobs.bench.batches import IGNORED, Rows, summed_loss
 from jobs.bench.peer import Kronfluence
 from jobs.bench.workloads import grammar
 from raylux.curvature import Spectral
-from raylux.engine.records import COVARIANCE, EIGEN, MOMENTS
+from raylux.ledger import COVARIANCE, EIGEN, MOMENTS
 from raylux.store import RunFolder
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning:kronfluence")]

@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
+import raylux.curvature
+import raylux.evaluate
+
 ROOT = Path(__file__).parent.parent
+MODELS = ("torch", "transformers")
 
 
 @pytest.mark.parametrize(
@@ -65,6 +69,21 @@ def test_a_factor_shard_starts_without_what_it_has_no_use_for() -> None:
 def test_whoever_reads_a_run_does_not_wait_for_scikit_learn() -> None:
     """A prefilter that weighs and queries that are clustered need it; tables and pages of a run do not."""
     assert imported("raylux.prefilter, raylux.report.across", ("sklearn", "scipy.stats")) == "[]"
+
+
+def test_whoever_reads_a_run_does_not_wait_for_torch() -> None:
+    """It takes seconds to import, and transformers as long again; a folder is read without either."""
+    reading = "raylux.results, raylux.combined, raylux.opening, raylux.status, raylux.report.tables, raylux.report.html"
+    assert imported(reading, MODELS) == "[]"
+
+
+def test_names_that_a_package_imports_on_use_are_those_that_it_tells_of() -> None:
+    """A type checker is told of them by imports that never run."""
+    for package in (raylux, raylux.curvature, raylux.evaluate):
+        for name in package.__all__:
+            assert getattr(package, name) is not None
+        with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'nothing'"):
+            package.nothing  # noqa: B018
 
 
 def imported(modules: str, heavy: tuple[str, ...]) -> str:

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from raylux.config import Config
 from raylux.engine.quarantine import give_up
-from raylux.engine.records import COVARIANCE, PROBE, QUARANTINE, QUERY, SCORE
 from raylux.engine.work import Failure
 from raylux.errors import UserError
 from raylux.frozen import RESTARTABLE, stage_of
+from raylux.ledger import COVARIANCE, PROBE, QUARANTINE, QUERY, SCORE
 from raylux.store import Lease, RunFolder
 from tests.small import QUERIES, Inputs, contents, differing, make_inputs, objects, texts, write_lines
 

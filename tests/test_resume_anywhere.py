@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raylux.engine.records import COVARIANCE, EIGEN, MOMENTS, QUARANTINE, QUERY, SCORE, SNAPSHOT, TOKENS
 from raylux.engine.shard import FactorShard
 from raylux.engine.worker import GradientWorker
+from raylux.ledger import COVARIANCE, EIGEN, MOMENTS, QUARANTINE, QUERY, SCORE, SNAPSHOT, TOKENS
 from raylux.store import RunFolder
 from raylux.store.files import Files
 from tests.interrupts import Interrupt

@@ -17,12 +17,12 @@ import raylux
 from raylux.batches import TokenRow
 from raylux.engine.iterating import IterativeSolves
 from raylux.engine.quarantine import give_up
-from raylux.engine.records import COVARIANCE, PRODUCT, QUERY, SOLVE
 from raylux.engine.stages import solving
 from raylux.engine.work import Failure, ShardLostError
 from raylux.engine.worker import GradientWorker
 from raylux.errors import UserError
 from raylux.layers import coverage
+from raylux.ledger import COVARIANCE, PRODUCT, QUERY, SOLVE
 from raylux.store import RunFolder
 from tests import test_exact as exact
 from tests.apart import processes

@@ -16,10 +16,10 @@ from torch import Tensor
 
 import raylux
 from raylux.curvature import Spectral
-from raylux.engine.records import QUERY
 from raylux.engine.shard import FactorShard
-from raylux.engine.stages.carrying import taken
+from raylux.engine.stages.carried import taken
 from raylux.errors import UserError
+from raylux.ledger import QUERY
 from tests import reference
 from tests import test_exact as exact
 from tests.apart import processes

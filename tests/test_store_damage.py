@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import raylux
-from raylux.engine.records import COVARIANCE, EIGEN, LABELS, MOMENTS, QUERY
 from raylux.errors import UserError
+from raylux.ledger import COVARIANCE, EIGEN, LABELS, MOMENTS, QUERY
 from raylux.store import CorpusReader, DamagedError, RunFolder
 from tests.small import make_inputs
 

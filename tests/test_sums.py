@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from raylux.engine.pace import SHARE, Pace
 from raylux.engine.quarantine import given_up
-from raylux.engine.records import COVARIANCE, SNAPSHOT
 from raylux.engine.simulate_backend import ShardFate
 from raylux.engine.snapshots import forget_snapshot, load_snapshot
 from raylux.engine.sums import _DEATHS, _WINDOW
 from raylux.errors import RayluxError
+from raylux.ledger import COVARIANCE, SNAPSHOT
 from raylux.store import RunFolder
 from raylux.triangles import unpack
 from tests.simulated import SIZES, DriverKilled, Scene, expected, head

@@ -20,10 +20,10 @@ from raylux.cost import costs
 from raylux.cost.planner import plan_run
 from raylux.curvature.projected import sides
 from raylux.engine.demand import demand_of
-from raylux.engine.records import MOMENTS, PROJECTED
 from raylux.engine.worker import GradientWorker
 from raylux.errors import NumericsError, UserError
 from raylux.layers import coverage
+from raylux.ledger import MOMENTS, PROJECTED
 from raylux.optimizer import OptimizerMoments
 from tests import reference
 from tests import test_exact as exact

@@ -16,13 +16,13 @@ import raylux
 from raylux.api import run_stages
 from raylux.batches import TokenRow
 from raylux.cli import main
-from raylux.engine.records import CALIBRATION, LEVERAGE, SOLVE, VERIFIED
 from raylux.engine.shard import FactorShard
 from raylux.engine.work import ShardLostError
 from raylux.engine.worker import GradientWorker
 from raylux.errors import UserError
 from raylux.evaluate.exact import exact_norms
 from raylux.layers import coverage
+from raylux.ledger import CALIBRATION, LEVERAGE, SOLVE, VERIFIED
 from raylux.store import RunFolder
 from raylux.verification import CalibrationOptions, VerifyOptions
 from tests import test_exact as exact

@@ -16,7 +16,7 @@ from jobs.kept import Arrays, kept
 from jobs.lds import methods
 from jobs.lds import peer as peers
 from raylux.demo.training import train_model
-from raylux.engine.records import QUERY
+from raylux.ledger import QUERY
 from raylux.store import RunFolder
 
 EKFAC, AVERAGED, PCG, PEER, BM25, DOT = "ekfac", "averaged", "pcg", "kronfluence", "bm25", "dot"

@@ -9,11 +9,11 @@ import numpy as np
 
 from raylux.engine.pace import Pace
 from raylux.engine.progress import Reporter
-from raylux.engine.records import MOMENTS, SCORE
 from raylux.engine.shard import ShardSpec
 from raylux.engine.sums import SumPass, Units
 from raylux.engine.work import Backend, Job, results
 from raylux.layers import TrackedLayer
+from raylux.ledger import MOMENTS, SCORE
 from raylux.store import RunFolder
 
 SHARDS = 2

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from raylux.engine.plan import QUERY_BLOCK
-from raylux.engine.records import COVARIANCE, MOMENTS, SCORE, SNAPSHOT
 from raylux.errors import RayluxError
+from raylux.ledger import COVARIANCE, MOMENTS, SCORE, SNAPSHOT
 from raylux.store import RunFolder
 
 # Stage as people call it -> the methods whose calls are its units.

@@ -10,18 +10,7 @@ import numpy as np
 
 from raylux.config import Config
 from raylux.engine.plan import choose_fit_rows
-from raylux.engine.records import (
-    COVARIANCE,
-    EIGEN,
-    LABELS,
-    MOMENTS,
-    QUARANTINE,
-    QUERY,
-    SCORE,
-    SNAPSHOT,
-    SQUARES,
-    TOKENS,
-)
+from raylux.ledger import COVARIANCE, EIGEN, LABELS, MOMENTS, QUARANTINE, QUERY, SCORE, SNAPSHOT, SQUARES, TOKENS
 from raylux.store import CorpusReader, Manifest, RunFolder, read_table, score_blocks
 
 _STAGES = (COVARIANCE, LABELS, EIGEN, MOMENTS, QUERY, SCORE, TOKENS, SQUARES)

@@ -13,7 +13,7 @@ import numpy as np
 import raylux
 from jobs.gpu.inputs import Shape, error
 from raylux.api import STAGES, run_stages
-from raylux.engine.records import EIGEN, LABELS
+from raylux.ledger import EIGEN, LABELS
 from raylux.store import RunFolder
 
 # Several fit units, score units, batches and lengths, with padding; what a small corpus would not have by itself.

@@ -13,12 +13,12 @@ from jobs import calibration
 from jobs import proximal_optimum as small
 from jobs.kept import Arrays
 from raylux.batches import TokenRow
-from raylux.engine.records import QUERY
 from raylux.errors import UserError
 from raylux.evaluate import ProximalObjective
 from raylux.evaluate.datamodel import pearson
 from raylux.evaluate.exact import exact_norms
 from raylux.layers import coverage
+from raylux.ledger import QUERY
 from raylux.queries import parse_queries
 from raylux.store import CorpusReader, RunFolder
 

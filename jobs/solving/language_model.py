@@ -19,10 +19,11 @@ from raylux.curvature import KINDS, Spectral
 from raylux.curvature.gauss_newton import add_products
 from raylux.curvature.solvers import SOLVERS, Rule, solve_here
 from raylux.engine.plan import choose_fit_rows
-from raylux.engine.records import COVARIANCE, EIGEN, MOMENTS, QUERY, factor_files, read_basis
+from raylux.engine.records import factor_files, read_basis
 from raylux.engine.stages.fit import rows_per_sequence
 from raylux.influence.dots import sequence_gradients
 from raylux.layers import TrackedLayer, coverage
+from raylux.ledger import COVARIANCE, EIGEN, MOMENTS, QUERY
 from raylux.queries import parse_queries
 from raylux.store import CorpusReader, RunFolder
 

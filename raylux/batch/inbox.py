@@ -15,10 +15,10 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from raylux.engine.progress import Reporter
-from raylux.engine.records import ASIDE, TAKEN
 from raylux.engine.stages import queries as own_queries
 from raylux.engine.stages.answers import AskedFile, full_id
 from raylux.errors import UserError
+from raylux.ledger import ASIDE, TAKEN
 from raylux.queries import Query
 from raylux.readers import check_name
 from raylux.sources import decode_utf8

@@ -101,16 +101,16 @@ def top(
     form: Annotated[Format, typer.Option("--format", "-f", help="how to print")] = Format.table,
 ) -> None:
     """Print ``Run.top`` of one query or of all, or that of several runs together; or ``Run.self_influence``."""
-    from raylux import api
+    from raylux import opening
 
     if by_self_influence:
         if len(runs) > 1 or weight or query is not None or normalise is not Normalise.none or by is not By.sequence:
             raise UserError("--by-self-influence lists sequences of one RUN and asks no query; give it no more than -k")
-        _print_self_influence(api.open_run(runs[0]), k, form)
+        _print_self_influence(opening.open_run(runs[0]), k, form)
         return
 
-    combined = api.combine(runs, weight) if len(runs) > 1 or weight else None
-    alone = None if combined else api.open_run(runs[0])
+    combined = opening.combine(runs, weight) if len(runs) > 1 or weight else None
+    alone = None if combined else opening.open_run(runs[0])
     opened = combined or alone
     assert opened is not None
     ids = [output.known(query, opened.queries, opened.folder)] if query is not None else list(opened.queries)
@@ -175,9 +175,9 @@ def inspect(
     profile: Annotated[bool, typer.Option("--profile", help="show where the time went")] = False,
 ) -> None:
     """Print ``Run.status``, and what is wrong with the run if that is asked."""
-    from raylux import api
+    from raylux import opening
 
-    opened = api.open_run(run)
+    opened = opening.open_run(run)
     if verify:
         problems = opened.problems(checksums=True)
         output.print_problems(problems)

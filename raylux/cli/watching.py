@@ -36,9 +36,9 @@ def watch(
     every: Annotated[float, typer.Option("--every", min=0.1, help="seconds between two looks")] = 2.0,
 ) -> None:
     """Print ``Run.watched`` until the driver has ended."""
-    from raylux import api
+    from raylux import opening
 
-    opened = api.open_run(run)
+    opened = opening.open_run(run)
     if opened.watched() is None:
         output.print_status(opened)
         return

@@ -4,12 +4,26 @@ Layout: a layer's parameters are a matrix [P, M] (outputs, inputs; the bias is t
 such matrices. All kinds are *per sequence*: G = (1/N) Σ_i (pseudo-)gradient of sequence i, outer product.
 """
 
-from raylux.curvature.covariance import Covariances
-from raylux.curvature.eigenbases import eigenbasis, square_eigenbasis
+from typing import TYPE_CHECKING
+
 from raylux.curvature.kinds import KINDS, Kind, check_blocks, check_end, check_segment, check_words
-from raylux.curvature.moments import Basis, add_second_moment, add_second_moments, rotate
-from raylux.curvature.spectral import Spectral
-from raylux.curvature.statistics import Statistics, weighted
+from raylux.lazily import on_use
+
+if TYPE_CHECKING:
+    from raylux.curvature.covariance import Covariances
+    from raylux.curvature.eigenbases import eigenbasis, square_eigenbasis
+    from raylux.curvature.moments import Basis, add_second_moment, add_second_moments, rotate
+    from raylux.curvature.spectral import Spectral
+    from raylux.curvature.statistics import Statistics, weighted
+else:
+    __getattr__ = on_use(
+        __name__,
+        covariance="Covariances",
+        eigenbases="eigenbasis square_eigenbasis",
+        moments="Basis add_second_moment add_second_moments rotate",
+        spectral="Spectral",
+        statistics="Statistics weighted",
+    )
 
 __all__ = [
     "KINDS",

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from raylux.blocks import Square
-from raylux.curvature.spectral import Spectral
-from raylux.curvature.statistics import Statistics, own_groups
 from raylux.errors import UserError
-from raylux.layers import TrackedLayer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from raylux.blocks import Square
+    from raylux.curvature.spectral import Spectral
+    from raylux.curvature.statistics import Statistics
+    from raylux.layers import TrackedLayer
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Kind:
 
     def groups(self, found: Mapping[str, str]) -> dict[str, str]:
         """Layer -> the layer whose A it shares, of those that read the same tensor."""
-        return dict(found) if self.statistics == "tokens" else own_groups(found)
+        return dict(found) if self.statistics == "tokens" else {layer: layer for layer in found}
 
     def mean_product(self, a_mean: float, s_mean: float, inputs: int, rows_per_sequence: float) -> float:
         """The mean of Λ where it is a product of eigenvalues.
@@ -90,6 +92,11 @@ class Kind:
             rows_per_sequence: T̄, rows per sequence. Means over rows are multiplied by it: the scale is then that of a
                 whole sequence, like every other kind's.
         """
+        # What a kind is called and needs is asked by many who compute nothing.
+        import torch
+
+        from raylux.curvature.spectral import Spectral
+
         if self.moments:
             return Spectral(moments, q_a if self.basis else None, q_s if self.basis else None)
         if self.basis:

@@ -24,11 +24,6 @@ from raylux.routed import Routed, Rows
 Statistics = Literal["tokens", "traced", "sequences"]
 
 
-def own_groups(groups: Mapping[str, str]) -> dict[str, str]:
-    """Every layer in an input group of its own."""
-    return {layer: layer for layer in groups}
-
-
 def weighted(
     statistics: Statistics, inputs: Mapping[str, Rows], grads: Mapping[str, Rows], mask: Tensor
 ) -> tuple[dict[str, Rows], dict[str, Rows], Tensor]:

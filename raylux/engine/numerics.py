@@ -7,14 +7,14 @@ import platform
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-
 Numerics = dict[str, Any]
 """torch (version), device (hardware, as far as libraries choose their kernels by it), threads."""
 
 
 def here(device: str) -> Numerics:
     """Those of this process."""
+    import torch  # which whoever only compares tags does without
+
     hardware = torch.cuda.get_device_name() if device == "cuda" else _cpu()
     return {"torch": torch.__version__, "device": hardware, "threads": torch.get_num_threads()}
 
@@ -27,6 +27,8 @@ def distinct(tags: Iterable[Mapping[str, Any]]) -> list[Numerics]:
 
 def _cpu() -> str:
     """Vector instructions and the processor's name as the system gives it."""
+    import torch
+
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         named = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raylux.engine.records import QUARANTINE
 from raylux.engine.work import Failure
+from raylux.ledger import QUARANTINE
 from raylux.shown import redacted
 from raylux.store import RunFolder
 

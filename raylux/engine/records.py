@@ -19,24 +19,11 @@ from raylux.errors import NumericsError
 from raylux.gpu import to_host
 from raylux.influence.words import WordGradient
 from raylux.layers import TrackedLayer
+from raylux.ledger import EIGEN, QUERY
 from raylux.products import rotation
 from raylux.scratch import Scratch
 from raylux.store import RunFolder
 
-COVARIANCE, EIGEN, MOMENTS = "fit.covariance", "fit.eigen", "fit.moments"
-PROJECTED = "fit.projected"
-LABELS, SNAPSHOT, QUARANTINE, PROBE = "fit.labels", "fit.snapshot", "quarantine", "query.probe"
-QUERY, SCORE, TOKENS, CANDIDATES = "query", "score", "tokens", "prefilter"
-# Of two-stage scoring: which units make a wave, what each wave leaves out, and what became of it.
-WAVES = "score.waves"
-# How long the gradients of scored sequences are.
-SQUARES = "score.squares"
-CONTRACTION = "fit.contraction"
-# A batch's query files: taken, put aside, answered.
-TAKEN, ASIDE, ANSWER = "batch.taken", "batch.aside", "batch.answer"
-SOLVE, PRODUCT = "query.solve", "query.product"
-# By how much a run's scores are too large, and what some of its sequences do in truth.
-CALIBRATION, FREEDOM, VERIFIED, LEVERAGE = "calibration", "calibration.freedom", "verify", "verify.leverage"
 # Of a block that is being solved, [S, Q, P, M] for each layer; its group's ``names`` says what each S is.
 STATE = "state"
 

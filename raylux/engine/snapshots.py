@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from raylux.engine.numerics import Numerics
-from raylux.engine.records import SNAPSHOT
+from raylux.ledger import SNAPSHOT
 from raylux.store import RunFolder
 
 

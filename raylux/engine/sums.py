@@ -18,10 +18,10 @@ from raylux.engine import quarantine
 from raylux.engine.numerics import Numerics, distinct
 from raylux.engine.pace import Pace
 from raylux.engine.progress import Reporter, Task
-from raylux.engine.records import SNAPSHOT
 from raylux.engine.snapshots import Snapshot, load_snapshot, read_heads
 from raylux.engine.work import Backend, Failure, Job, Lost, Result, Work
 from raylux.errors import RayluxError
+from raylux.ledger import SNAPSHOT
 from raylux.store import RunFolder
 
 # Units in flight or waiting for their turn, per worker: what runs while one that ended its worker is done again, in a

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from raylux.batches import TokenRow
-from raylux.evaluate.proximal import Optimum, ProximalObjective
-from raylux.evaluate.training import Answers
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from raylux.batches import TokenRow
+    from raylux.evaluate.proximal import Optimum, ProximalObjective
+    from raylux.evaluate.training import Answers
 
 # The search ends at this share of the first gradient, then goes on to the second: by how much f moves meanwhile is
 # more than what is left to be found.
@@ -98,6 +100,8 @@ class Questions:
     """
 
     def __init__(self, rows: Sequence[Sequence[TokenRow]], weights: Sequence[Sequence[float]]) -> None:
+        import torch  # which whoever reads what doses did does without
+
         self._rows = [row for own in rows for row in own]
         self._ends = np.cumsum([len(own) for own in rows])[:-1]
         self._weights = torch.tensor([weight for own in weights for weight in own], dtype=torch.float64)

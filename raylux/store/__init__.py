@@ -9,7 +9,7 @@ from raylux.store.damage import DamagedError
 from raylux.store.files import Files
 from raylux.store.folder import FORMAT_VERSION, Manifest, RunFolder
 from raylux.store.lease import Holder, Lease, LeaseLostError, present_holder
-from raylux.store.scores import CHOSEN, ESTIMATED, PILOT, ScoreBlock, answer_blocks, score_blocks
+from raylux.store.scores import CHOSEN, ESTIMATED, PILOT, ScoreBlock, answer_blocks, best_rows, score_blocks, token_rows
 
 __all__ = [
     "CHOSEN",
@@ -26,8 +26,10 @@ __all__ = [
     "RunFolder",
     "ScoreBlock",
     "answer_blocks",
+    "best_rows",
     "present_holder",
     "read_table",
     "score_blocks",
+    "token_rows",
     "write_corpus",
 ]

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from raylux.batches import IGNORED, TokenRow
-from raylux.classes import class_labels
 from raylux.store.folder import Manifest, RunFolder
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from raylux.batches import TokenRow
 
 
 def write_corpus(
@@ -91,6 +91,10 @@ class CorpusReader:
         return self._rows(wanted)
 
     def _rows(self, wanted: np.ndarray) -> list[TokenRow]:
+        # They need torch, which whoever looks at a run's tables does without.
+        from raylux.batches import IGNORED, TokenRow
+        from raylux.classes import class_labels
+
         first = int(self.offsets[wanted.min()])
         stretch = slice(first, int(self.offsets[wanted.max() + 1]))
         tokens = self._group.read("tokens", stretch)

@@ -14,8 +14,9 @@ from tests.cli.stubs import StubApi, write
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> StubApi:
     stub = StubApi()
-    monkeypatch.setitem(sys.modules, "raylux.api", stub)
-    monkeypatch.setattr(raylux, "api", stub, raising=False)
+    for name in ("api", "opening"):
+        monkeypatch.setitem(sys.modules, f"raylux.{name}", stub)
+        monkeypatch.setattr(raylux, name, stub, raising=False)
     monkeypatch.delenv("RAYLUX_DEBUG", raising=False)
     monkeypatch.setenv("COLUMNS", "140")
     return stub

@@ -82,7 +82,7 @@ class StubRun:
 
 @dataclass
 class StubApi:
-    """Stands in for ``raylux.api``: records the stages asked for, and ends as it is told to."""
+    """Stands in for ``raylux.api`` and ``raylux.opening``: records the stages asked for, and ends as it is told to."""
 
     run: Any = field(default_factory=StubRun)
     error: BaseException | None = None

@@ -109,7 +109,7 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
         "from tests.cli.stubs import StubApi\n"
         "stub = StubApi()\n"
         "stub.run.queries = [f'q{i}' for i in range(300)]\n"
-        "sys.modules['raylux.api'] = raylux.api = stub\n"
+        "sys.modules['raylux.opening'] = raylux.opening = stub\n"
         "sys.exit(raylux.cli.main(['top', 'RUN', '--format', sys.argv[1]]))\n",
         encoding="utf-8",
     )

@@ -10,8 +10,8 @@ import pytest
 import xarray as xr
 
 import raylux
-from raylux.engine.records import QUERY
 from raylux.errors import UserError
+from raylux.ledger import QUERY
 from raylux.store import RunFolder
 from raylux.store.folder import Group
 from tests.run.conftest import IDF

@@ -18,10 +18,10 @@ import yaml
 
 import raylux
 from raylux.cli import main
-from raylux.engine.records import COVARIANCE, EIGEN, MOMENTS, QUERY, SCORE, TOKENS
 from raylux.engine.shard import FactorShard
 from raylux.engine.worker import GradientWorker
 from raylux.errors import MissingStageError
+from raylux.ledger import COVARIANCE, EIGEN, MOMENTS, QUERY, SCORE, TOKENS
 from raylux.store import RunFolder
 from tests.interrupts import Interrupt
 from tests.run.conftest import IDF

@@ -10,18 +10,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raylux.engine.context import Context
 from raylux.engine.numerics import distinct
 from raylux.engine.quarantine import given_up
-from raylux.engine.records import ANSWER, CANDIDATES, QUERY, SCORE, TOKENS
 from raylux.engine.stages import prefilter
-from raylux.engine.stages.score import best_rows
-from raylux.queries import Query
-from raylux.store import Manifest, RunFolder, ScoreBlock, score_blocks
+from raylux.ledger import ANSWER, CANDIDATES, QUERY, SCORE, TOKENS
+from raylux.store import Manifest, RunFolder, ScoreBlock, best_rows, score_blocks
+
+if TYPE_CHECKING:
+    from raylux.engine.context import Context
+    from raylux.queries import Query
 
 # Best sequences of each query that are kept apart, for what is said across queries.
 BEST = 64
@@ -209,7 +210,7 @@ def own_candidates(folder: RunFolder, answer: Manifest, query: str) -> tuple[np.
 
 
 def token_rows(answer: Manifest, query: str) -> dict[int, tuple[str, int]]:
-    """Corpus row -> (key, place) of the per-token scores of a query of an answer, as ``score.token_rows``."""
+    """Corpus row -> (key, place) of the per-token scores of a query of an answer, as ``raylux.store.token_rows``."""
     return {
         int(row): (part["key"], place)
         for part in answer.meta["tokens"]

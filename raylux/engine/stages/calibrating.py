@@ -21,7 +21,7 @@ from raylux.curvature import check_end
 from raylux.curvature.solvers import check_layers
 from raylux.engine.context import Context
 from raylux.engine.numerics import Numerics, distinct
-from raylux.engine.records import CALIBRATION, FREEDOM, LEVERAGE, Directions
+from raylux.engine.records import Directions
 from raylux.engine.stages import solving
 from raylux.engine.stages.fit import fitted
 from raylux.engine.stages.query import spec_of
@@ -29,12 +29,11 @@ from raylux.engine.work import Job, Result, ShardLostError, every_shard, results
 from raylux.engine.worker import QuerySpec
 from raylux.errors import RayluxError, UserError
 from raylux.fingerprints import of_query
+from raylux.ledger import CALIBRATION, FREEDOM, LEVERAGE, WHOLE, sequence_unit
 from raylux.queries import Query
 
 # Times that a block is begun again because a factor shard died in it.
 _ATTEMPTS = 20
-# The one unit that says that a calibration is whole.
-WHOLE = "run"
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def leverages(ctx: Context, queries: Sequence[Query], rows: np.ndarray) -> None:
     """
     name = lever_name(ctx, queries)
     done = ctx.folder.committed(LEVERAGE)
-    todo = [int(row) for row in rows if leverage_unit(name, row) not in done]
+    todo = [int(row) for row in rows if sequence_unit(name, row) not in done]
     size = solve_block(ctx.coverage.tracked, ctx.itemsize)
     asked = [Probe(spec_of(query)) for query in queries]
     with ctx.reporter.task("leverage", len(rows), "sequences") as task:
@@ -183,7 +182,7 @@ def leverages(ctx: Context, queries: Sequence[Query], rows: np.ndarray) -> None:
             for place, row in enumerate(part):
                 ctx.folder.commit(
                     LEVERAGE,
-                    leverage_unit(name, row),
+                    sequence_unit(name, row),
                     row=row,
                     queries=[query.id for query in queries],
                     solved=found.dots[place, : len(queries)].tolist(),
@@ -204,11 +203,6 @@ def _energies(ctx: Context, rows: Sequence[int], found: Solved) -> tuple[list[fl
     if result.failure is not None:
         raise RayluxError(f"{job.name} ended its worker ({result.failure.reason})")
     return result.value, dict(result.numerics)
-
-
-def leverage_unit(name: str, row: int) -> str:
-    """The unit of one sequence."""
-    return f"{name}-{int(row):08d}"
 
 
 def sequence_spec(ctx: Context, row: int) -> QuerySpec:

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from raylux.config import Config
 from raylux.curvature import KINDS
 from raylux.engine.carrying import Later, prints
 from raylux.engine.context import Context
-from raylux.engine.records import COVARIANCE, EIGEN, MOMENTS, QUERY, QueryFiles
+from raylux.engine.records import QueryFiles
 from raylux.engine.stages import queries as known
+from raylux.engine.stages.carried import END, blocks_of, holding, prints_of, taken
 from raylux.engine.stages.fit import fitted_in
 from raylux.errors import UserError
-from raylux.fingerprints import digest, of_query
+from raylux.fingerprints import of_query
 from raylux.layers import TrackedLayer
 from raylux.queries import Query
 from raylux.shown import redacted
-from raylux.store import Manifest, RunFolder
-
-# Before the print of a run without curvature: it stands for the end of a training, and is no segment of it.
-END = "end "
+from raylux.store import RunFolder
 
 
 def find(config: Config, layers: Sequence[TrackedLayer], queries: Sequence[Query]) -> tuple[Later, ...]:
@@ -58,8 +55,8 @@ def _later(path: str, config: Config, layers: Sequence[TrackedLayer], queries: S
     _check_alike(where, config, later)
     if settings["model"]["layers"] != [layer.name for layer in layers]:
         raise UserError(f"{where}: the run tracks other layers; give both runs the same model.layers")
-    units = _blocks(folder, [query.id for query in queries])
-    holds = _holding(units)
+    units = blocks_of(folder, [query.id for query in queries])
+    holds = holding(units)
     _check_queries(where, folder, queries, set(holds))
     if any(rank >= 0 for manifest in units.values() for ranks in manifest.meta["ranks"] for rank in ranks.values()):
         raise UserError(f"{where}: its queries are compressed; run it with query.max_error=0")
@@ -87,22 +84,6 @@ def _later(path: str, config: Config, layers: Sequence[TrackedLayer], queries: S
         settings["plan"]["query_basis"] == "eigen",
         {query: END * ends + own for query, own in prints_of(folder, [query.id for query in queries]).items()},
     )
-
-
-def prints_of(folder: RunFolder, ids: Sequence[str]) -> dict[str, str]:
-    """Query id -> what changes with anything that a run would read of it here; of those that are solved."""
-    factors = _checksums([m for stage in (COVARIANCE, EIGEN, MOMENTS) for m in folder.units(stage).values()])
-    holds = _holding(_blocks(folder, ids))
-    return {query: digest(factors, _checksums([holds[query]])) for query in ids if query in holds}
-
-
-def taken(folder: RunFolder) -> dict[str, list[str]]:
-    """Query id -> ``prints_of`` it in each of the runs that it was carried from; of those that were."""
-    found: dict[str, Any] = {}
-    for unit in folder.units(QUERY).values():
-        found |= unit.meta.get("carried", {})
-    # One run's stood there by itself, before there could be several.
-    return {query: [own] if isinstance(own, str) else own for query, own in found.items()}
 
 
 def check_same(ctx: Context) -> None:
@@ -140,16 +121,6 @@ def _check_alike(where: str, config: Config, later: Config) -> None:
         )
 
 
-def _blocks(folder: RunFolder, ids: Sequence[str]) -> dict[str, Manifest]:
-    """Committed blocks of s_test that hold any of these queries."""
-    units = folder.units(QUERY).items()
-    return {unit: manifest for unit, manifest in units if set(ids) & set(manifest.meta["queries"])}
-
-
-def _holding(units: Mapping[str, Manifest]) -> dict[str, Manifest]:
-    return {query: manifest for manifest in units.values() for query in manifest.meta["queries"]}
-
-
 def _check_queries(where: str, folder: RunFolder, queries: Sequence[Query], solved: set[str]) -> None:
     asked = {entry["id"]: entry["fingerprint"] for entry in known.records(folder)}
     for query in queries:
@@ -157,9 +128,3 @@ def _check_queries(where: str, folder: RunFolder, queries: Sequence[Query], solv
             raise UserError(f"{where}: it has not solved the query '{query.id}'; run it with the same queries first")
         if asked.get(query.id) != of_query(query):
             raise UserError(f"{where}: it asks something else as '{query.id}'; give both runs the same queries")
-
-
-def _checksums(manifests: Sequence[Manifest]) -> dict[str, str]:
-    """Of all objects that they vouch for, whatever these are called."""
-    found = sorted(f"{size} {checksum}" for manifest in manifests for size, checksum in manifest.objects.values())
-    return {"objects": " ".join(found)}

@@ -8,20 +8,11 @@ from dataclasses import replace
 from raylux.cost.passes import moments_held, triangles_held
 from raylux.engine.context import Context
 from raylux.engine.quarantine import given_up
-from raylux.engine.records import (
-    COVARIANCE,
-    EIGEN,
-    MOMENTS,
-    PROJECTED,
-    Fitted,
-    Projection,
-    factor_files,
-    input_matrix,
-    output_matrix,
-)
+from raylux.engine.records import Fitted, Projection, factor_files, input_matrix, output_matrix
 from raylux.engine.snapshots import forget_snapshot
 from raylux.engine.stages import precision, projecting
 from raylux.engine.stages.layers import FitUnits, LayerSums, sum_layers
+from raylux.ledger import COVARIANCE, EIGEN, MOMENTS, PROJECTED
 from raylux.store import Manifest, RunFolder
 
 

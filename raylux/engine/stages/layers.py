@@ -18,12 +18,12 @@ from raylux.cost.passes import Held, largest
 from raylux.engine.context import Context
 from raylux.engine.pace import Pace
 from raylux.engine.plan import choose_fit_rows, fit_units
-from raylux.engine.records import LABELS
 from raylux.engine.snapshots import forget_snapshot, load_snapshot
 from raylux.engine.sums import Finished, SumPass, Units
 from raylux.engine.work import ids_at
 from raylux.errors import RayluxError
 from raylux.layers import TrackedLayer
+from raylux.ledger import LABELS
 
 
 class FitUnits:

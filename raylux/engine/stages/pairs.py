@@ -10,11 +10,12 @@ import numpy as np
 
 from raylux.engine.context import Context
 from raylux.engine.quarantine import lost_pairs
-from raylux.engine.records import SCORE, Contraction, FactorFiles, factor_files, query_files
+from raylux.engine.records import Contraction, FactorFiles, factor_files, query_files
 from raylux.engine.scorer import LoadedQueries
 from raylux.engine.stages import prefilter
 from raylux.engine.stages.query import answerable
 from raylux.engine.stages.units import cut
+from raylux.ledger import SCORE
 from raylux.store import PILOT, score_blocks
 
 

@@ -7,9 +7,10 @@ import numpy as np
 from raylux.engine.context import Context
 from raylux.engine.kept import kept_bytes
 from raylux.engine.plan import choose_fit_rows
-from raylux.engine.records import CONTRACTION, Contraction
+from raylux.engine.records import Contraction
 from raylux.engine.work import Job, results
 from raylux.errors import RayluxError
+from raylux.ledger import CONTRACTION
 
 # RMS error of dot products of gradients, relative to their RMS, up to which bf16 is taken. Preconditioning weighs up
 # the small directions: at 1.5e-4 (GPT-2, 4 layers, d = 256) scores were off by 0.2 %, ten times as much.

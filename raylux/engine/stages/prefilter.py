@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from raylux import prefilter
-from raylux.engine.context import Context
-from raylux.engine.records import CANDIDATES
-from raylux.queries import Query
+from raylux.ledger import CANDIDATES
 from raylux.store import RunFolder
+
+if TYPE_CHECKING:
+    from raylux.engine.context import Context
+    from raylux.queries import Query
 
 # Corpus rows of a shard of the prefilter: some seconds of work, some hundred megabytes.
 _SHARD_ROWS = 50_000

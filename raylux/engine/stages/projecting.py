@@ -5,9 +5,10 @@ from __future__ import annotations
 from raylux import models
 from raylux.engine.context import Context
 from raylux.engine.quarantine import given_up
-from raylux.engine.records import MOMENTS, PROJECTED, Fitted, LoadedCurvature
+from raylux.engine.records import Fitted, LoadedCurvature
 from raylux.engine.snapshots import forget_snapshot
 from raylux.engine.stages.layers import FitUnits, LayerSums, sum_layers
+from raylux.ledger import MOMENTS, PROJECTED
 from raylux.optimizer import OptimizerMoments
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raylux.fingerprints import of_query
-from raylux.queries import Query
+from raylux.ledger import QUERIES
 from raylux.store import RunFolder
 
-STAGE = "queries"
+if TYPE_CHECKING:
+    from raylux.queries import Query
 
 
 def records(folder: RunFolder) -> list[dict[str, Any]]:
     """id, fingerprint, measurement and record of every registered query, in the order they came."""
-    return [entry for manifest in folder.units(STAGE).values() for entry in manifest.meta["queries"]]
+    return [entry for manifest in folder.units(QUERIES).values() for entry in manifest.meta["queries"]]
 
 
 def changed(folder: RunFolder, queries: Sequence[Query]) -> str | None:
@@ -32,4 +33,4 @@ def register(folder: RunFolder, queries: Sequence[Query]) -> None:
         if query.id not in known
     ]
     if new:
-        folder.commit(STAGE, folder.unused(STAGE, "q"), queries=new)
+        folder.commit(QUERIES, folder.unused(QUERIES, "q"), queries=new)

@@ -20,7 +20,7 @@ from raylux.engine.numerics import Numerics, distinct
 from raylux.engine.plan import choose_fit_rows, probe_count, query_block
 from raylux.engine.quarantine import give_up, given_up
 from raylux.engine.querying import Measured
-from raylux.engine.records import PROBE, QUERY, Contraction
+from raylux.engine.records import Contraction
 from raylux.engine.solve import Form
 from raylux.engine.stages import carrying, jointly, precision, prefilter, solving
 from raylux.engine.stages.fit import fitted
@@ -29,6 +29,7 @@ from raylux.engine.worker import QuerySpec
 from raylux.errors import RayluxError
 from raylux.influence.lowrank import choose_ranks
 from raylux.layers import matrices
+from raylux.ledger import PROBE, QUERY
 from raylux.queries import Query
 
 # Times that a block is begun again because a factor shard died in it.

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from raylux.engine.context import Context
 from raylux.engine.quarantine import lost_pairs
-from raylux.engine.records import SCORE, TOKENS
 from raylux.engine.stages import precision, prefilter, squares, two_stage
 from raylux.engine.stages.pairs import ScoreJob, loaded_queries, missing_jobs
 from raylux.engine.stages.query import answerable
 from raylux.engine.stages.units import keepers_of, settle
 from raylux.engine.work import Job, results
-from raylux.store import RunFolder, ScoreBlock, score_blocks
+from raylux.ledger import SCORE, TOKENS
+from raylux.store import best_rows
 
 
 def run(ctx: Context) -> None:
@@ -86,49 +86,3 @@ def _tokens(ctx: Context) -> None:
             query, rows = result.job.item
             settle(ctx, TOKENS, result, rows, [query], {"query": query})
             task.advance()
-
-
-def best_rows(
-    folder: RunFolder, queries: Sequence[str], count: int, own: Mapping[str, np.ndarray] | None = None
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Query -> (corpus rows, scores) of its ``count`` largest scores, best first, reading one block at a time.
-
-    Args:
-        folder: the run.
-        queries: ids.
-        count: at most.
-        own: query -> the rows that count, ascending; default: all.
-    """
-    held: dict[str, tuple[np.ndarray, np.ndarray]] = {query: (np.zeros(0, np.int64), np.zeros(0)) for query in queries}
-    for block in score_blocks(folder):
-        if held.keys().isdisjoint(block.queries):
-            continue
-        total = folder.group(block.key).read("total")
-        norms = _norms(folder, block)
-        for place, query in enumerate(block.queries):
-            if query in held:
-                counted = slice(None) if own is None else np.isin(block.rows, own[query])
-                rows = np.concatenate([held[query][0], block.rows[counted]])
-                scores = np.concatenate([held[query][1], (total[place] / norms)[counted]])
-                there = ~np.isnan(scores)  # of two stages some pairs have none
-                rows, scores = rows[there], scores[there]
-                # A row may stand in two blocks, with the same bits.
-                rows, first = np.unique(rows, return_index=True)
-                keep = np.lexsort((rows, -scores[first]))[:count]
-                held[query] = rows[keep], scores[first][keep]
-    return held
-
-
-def _norms(folder: RunFolder, block: ScoreBlock) -> np.ndarray | float:
-    group = folder.group(block.key)
-    return group.read("norms") if "norms" in group else 1.0
-
-
-def token_rows(folder: RunFolder, query: str) -> dict[int, tuple[str, int]]:
-    """Corpus row -> (key, place) of the committed per-token scores of a query."""
-    return {
-        int(row): (manifest.meta["key"], place)
-        for manifest in folder.units(TOKENS).values()
-        if manifest.meta["query"] == query
-        for place, row in enumerate(manifest.meta["rows"])
-    }

@@ -21,19 +21,13 @@ from raylux.engine.pace import Pace
 from raylux.engine.plan import fit_units
 from raylux.engine.progress import Untold
 from raylux.engine.quarantine import given_up
-from raylux.engine.records import (
-    COVARIANCE,
-    MOMENTS,
-    PRODUCT,
-    QUERY,
-    SOLVE,
-    Directions,
-)
+from raylux.engine.records import Directions
 from raylux.engine.stages.fit import fitted
 from raylux.engine.stages.layers import FitUnits
 from raylux.engine.sums import SumPass, Units
 from raylux.engine.work import ShardLostError, every_shard, ids_at
 from raylux.errors import RayluxError, UserError
+from raylux.ledger import COVARIANCE, MOMENTS, PRODUCT, QUERY, SOLVE
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ import numpy as np
 
 from raylux.engine.context import Context
 from raylux.engine.quarantine import lost_pairs
-from raylux.engine.records import SQUARES, LoadedCurvature
+from raylux.engine.records import LoadedCurvature
 from raylux.engine.stages import precision, prefilter
 from raylux.engine.stages.fit import fitted
 from raylux.engine.stages.units import cut, keepers_of, settle
 from raylux.engine.work import Job, results
+from raylux.ledger import SQUARES
 
 
 @dataclass(frozen=True)

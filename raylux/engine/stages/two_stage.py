@@ -23,7 +23,7 @@ from raylux.curvature import Kind
 from raylux.engine.context import Context
 from raylux.engine.estimating import Estimated
 from raylux.engine.quarantine import lost_pairs
-from raylux.engine.records import SCORE, WAVES, Contraction
+from raylux.engine.records import Contraction
 from raylux.engine.stages import prefilter
 from raylux.engine.stages.fit import fitted
 from raylux.engine.stages.pairs import ScoreJob, loaded_queries, missing_jobs
@@ -34,6 +34,7 @@ from raylux.engine.work import Job, results
 from raylux.errors import UserError
 from raylux.influence import sketches
 from raylux.layers import TrackedLayer
+from raylux.ledger import SCORE, WAVES
 from raylux.store import CHOSEN, ESTIMATED, PILOT, ScoreBlock, score_blocks
 
 # Rows of the pilot: a share of all, between two bounds.

@@ -12,7 +12,7 @@ from raylux.engine.context import Context
 from raylux.engine.measuring import Measuring
 from raylux.engine.plan import choose_fit_rows
 from raylux.engine.quarantine import give_up, given_up
-from raylux.engine.records import VERIFIED, damping_of
+from raylux.engine.records import damping_of
 from raylux.engine.stages.calibrating import digest
 from raylux.engine.stages.query import spec_of
 from raylux.engine.work import Job, ids_at, results
@@ -20,10 +20,8 @@ from raylux.errors import UserError
 from raylux.evaluate import Doses
 from raylux.evaluate.proximal import check_layers
 from raylux.fingerprints import of_query
+from raylux.ledger import VERIFIED, sequence_unit
 from raylux.queries import Query
-
-# The one unit that says what was asked for last.
-ASKED = "asked"
 
 
 def check(ctx: Context) -> None:
@@ -64,9 +62,9 @@ def run(ctx: Context, asked: Measuring, rows: np.ndarray) -> None:
         NumericsError: an objective is not finite.
     """
     out = ctx.folder.committed(VERIFIED) | set(given_up(ctx.folder, VERIFIED))
-    todo = [int(row) for row in rows if unit_name(asked.name, row) not in out]
+    todo = [int(row) for row in rows if sequence_unit(asked.name, row) not in out]
     shared = ctx.backend.share(asked) if todo else asked
-    jobs = (Job(unit_name(asked.name, row), (shared, row), row) for row in todo)
+    jobs = (Job(sequence_unit(asked.name, row), (shared, row), row) for row in todo)
     with ctx.reporter.task("verify", len(rows), "sequences") as task:
         task.go_on(len(rows) - len(todo))
         for result in results(ctx.backend, "measure_unit", jobs):
@@ -78,8 +76,3 @@ def run(ctx: Context, asked: Measuring, rows: np.ndarray) -> None:
                 found: dict[str, Any] = result.value
                 ctx.folder.commit(VERIFIED, result.job.name, row=row, numerics=[dict(result.numerics)], **found)
             task.advance()
-
-
-def unit_name(name: str, row: int) -> str:
-    """The unit of one sequence."""
-    return f"{name}-{int(row):08d}"
