@@ -77,8 +77,8 @@ def _section(name: str, case: Mapping[str, Any]) -> str:
 
 {case["sequences"]:,} candidates of {case["tokens"]:.0f} tokens, {case["queries"]:,} queries; {case["layers"]} layers
 with {case["entries"]:,} entries; curvature of {case["fitted"]:,} sequences. Least recall of a query
-{case["least"]:.2f}; scores of the pairs scored differ from those of the other run by {case["off"]:.1e} of their RMS at
-most.{gave_up}
+{case["least"]:.2f}; scores of the pairs scored differ from those of the other run by {case["off"]:.1e} of their RMS
+at most.{gave_up}
 
 | standard errors | recall | pairs | multiplications | by time |
 | --- | --- | --- | --- | --- |
@@ -102,7 +102,7 @@ def plot(figures: Figures, path: Path) -> None:
     axis.axhline(_WANTED, color="black", linewidth=0.8, linestyle="--")
     axis.axvline(100 * _FLOOR, color="black", linewidth=0.8, linestyle=":")
     axis.set(xlabel="multiplications, % of all pairs' contraction", ylabel="recall of each query's best")
-    axis.set_xscale("log")
+    axis.set_xlim(left=0)
     axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
