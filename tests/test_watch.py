@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -133,3 +135,15 @@ def test_a_run_without_a_log_is_shown_by_what_is_committed(finished: Path, capsy
         assert main(["watch", str(finished / "nothing")]) == 2
     finally:
         log.write_bytes(kept)
+
+
+@pytest.mark.parametrize("command", ["top RUN", "top RUN RUN", "inspect RUN --verify --profile", "watch RUN --once"])
+def test_whoever_looks_at_a_run_does_not_wait_for_torch(finished: Path, command: str) -> None:
+    """It takes seconds to import, and transformers as long again; looking takes less."""
+    arguments = [str(finished) if word == "RUN" else word for word in command.split()]
+    code = (
+        f"import sys, raylux.cli; code = raylux.cli.main({arguments})\n"
+        "sys.exit(code or ', '.join({'torch', 'transformers', 'ray'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
