@@ -143,7 +143,7 @@ def test_whoever_looks_at_a_run_does_not_wait_for_torch(finished: Path, command:
     arguments = [str(finished) if word == "RUN" else word for word in command.split()]
     code = (
         f"import sys, raylux.cli; code = raylux.cli.main({arguments})\n"
-        "sys.exit(code or ', '.join({'torch', 'transformers', 'ray'} & sys.modules.keys()))"
+        "sys.exit(code or ', '.join({'torch', 'transformers', 'ray'} & sys.modules.keys()) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
