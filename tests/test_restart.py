@@ -245,7 +245,7 @@ def test_every_key_of_a_config_has_its_stage() -> None:
     assert {key for key, stage in stages.items() if stage == "corpus"} >= {"corpus.text", "model.tokenizer"}
     assert stages["fit.snapshot"] is stages["engine.workers"] is stages["run.folder"] is None
     assert {stages[override.partition("=")[0]] for override in KEYS} == set(KEYS.values())
-    assert len(stages) == 89 and None in stages.values()
+    assert len(stages) == 91 and None in stages.values()
 
 
 class TestTwoDrivers:

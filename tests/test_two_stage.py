@@ -31,11 +31,16 @@ def test_both_ways_on_the_smallest_case(tmp_path: Path, monkeypatch: pytest.Monk
     assert curve[-1]["cost"] > curve[0]["cost"]
     said = page.text({"tiny": found}, "python jobs/two_stage.py")
     assert "the best 5 of 160, 40 queries" in said and "—" not in said
-    page.plot({"tiny": found}, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 5000
     # Gone on with, nothing is computed again.
     again = measure(prepare("tiny", 160, 40), tmp_path, 32, 5, UNITS)
     assert again["recall"] == found["recall"] and again["seconds"] == found["seconds"]
+
+
+def test_the_plot_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    curve = [{"cost": 0.1 * place, "recall": 0.5 + 0.1 * place} for place in range(1, 5)]
+    page.plot({"A": {"curve": curve}, "demo": {"curve": curve}}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
 def test_an_unknown_case_is_refused(tmp_path: Path) -> None:
