@@ -16,7 +16,7 @@ from raylux.config import Config
 from raylux.engine.stages.thresholds import GATHERED
 from raylux.influence import sketches
 from raylux.results import Run
-from raylux.store import ESTIMATED, PILOT
+from raylux.store import ESTIMATED, PILOT, CorpusReader
 
 # What is done whichever way pairs are scored.
 _MODEL = frozenset({"forward", "backward", "load", "other", "write", "label"})
@@ -78,7 +78,7 @@ def measure(case: Case, folder: Path, fitted: int, best: int, overrides: Sequenc
     kth = -np.sort(-exact, 1)[:, best - 1 : best]
     there, among = ~np.isnan(found), exact >= kth
     off = np.abs(np.where(there, found - exact, 0.0)).max() / np.sqrt(np.mean(exact**2))
-    tokens = float(np.mean([len(row) for row in _lengths(runs[1])]))
+    tokens = float(CorpusReader(runs[1].store).lengths[runs[1].rows].mean())
     return {
         "queries": len(exact),
         "sequences": exact.shape[1],
@@ -146,12 +146,6 @@ def _layers(run: Run) -> list[int]:
 
 def _widths(run: Run) -> list[int]:
     return [outputs + inputs for outputs, inputs in _shapes(run)]
-
-
-def _lengths(run: Run) -> list[np.ndarray]:
-    from raylux.store import CorpusReader
-
-    return [row.tokens for row in CorpusReader(run.store).rows(run.rows)]
 
 
 def _promised(run: Run) -> float | None:

@@ -96,6 +96,9 @@ class Sieve:
 
     def scores(self, pack: Pack, chosen: Tensor | None) -> Tensor:
         """Exact scores [rows, Q] of the pairs that are ``chosen`` [rows, Q], or of all; float64."""
+        if chosen is not None and not bool(chosen.any()):
+            # Of few queries most companies have none that is wanted: nothing need be formed.
+            return torch.zeros(chosen.shape, dtype=torch.float64)
         total = torch.zeros((), dtype=torch.float64)
         for layer, batches in self._tokens(pack):
             here = None if chosen is None else chosen.to(batches[0][0].device)
