@@ -168,7 +168,7 @@ def _workload(
         max_rank=config.query.max_rank,
         rank=min(64, config.query.max_rank),
         probes=probe_count(config.query.probes, shape.parameters),
-        tile=8 if device == "cpu" else 256,
+        tile=plan.tile,
         rows=plan.rows,
         eigh=config.fit.eigh,
         self_influence=config.score.self_influence,

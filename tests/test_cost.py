@@ -20,7 +20,7 @@ from raylux.cost.model import ModelShape
 from raylux.cost.passes import covariance_held, largest, split
 from raylux.cost.planner import plan_run
 from raylux.cost.running import rotation_flops
-from raylux.cost.serve import distinct
+from raylux.cost.scoring import distinct
 from raylux.cost.workload import Workload
 from raylux.curvature import Covariances, add_second_moment, eigenbases
 from raylux.errors import UserError

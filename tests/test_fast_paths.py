@@ -13,6 +13,7 @@ from raylux.api import STAGES, run_stages
 from raylux.batches import IGNORED, TokenRow
 from raylux.config import Config
 from raylux.curvature import Spectral
+from raylux.cost import sizes
 from raylux.engine import choices
 from raylux.engine.records import Contraction
 from raylux.engine.solve import Form, solve_layer
@@ -120,7 +121,7 @@ def test_inputs_that_the_fit_has_rotated_give_the_same_bits(
 
     monkeypatch.setattr(scorer.Scorer, "layer_scores", counted)
     if on_disk:
-        monkeypatch.setattr(scorer, "IN_MEMORY", 0)
+        monkeypatch.setattr(sizes, "_IN_MEMORY", 0)
     scores(inputs, tmp_path / "kept", *how)
     assert any(together) == on_disk, "queries on the disk are read once for several products, and those alone"
     assert found and all(found), "nothing was served as it is in the eigenbases: nothing is tested"
@@ -232,13 +233,13 @@ def test_queries_on_the_disk_give_the_same_bits(
     rested: list[int] = []
     used: list[int] = []
     hold, in_memory = scorer.Resting.hold, scorer.in_memory
-    monkeypatch.setattr(scorer, "IN_MEMORY", 0)
+    monkeypatch.setattr(sizes, "_IN_MEMORY", 0)
     monkeypatch.setattr(scorer.Resting, "hold", lambda self, x: rested.append(len(x)) or hold(self, x))
     monkeypatch.setattr(scorer, "in_memory", lambda x: used.append(len(x)) or in_memory(x))
     assert np.array_equal(scores(inputs, tmp_path / "disk"), usual)
     assert used == rested and rested, "each tile is used once as it was read, and rests from its second use on"
     used.clear()
-    monkeypatch.setattr(scorer, "_ONCE", 0)
+    monkeypatch.setattr(sizes, "_ONCE", 0)
     assert np.array_equal(scores(inputs, tmp_path / "many"), usual)
     assert not used, "many of one layer rest at once"
 

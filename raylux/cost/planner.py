@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from raylux.cost import costs, fit, projecting, serve, solving
+from raylux.cost import costs, fit, projecting, queries, scoring, solving
 from raylux.cost.costs import Choice, RunPlan
 from raylux.cost.machine import USABLE, Cluster
 from raylux.cost.passes import largest, moments_held, split, triangles_held
@@ -38,7 +38,7 @@ def plan_run(work: Workload, cluster: Cluster, can: frozenset[str] = costs.ENGIN
     makers += [solving.joint] if work.joint else [fit.moments] if work.moments else []
     makers += [projecting.whitening] if work.projection else []
     stages = []
-    for make in (*makers, serve.query, serve.prefilter, serve.score):
+    for make in (*makers, queries.query, queries.prefilter, scoring.score):
         stage, chosen = make(work, cluster, can)
         stages.append(stage)
         choices += chosen

@@ -22,7 +22,14 @@ _DENSE_BLOCK, _WAITING_BYTES = 64, GIB // 4
 SOLVE_STATE = 7
 
 # Dense queries up to so many bytes a worker holds in memory, more of them on its disk, read once for each product.
-IN_MEMORY = 256 << 20
+_IN_MEMORY = 256 << 20
+# Bytes of a layer's queries that are used as they were read, once, before they rest on the disk.
+_ONCE = 256 << 20
+# Bytes of kept sequences in a layer, and of what is formed of them, that are held at a time.
+_TOGETHER = 1 << 27
+# Entries of a gradient that are formed and multiplied at a time: the buffer stays small however large the layer, and
+# what is rounded to bf16 is a part of a sum, not the whole. A GPU wants large products, and rounds no sum.
+SLICE, GPU_SLICE = 1 << 19, 1 << 22
 
 # Nominal rates by which units are sized: a unit's compute is to outweigh the moving of its sums. They are
 # constants, not measurements, so that the same run is cut alike everywhere.
@@ -144,6 +151,32 @@ def solve_block(layers: Sequence[TrackedLayer], itemsize: int) -> int:
     """Queries that are solved together by iterations, each with ``SOLVE_STATE`` gradients of state."""
     room = _BLOCK_BYTES // max(1, SOLVE_STATE * layer_bytes(layers, itemsize))
     return int(max(1, min(QUERY_BLOCK, room)))
+
+
+def queries_rest(layers: Sequence[TrackedLayer], queries: int, itemsize: int) -> bool:
+    """Whether a worker has no memory for so many dense queries: they rest on its disk, on a CPU."""
+    return queries * layer_bytes(layers, itemsize) > _IN_MEMORY
+
+
+def used_once(layer: TrackedLayer, queries: int, itemsize: int) -> bool:
+    """Whether so many queries, which rest, are used in a layer as they were read before they are put to rest."""
+    return queries * layer.parameters * itemsize <= _ONCE
+
+
+def products_together(layers: Sequence[TrackedLayer], tokens: float, rows: int, itemsize: int) -> int:
+    """Of how many products kept sequences are taken together, so that queries that rest are read once for them.
+
+    Their tokens in one layer, and what is formed of them, are held at a time.
+
+    Args:
+        layers: dense ones.
+        tokens: of a sequence, padding included.
+        rows: sequences of a product.
+        itemsize: of an operand.
+    """
+    entries = max((tokens * (layer.inputs + layer.outputs) for layer in layers), default=1)
+    formed = max((layer.parameters for layer in layers), default=1)
+    return max(1, int(_TOGETHER // (itemsize * rows * max(entries, min(formed, SLICE)))))
 
 
 def probe_count(setting: int | str, parameters: int) -> int:

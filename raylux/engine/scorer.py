@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raylux.blocks import Rotation
-from raylux.cost.sizes import IN_MEMORY
+from raylux.cost.sizes import products_together, queries_rest, used_once
 from raylux.curvature import Basis, rotate
 from raylux.engine.kept import Resting
 from raylux.engine.plan import Plan
@@ -28,9 +28,6 @@ from raylux.memory import give_back
 from raylux.routed import Routed, Rows, sequence_parts
 from raylux.scratch import Scratch
 from raylux.store import RunFolder
-
-# Bytes of a layer's queries that are used as they were read, once, before they rest on the disk.
-_ONCE = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -149,6 +146,7 @@ class Scorer:
 
     Attributes:
         loaded: which.
+        together: of how many products sequences that are kept are taken together, where queries rest.
         rests: dense ones rest on the disk; on a CPU from their second use on where one layer's are few enough, since
             many a run uses them once.
     """
@@ -168,8 +166,8 @@ class Scorer:
         self._folder, self._plan, self._devices = folder, plan, devices
         dtype = loaded.contraction.torch_dtype
         self._itemsize = torch.empty(0, dtype=dtype).element_size()
-        entries = len(loaded.ids) * sum(layer.parameters for layer in matrices(layers))
-        self.rests = entries * self._itemsize > IN_MEMORY
+        self.rests = queries_rest(matrices(layers), len(loaded.ids), self._itemsize)
+        self.together = products_together(matrices(layers), plan.longest, plan.rows, self._itemsize)
         self._resting, self._asked = Resting() if self.rests else None, set[str]()
         self._queries: dict[str, LayerQueries | WordQueries] = {
             layer.name: WordQueries(
@@ -198,7 +196,7 @@ class Scorer:
         """
         name, cpu = layer.name, self._devices[layer.name] == "cpu"
         found = self._queries.get(name)
-        few = len(self.loaded.ids) * layer.parameters * self._itemsize <= _ONCE
+        few = used_once(layer, len(self.loaded.ids), self._itemsize)
         if found is None and cpu and few and name not in self._asked:
             self._asked.add(name)
             return self._read(layer, in_memory, scratch)

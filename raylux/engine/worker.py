@@ -33,16 +33,13 @@ from raylux.engine.scorer import Bases, LoadedQueries, Pack, PackPart, Scorer, p
 from raylux.engine.weighing import Curvatures, SelfInfluences
 from raylux.errors import NumericsError
 from raylux.fused import fuse_activations
-from raylux.influence.dots import SLICE, sequence_gradients
+from raylux.influence.dots import sequence_gradients
 from raylux.layers import TrackedLayer, matrices
 from raylux.memory import give_back_at_once
 from raylux.placement import Placement
 from raylux.routed import Rows
 from raylux.sampling import sample_labels
 from raylux.store import CorpusReader, RunFolder
-
-# Bytes of kept sequences in a layer, and of what is formed of them, that are held at a time.
-_TOGETHER = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -264,7 +261,7 @@ class GradientWorker(ProjectedSums, GaussNewtonProducts, ProximalMeasurements, S
         total = np.full((len(ids), len(rows)), np.nan, dtype)
         by_layer = np.full((len(ids), len(self.spec.layers), len(rows)), np.nan, dtype) if layers else None
         norm = np.full(len(rows), np.nan, dtype)
-        together = self._products(loaded.contraction.torch_dtype) if scorer.rests else 1
+        together = scorer.together if scorer.rests else 1
         for pack in self._packs(rows, loaded.contraction, products=together):
             places = [place for part in pack.parts for place in part.places]
             counted = torch.tensor(pack.counted, device=self.device)
@@ -348,18 +345,6 @@ class GradientWorker(ProjectedSums, GaussNewtonProducts, ProximalMeasurements, S
     ) -> tuple[dict[str, Rows], dict[str, Rows]]:
         """a and g of a batch on its own labels."""
         return self._operands(self._run(batch, sampled=False, wanted=wanted), dtype)
-
-    def _products(self, dtype: torch.dtype) -> int:
-        """Of how many products kept sequences are taken together, so that queries on the disk are read once for them.
-
-        Their tokens in one layer, and what is formed of them, are held at a time.
-        """
-        plan = self.spec.plan
-        own = matrices(self.spec.layers)
-        entries = max((plan.longest * (layer.inputs + layer.outputs) for layer in own), default=1)
-        formed = max((layer.parameters for layer in own), default=1)
-        each = torch.empty(0, dtype=dtype).element_size() * plan.rows * max(entries, min(formed, SLICE))
-        return max(1, _TOGETHER // each)
 
     # common
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from raylux.cost.contraction import tokens_pay
+from raylux.cost.sizes import GPU_SLICE, SLICE
 from raylux.influence.words import are_words, word_squares
 from raylux.products import aligned, aligned_width, gradients_into, wide_product
 from raylux.profiling import of
@@ -23,11 +24,6 @@ from raylux.scratch import Scratch
 
 TILE = 8
 """Dense queries per matrix product, unless the plan says more."""
-
-# Entries of a gradient that are formed and multiplied at a time: the buffer stays small however large the layer, and
-# what is rounded to bf16 is a part of a sum, not the whole. A GPU wants large products, and rounds no sum.
-SLICE = 1 << 19
-_GPU_SLICE = 1 << 22
 
 
 Held = Callable[[], Tensor]
@@ -99,7 +95,7 @@ class LayerQueries:
         first = queries[0] if queries else torch.zeros(0)
         some = first if isinstance(first, Tensor) else first[0]
         result = cls(len(queries), shape, some.dtype)
-        step = max(1, (_GPU_SLICE if some.is_cuda else SLICE) // inputs)
+        step = max(1, (GPU_SLICE if some.is_cuda else SLICE) // inputs)
         result.slices = [slice(start, min(start + step, outputs)) for start in range(0, outputs, step)]
         dense: dict[int, Tensor] = {}
         for place, query in enumerate(queries):

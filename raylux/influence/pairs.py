@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from raylux.influence.dots import SLICE, Held, in_memory, no_vectors, whole_blocks, wide_dtype
+from raylux.cost.sizes import SLICE
+from raylux.influence.dots import Held, in_memory, no_vectors, whole_blocks, wide_dtype
 from raylux.products import gradients_into
 from raylux.profiling import of
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from raylux.errors import UserError
 from raylux.store.files import Files, crc
@@ -124,4 +124,4 @@ def _with_seal(data: bytes, place: re.Match[bytes], checksum: str) -> bytes:
 
 
 def _sum(key: str, data: bytes) -> str:
-    return crc(data, zlib.crc32(key.encode() + b"\0"))
+    return crc(data, crc32(key.encode() + b"\0"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from raylux.errors import UserError
 from raylux.store.bucket import HANDS, Bucket
@@ -154,7 +154,7 @@ class Files:
         value = 0
         with self._telling(key, "read", FileNotFoundError):
             for block in self._store.blocks(_inside(key)):
-                value = zlib.crc32(block, value)
+                value = crc32(block, value)
         return f"{value:08x}"
 
     def empty(self) -> bool:
@@ -212,7 +212,7 @@ def in_turn(call: Callable[[T], V], items: Iterable[T], together: bool) -> list[
 
 def crc(data: Any, start: int = 0) -> str:
     """CRC-32 in hexadecimal."""
-    return f"{zlib.crc32(data, start):08x}"
+    return f"{crc32(data, start):08x}"
 
 
 def fresh(prefix: str) -> str:

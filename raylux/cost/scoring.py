@@ -1,185 +1,25 @@
-"""What queries cost: solving and compressing them, choosing candidates, scoring."""
+"""What scoring costs: the form of the contraction in each layer, and how many queries a worker holds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from raylux.blocks import block_entries
-from raylux.cost import contraction, costs, projecting, solving
-from raylux.cost.contraction import Form, captured_width
+from raylux.cost import contraction, costs, projecting
+from raylux.cost.contraction import Form
 from raylux.cost.costs import Choice, StageCost, Work
-from raylux.cost.fit import (
-    LAYER_OPERATIONS,
-    base_bytes,
-    batch_tokens,
-    model_bytes,
-    reading,
-    rooms,
-    store,
-    worker_base,
-)
-from raylux.cost.machine import Cluster, Device, eigh_flops
-from raylux.cost.running import forming_seconds, model_work, rotation_flops, rotation_work
-from raylux.cost.sizes import IN_MEMORY, PROCESS_BYTES, covariance_bytes, layer_bytes, query_block, rank_limit
+from raylux.cost.fit import LAYER_OPERATIONS, base_bytes, batch_tokens, model_bytes, reading, rooms, store, worker_base
+from raylux.cost.machine import Cluster, Device
+from raylux.cost.running import model_work, rotation_flops
+from raylux.cost.sizes import covariance_bytes, products_together, queries_rest, used_once
 from raylux.cost.workload import Workload
 
-# Passes of s_test's entries through memory in a solve: formed, widened, its norm, divided by Λ + λ, rounded, written.
-_SOLVE_PASSES = 8
-# Token rows of a product with a basis in a solve (engine/solve.py).
-_SOLVE_ROWS = 256
 # Passes of a formed gradient's entries through memory beside forming and multiplying them: set to zero.
 _FORMING_PASSES = 1
 # Passes of dense queries through memory until they are ready: read, laid out in tiles.
 _LOADING_PASSES = 2
-# Products with a block of R + 8 vectors in a range finder with two power iterations, and the projection.
-_FINDER_PRODUCTS, _OVERSAMPLING = 6, 8
-# Tokens that one core turns into a row of the prefilter's matrix per second, and how often the corpus is read.
-_PREFILTER_TOKENS = 5e6
-_TOKEN_BYTES = 8
 # Forms that put formed gradients against dense queries.
 _DENSE = (contraction.DENSE, contraction.EXPANDED, contraction.EIGENBASIS)
-
-
-def query(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageCost, list[Choice]]:
-    """(G + λI)⁻¹ ∇f of every query in every layer, compressed; and what compression is measured on."""
-    device, model, count = cluster.worker, work.model, work.queries
-    layers, tokens = model.tracked, work.query_tokens
-    low = [layer for layer in layers if work.max_error > 0 and rank_limit(work.max_rank, layer) > 0]
-    tokenwise, rounding = costs.TOKEN_SOLVE in can, work.contraction
-    touched = count * _SOLVE_PASSES * layer_bytes(layers, work.stored)
-    finder = costs.RANGE_FINDER in can
-    products = sum(_factorise_flops(*layer.shape, rank_limit(work.max_rank, layer), finder) for layer in low)
-    side = min(min(layer.shape) for layer in layers)
-    precision = "float64" if work.dtype == "float64" else "float32"
-    # Layers that may be compressed keep full precision.
-    into = replace(work, tokens=tokens, contraction=precision if low and costs.RANGE_FINDER not in can else rounding)
-    solve, solving_takes = _solve(into, device, tokenwise, precision)
-    forming = 2.0 * tokens * sum(layer.share * layer.parameters for layer in layers)
-    written = count * layer_bytes(layers, work.operand)
-    taken = count * solving_takes + forming_seconds(into, device, count * tokens)
-    works = [
-        *model_work(replace(work, tokens=tokens), device, count * tokens, tokens, [layers]),
-        Work(
-            "solve",
-            count * (solve + forming),
-            touched,
-            max(taken, device.touching(touched))
-            if device.gpu
-            else taken + device.touching(touched) + device.renewing(written),
-        ),
-        Work("low rank", count * products, 0.0, device.seconds(count * products, precision, side)),
-    ]
-    grams = [] if finder else [min(layer.shape) for layer in low]
-    works.append(
-        Work("eigendecomposition", count * sum(map(eigh_flops, grams)), 0.0,
-             count * sum(map(device.eigh_seconds, grams)))
-    )  # fmt: skip
-    rounded = 2 if work.contraction == "bfloat16" else work.stored
-    waiting = 0.0 if low else rounded * tokens * sum(captured_width(layer, model.groups) for layer in layers)
-    square = covariance_bytes(layers, model.groups, work.stored, work.blocks) if work.basis else 0
-    block = query_block(layers, work.stored, waiting, square)
-    blocks = 1 if costs.LAYERWISE in can else math.ceil(count / block)
-    if low:
-        works += _probes(work, device, blocks)
-    iterated = solving.solving(work, cluster)
-    works += iterated.works
-    disk = count * work.query_bytes()
-    bases = blocks * square
-    bases += blocks * (layer_bytes(layers, work.stored) if work.moments else 0)
-    works.append(store(disk + bases, cluster))
-    dense = count * layer_bytes(layers, work.stored)
-    held = min(block, count) * (layer_bytes(layers, work.stored) if low else waiting)
-    # Per layer Q_A, Q_S and Λ; the block's s_test, its factors, and what the probes are measured with.
-    largest = work.stored * max(
-        2 * (block_entries(layer.inputs, work.blocks) + block_entries(layer.outputs, work.blocks))
-        + (3 if low else 3 + min(block, count)) * layer.parameters
-        for layer in layers
-    )
-    parallel = min(cluster.workers, len(model.leaders))
-    stage = StageCost(
-        "query", tuple(works), count * parallel, parallel, cluster.devices,
-        worker_base(work, device) + model_bytes(work) + tokens * model.activation_bytes(work.itemsize, layers)
-        + iterated.worker,
-        float(max(held * (2 if low else 1), iterated.held) + largest), disk, disk + bases + iterated.moved,
-    )  # fmt: skip
-    compressed = sum(1 for layer in layers if work.stored_rank(layer))
-    times = "read once" if blocks == 1 else f"read {blocks:,} times"
-    found = "by a randomised range finder" if finder else "by Gram matrices and eigh"
-    return stage, [
-        *iterated.choices,
-        Choice(
-            "s_test",
-            f"rank {work.rank} assumed in {compressed} of {len(layers)} layers" if compressed else "dense",
-            f"{disk / 1e9:,.2f} GB at rest, {dense / 1e9:,.2f} GB dense; the run measures the rank",
-        ),
-        Choice(
-            "solve",
-            "a layer at a time" if costs.LAYERWISE in can else f"{blocks:,} blocks of {min(block, count)} queries",
-            f"bases and probes {times}: {bases / 1e9:,.2f} GB",
-            costs.LAYERWISE not in can,
-        ),
-        *([Choice("compression", found, _why_finder(layers), not finder)] if low else []),
-    ]
-
-
-def _solve(work: Workload, device: Device, tokenwise: bool, precision: str) -> tuple[float, float]:
-    """FLOPs and seconds of a query's way into the eigenbasis, by its tokens where that is cheaper, and back.
-
-    Args:
-        work: its ``tokens`` are those of a query.
-        device: of a shard.
-        tokenwise: tokens may be rotated, in the precision of contractions.
-        precision: of whatever brings a formed gradient into or out of the eigenbasis.
-    """
-    if not work.basis:
-        return 0.0, 0.0
-    layers = work.model.tracked
-    ways = [2.0 * layer.parameters * (layer.outputs + layer.inputs) / work.blocks for layer in layers]
-    formed = sum(device.seconds(way, precision, min(layer.shape)) for way, layer in zip(ways, layers, strict=True))
-    flops, seconds = (0.0, 0.0) if work.query_basis == "eigen" else (sum(ways), formed)
-    if not tokenwise:
-        return flops + sum(ways), seconds + formed
-    per_token, rotating = rotation_work(work, device, work.tokens, _SOLVE_ROWS)
-    return flops + work.tokens * per_token, seconds + rotating
-
-
-def _factorise_flops(outputs: int, inputs: int, rank: int, finder: bool) -> float:
-    if finder:
-        return 2.0 * outputs * inputs * (rank + _OVERSAMPLING) * _FINDER_PRODUCTS
-    return 2.0 * outputs * inputs * (min(outputs, inputs) + rank)
-
-
-def _why_finder(layers: Sequence[object]) -> str:
-    return f"one decomposition per query and layer, {len(layers)} layers"
-
-
-def _probes(work: Workload, device: Device, blocks: int) -> list[Work]:
-    """Every block of queries is scored on the probes, dense and by component."""
-    layers = work.model.tracked
-    tokens = blocks * work.probes * work.tokens
-    ranks = [rank_limit(work.max_rank, layer) for layer in layers]
-    parts = sum(rank * (layer.outputs + layer.inputs) for rank, layer in zip(ranks, layers, strict=True))
-    flops = 2.0 * tokens * sum(layer.parameters for layer in layers)
-    flops += 2.0 * work.probes * work.queries * work.tokens * parts
-    touched = work.probes * work.queries * 2.0 * layer_bytes(layers, work.stored)
-    passes = model_work(work, device, tokens, work.tokens, [layers])
-    precision = "float64" if work.dtype == "float64" else "float32"
-    seconds = device.seconds(flops, precision, min(ranks), touched) + sum(one.seconds for one in passes)
-    return [Work("probes", flops + sum(one.flops for one in passes), touched, seconds)]
-
-
-def prefilter(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageCost, list[Choice]]:
-    """TF-IDF on the driver's CPU: no device is held."""
-    tokens = work.corpus * work.tokens if work.prefilter else 0.0
-    size = tokens * _TOKEN_BYTES
-    seconds = tokens / _PREFILTER_TOKENS + size / (cluster.disk_gb_s * 1e9)
-    scores = work.queries * min(work.corpus, work.candidates) * 16.0 if work.prefilter else 0.0
-    stage = StageCost(
-        "prefilter", (Work("term counts", 0.0, size, seconds),), 1, 1, 0, PROCESS_BYTES + size, 0.0, scores, size
-    )
-    return stage, []
 
 
 @dataclass(frozen=True)
@@ -210,7 +50,7 @@ def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
         Work("dots", dots, _dot_bytes(work, chosen), device.seconds(
             dots, work.contraction, max(work.tile, 64) if device.gpu else min(work.tile, work.rows),
             _dot_bytes(work, chosen)) + starting),
-        *_loading(work, cluster, chosen),
+        *_loading(work, cluster, chosen, spared / work.tokens),
     ]  # fmt: skip
     if chosen.rescored:
         works.append(_rescoring(work, device, chosen))
@@ -224,7 +64,9 @@ def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     if any(form.name == contraction.EIGENBASIS for form in chosen.forms):
         read += cluster.nodes * covariance_bytes(layers, model.groups, work.stored, work.blocks)
     works.append(store(disk + read + tokens * 4, cluster))
-    held = sum(form.held for form in chosen.forms) / chosen.tiles
+    held = _held(work, device, chosen) / chosen.tiles
+    if any(form.name == contraction.EIGENBASIS for form in chosen.forms):
+        held += covariance_bytes(layers, model.groups, work.operand, work.blocks)
     units = max(1, math.ceil(work.candidates / work.score_unit))
     stage = StageCost(
         "score", tuple(works), units, cluster.workers, cluster.devices,
@@ -234,6 +76,13 @@ def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
         0.0, disk, disk + read,
     )  # fmt: skip
     return stage, _score_choices(work, cluster, chosen, stage)
+
+
+def _held(work: Workload, device: Device, chosen: Scoring) -> float:
+    """Bytes of a worker's queries: on a CPU where they rest on its disk, those of a layer as read and as laid out."""
+    if device.gpu or not queries_rest(work.model.tracked, work.queries, work.operand):
+        return sum(form.held for form in chosen.forms)
+    return 2 * max(form.held for form in chosen.forms)
 
 
 def _meeting(work: Workload, device: Device, chosen: Scoring, kept: float) -> list[Work]:
@@ -259,16 +108,33 @@ def _meeting(work: Workload, device: Device, chosen: Scoring, kept: float) -> li
     return [Work("rotation", flops[0], 0.0, seconds[0]), Work("forming", flops[1], touched, seconds[1])]
 
 
-def _loading(work: Workload, cluster: Cluster, chosen: Scoring) -> list[Work]:
-    """On a CPU: queries laid out in tiles, and read once for each product from the worker's disk if they are many.
+def _loading(work: Workload, cluster: Cluster, chosen: Scoring, kept: float) -> list[Work]:
+    """On a CPU: queries laid out in tiles, and read for each product from the worker's disk if they are many.
 
-    Those that are put against sequences which a worker keeps are read less often: counted as if there were none.
+    Args:
+        work: what is computed.
+        cluster: where.
+        chosen: how.
+        kept: sequences that workers keep, for which queries are read once in several products.
     """
-    held = sum(form.held for form in chosen.forms if form.name in _DENSE)
-    size = cluster.workers * held * _LOADING_PASSES
-    if held > IN_MEMORY:
-        size += held * (cluster.workers + math.ceil(work.candidates * work.padding / work.rows))
-    return [] if cluster.worker.gpu else [Work("queries loaded", 0.0, size, cluster.worker.renewing(size))]
+    if cluster.worker.gpu:
+        return []
+    layers, device = work.model.tracked, cluster.worker
+    held = cluster.workers * sum(form.held for form in chosen.forms if form.name in _DENSE)
+    first, again = held * _LOADING_PASSES, 0.0
+    if queries_rest(layers, work.queries, work.operand):
+        together = products_together(layers, work.tokens * work.padding, work.rows, work.operand)
+        fresh = work.candidates - min(work.candidates, kept)
+        uses = sum(
+            math.ceil(count * work.padding / cluster.workers / rows)
+            for count, rows in ((work.candidates - fresh, work.rows * together), (fresh, work.rows))
+        )
+        once = all(used_once(layer, work.queries, work.operand) for layer in layers)
+        if uses > 1 or not once:
+            # Read anew, and written to where they rest; from then on one copy each time.
+            first += held * (1 + _LOADING_PASSES * once)
+            again = held * max(0, uses - 1 - once)
+    return [Work("queries loaded", 0.0, first + again, device.renewing(first) + device.touching(2 * again))]
 
 
 def choose_scoring(work: Workload, device: Device, can: frozenset[str]) -> Scoring:
