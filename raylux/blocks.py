@@ -136,10 +136,13 @@ class FilledBasis:
     width: int
 
     @classmethod
-    def of(cls, basis: Tensor, width: int) -> FilledBasis:
-        """Filled up to ``width``."""
-        more = width - len(basis)
-        return cls(torch.nn.functional.pad(basis, (0, more, 0, more)), len(basis))
+    def of(cls, basis: Tensor, width: int, into: Tensor | None = None) -> FilledBasis:
+        """Filled up to ``width``; ``into``: memory for it [width, width], None: of its own."""
+        filled, size = basis.new_empty(width, width) if into is None else into, len(basis)
+        filled[:size, :size] = basis
+        filled[size:] = 0
+        filled[:, size:] = 0
+        return cls(filled, size)
 
 
 Rotation = Square | RoundedBasis | FilledBasis

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from raylux.blocks import Blocks, FilledBasis, Rotation, RoundedBasis, Square
+from raylux.scratch import Scratch
 
 # Since torch 2.8, on CUDA alone.
 _WIDENS = "out_dtype" in (torch.mm.__doc__ or "")
@@ -52,8 +53,10 @@ def gradients_into(a: Tensor, g: Tensor, out: Tensor, batched: bool | None = Non
         torch.mm(g[n].T, a[n], out=out[n])
 
 
-def rotation(basis: Square | None, dtype: torch.dtype) -> Rotation | None:
-    """A basis in full precision, for products of ``dtype``."""
+def rotation(
+    basis: Square | None, dtype: torch.dtype, scratch: Scratch | None = None, use: str = "basis"
+) -> Rotation | None:
+    """A basis in full precision, for products of ``dtype``; ``scratch``: memory to fill it up in, by ``use``."""
     if basis is None:
         return None
     if dtype == torch.bfloat16:
@@ -61,7 +64,10 @@ def rotation(basis: Square | None, dtype: torch.dtype) -> Rotation | None:
     if isinstance(basis, Blocks):
         return basis
     width = aligned_width(len(basis), basis.dtype, basis.device)
-    return FilledBasis.of(basis, width) if width > len(basis) else basis
+    if width == len(basis):
+        return basis
+    into = scratch.take(use, (width, width), basis.dtype, basis.device) if scratch else None
+    return FilledBasis.of(basis, width, into)
 
 
 def rotated(x: Tensor, basis: Rotation) -> Tensor:

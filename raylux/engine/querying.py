@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from typing import Any
 
@@ -32,12 +32,26 @@ Measured = dict[int, tuple[float, np.ndarray | None]]
 """Place of a query in its block -> its dense score on a probe, and what each component gives to it [R]."""
 
 
+@dataclass
+class _Memory:
+    """Buffers that blocks of queries take in turn: pages that were never written to cost a virtual machine much.
+
+    Attributes:
+        way: for what a layer computes on its way.
+        found: for s_test, of one layer while that of the one before is written.
+    """
+
+    way: Scratch = field(default_factory=Scratch)
+    found: tuple[Scratch, Scratch] = field(default_factory=lambda: (Scratch(), Scratch()))
+
+
 class QuerySolves(IterativeSolves, ProjectedFactors):
     """What a shard does with queries."""
 
     _written: dict[str, Future[tuple[str, Objects]]]
     _words: dict[str, list[WordGradient]]
     _behind: Behind
+    _memory: _Memory | None
 
     def solve(
         self,
@@ -70,7 +84,8 @@ class QuerySolves(IterativeSolves, ProjectedFactors):
         self._block, self._factors, self._written, self._words = {}, {}, {}, {}
         damping, squares = {}, {}
         pairs: list[np.ndarray] = []
-        queries, turns = each_query(parts), cycle((Scratch(), Scratch()))
+        self._memory = memory = self._memory or _Memory()
+        queries, turns = each_query(parts), cycle(memory.found)
         self._behind.wait()  # of a block that failed
         for name in self.layers:
             if self.layers[name].words:
@@ -89,7 +104,7 @@ class QuerySolves(IterativeSolves, ProjectedFactors):
                 given = None if solutions is None else self.solutions(solutions[name])
                 # What is written at once leaves its memory to the next layer but one.
                 free = next(turns) if not any(rank_limit.values()) else Scratch()
-                found, damping[name] = self._solved(name, fitted, tokens, own, given, checked, later, free)
+                found, damping[name] = self._solved(name, fitted, tokens, own, given, checked, later, memory.way, free)
             squares[name] = found.squares
             pairs.append(found.pairs)
             if rank_limit[name]:
@@ -114,6 +129,7 @@ class QuerySolves(IterativeSolves, ProjectedFactors):
         checked: bool,
         later: Sequence[Later],
         scratch: Scratch,
+        found: Scratch,
     ) -> tuple[Solved, float]:
         """A layer by its own curvature, or as it is given or carried; and λ."""
         curvature, damping = self._curvature(name, fitted)
@@ -122,7 +138,7 @@ class QuerySolves(IterativeSolves, ProjectedFactors):
             given = [curvature.solve(v, damping) for v in carried]
         try:
             with profiling.of("solve"):
-                return solve_layer(curvature, tokens, damping, form, given, checked, scratch), damping
+                return solve_layer(curvature, tokens, damping, form, given, checked, scratch, found), damping
         except NumericsError as error:
             raise NumericsError(f"layer '{name}': {error}") from None
 
@@ -155,9 +171,14 @@ class QuerySolves(IterativeSolves, ProjectedFactors):
         return result
 
     def write_block(
-        self, block: str, ranks: Sequence[Mapping[str, int]]
+        self, block: str, ranks: Sequence[Mapping[str, int]], last: bool = True
     ) -> tuple[dict[str, str], Objects, numerics.Numerics]:
-        """Write the kept block: per query the rank of each layer, dense where −1 or not named.
+        """Write the kept block.
+
+        Args:
+            block: its name.
+            ranks: per query the rank of each layer, dense where −1 or not named.
+            last: no block follows, for which buffers would be kept.
 
         Returns:
             layer -> key, the objects written, and what their bits depend on.
@@ -183,6 +204,8 @@ class QuerySolves(IterativeSolves, ProjectedFactors):
             keys[name], more = self.folder.write(f"queries/{name}/{block}", arrays)
             objects |= more
         self._block, self._factors, self._written, self._words = {}, {}, {}, {}
+        if last:
+            self._memory = None
         return keys, objects, numerics.here(self.spec.device)
 
     def _curvature(self, name: str, fitted: Fitted) -> tuple[Spectral, float]:

@@ -75,7 +75,7 @@ class FactorShard(QuerySolves, JointSolves):
         self._block: dict[str, list[Tensor]] = {}
         self._factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._written: dict[str, Future[tuple[str, Objects]]] = {}
-        self._behind = Behind()
+        self._behind, self._memory = Behind(), None
         self._words: dict[str, list[WordGradient]] = {}
         self._solves = {}
 

@@ -77,6 +77,7 @@ def solve_layer(
     given: Sequence[Tensor] | None = None,
     checked: bool = True,
     scratch: Scratch | None = None,
+    found: Scratch | None = None,
 ) -> Solved:
     """(G + λI)⁻¹ of each query's gradient.
 
@@ -87,16 +88,17 @@ def solve_layer(
         form: how.
         given: the solution of each query [P, M], where another solver has found it.
         checked: take some scores both ways.
-        scratch: memory for what is computed on the way, and for the result; None: of its own.
+        scratch: memory for what is computed on the way; None: of its own.
+        found: for the result; None: ``scratch``.
 
     Raises:
         NumericsError: λ = 0 where Λ has a zero.
     """
     outputs, inputs = tokens[0][1].shape[1], tokens[0][0].shape[1]
     scratch = scratch or Scratch()
-    bases = rotation(curvature.q_a, form.dtype), rotation(curvature.q_s, form.dtype)
+    bases = rotation(curvature.q_a, form.dtype, scratch, "q_a"), rotation(curvature.q_s, form.dtype, scratch, "q_s")
     inverse = curvature.inverse(damping) if given is None else None
-    solved = scratch.take("s_test", (len(tokens), outputs, inputs), form.dtype, tokens[0][0].device)
+    solved = (found or scratch).take("s_test", (len(tokens), outputs, inputs), form.dtype, tokens[0][0].device)
     squares = []
     for place, gradient in enumerate(_gradients(curvature, tokens, bases, form.rows, scratch)):
         flat = gradient.flatten()

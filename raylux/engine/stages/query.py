@@ -53,7 +53,8 @@ def run(ctx: Context) -> None:
         for start in range(0, len(todo), size):
             block = todo[start : start + size]
             checked = _is_checked(start // size, precision.resolve(ctx))
-            _solve(ctx, ctx.folder.unused(QUERY, "b"), block, checked, later)
+            last = start + size >= len(todo)
+            _solve(ctx, ctx.folder.unused(QUERY, "b"), block, checked, later, last)
             task.advance(len(block))
 
 
@@ -90,14 +91,17 @@ def answerable(ctx: Context) -> list[Query]:
     return [query for query in ctx.queries if query.id not in out]
 
 
-def _solve(ctx: Context, name: str, queries: Sequence[Query], checked: bool, later: Sequence[Later]) -> None:
+def _solve(
+    ctx: Context, name: str, queries: Sequence[Query], checked: bool, later: Sequence[Later], last: bool
+) -> None:
     """A block, from its start again where a shard died: what a shard holds of a block lives in it alone.
 
     ``checked``: it measures what rounding does to scores. ``later``: the runs that its queries are carried from.
+    ``last``: none follows.
     """
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            _block(ctx, name, queries, checked, later)
+            _block(ctx, name, queries, checked, later, last)
             return
         except ShardLostError as lost:
             if attempt == _ATTEMPTS:
@@ -174,7 +178,9 @@ def _form(ctx: Context) -> Form:
     return Form(precision.resolve(ctx).torch_dtype, ctx.plan.query_basis == "eigen", ctx.plan.query_tokens > 0)
 
 
-def _block(ctx: Context, name: str, queries: Sequence[Query], checked: bool, later: Sequence[Later]) -> None:
+def _block(
+    ctx: Context, name: str, queries: Sequence[Query], checked: bool, later: Sequence[Later], last: bool
+) -> None:
     backend = ctx.backend
     gradients = _gradients(ctx, queries)
     if not gradients.queries:
@@ -204,7 +210,7 @@ def _block(ctx: Context, name: str, queries: Sequence[Query], checked: bool, lat
     keys: dict[str, str] = {}
     objects: dict[str, tuple[int, str]] = {}
     numerics = [*gradients.numerics, *(solution.numerics if solution else [])]
-    for layer_keys, written, tag in every_shard(backend, "write_block", [(name, ranks)] * backend.shards):
+    for layer_keys, written, tag in every_shard(backend, "write_block", [(name, ranks, last)] * backend.shards):
         keys |= layer_keys
         objects |= written
         numerics.append(tag)
