@@ -28,6 +28,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from jobs import pages
 from jobs.bench.workloads import WORKLOADS, Case, write_queries
 from raylux.config import Config
 from raylux.cost.costs import RunPlan
@@ -36,7 +37,7 @@ from raylux.planning import Sizes, plan_here
 from raylux.report.plans import markdown
 from raylux.report.profile import parsed, stage_times
 
-PAGE = Path(__file__).parent.parent / "docs" / "results" / "plan-check.md"
+_PAGE = "plan-check.md"
 BYTES_WITHIN, TIME_WITHIN = 1.3, 1.5
 # Of a workload's whole time, what a stage takes that counts.
 SMALL = 0.04
@@ -226,8 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if options.write:
-        PAGE.parent.mkdir(parents=True, exist_ok=True)
-        PAGE.write_text(text, encoding="utf-8")
+        pages.write(text, _PAGE)
     else:
         print(text)
     return 0

@@ -11,7 +11,7 @@ import torch
 
 import raylux
 from raylux.api import run_stages
-from raylux.engine.stages import thresholds, two_stage
+from raylux.engine.stages import two_stage
 from raylux.errors import UserError
 from raylux.influence import sketches
 from raylux.influence.pairs import PairQueries
@@ -118,8 +118,7 @@ def small_folds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients of a small model are folded too, and a small corpus has a pilot and is worth two stages."""
     monkeypatch.setattr(sketches, "SIZE", 600)
     monkeypatch.setattr(two_stage, "_PILOT_LEAST", 15)
-    monkeypatch.setattr(thresholds, "GATHERED", 0.01)
-    monkeypatch.setattr(thresholds, "FORMED", 0.0)
+    monkeypatch.setattr(two_stage, "relative_cost", lambda *_: 0.0)
 
 
 def estimated(folder: Path) -> dict[str, list]:
@@ -192,7 +191,7 @@ def test_more_queries_on_the_same_folder(inputs: Inputs, tmp_path: Path, every: 
 def test_where_estimates_say_little_every_pair_is_scored(
     inputs: Inputs, tmp_path: Path, every: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(thresholds, "GATHERED", 1e6)
+    monkeypatch.setattr(two_stage, "relative_cost", lambda *_: 1.0)
     run = inputs.run(tmp_path, *TWO)
     assert set(estimated(tmp_path)) == {"pilot", ""}
     np.testing.assert_allclose(run.scores().to_numpy(), every, rtol=1e-3, atol=1e-4 * every.std())

@@ -12,8 +12,8 @@ import torch
 from raylux.api import STAGES, run_stages
 from raylux.batches import IGNORED, TokenRow
 from raylux.config import Config
-from raylux.curvature import Spectral
 from raylux.cost import sizes
+from raylux.curvature import Spectral
 from raylux.engine import choices
 from raylux.engine.records import Contraction
 from raylux.engine.solve import Form, solve_layer

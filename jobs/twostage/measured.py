@@ -13,8 +13,7 @@ import numpy as np
 from jobs.twostage.cases import Case
 from raylux import api
 from raylux.config import Config
-from raylux.engine.stages.thresholds import GATHERED
-from raylux.influence import sketches
+from raylux.influence.pairs import GATHERED, relative_cost
 from raylux.results import Run
 from raylux.store import ESTIMATED, PILOT, CorpusReader
 
@@ -121,18 +120,9 @@ def _curve(run: Run, exact: np.ndarray, kth: np.ndarray, tokens: float) -> list[
             chosen = (estimate + margin * error) * scale >= kth
         among = there & (exact >= kth)
         recall, share = float(chosen[among].mean()), float(chosen[there].mean())
-        costs = (_cost(run, len(exact), tokens, share, weight) for weight in (1.0, GATHERED))
+        costs = (relative_cost(_shapes(run), tokens, len(exact), share, weight) for weight in (1.0, GATHERED))
         points.append(Point(margin, recall, share, *costs))
     return points
-
-
-def _cost(run: Run, queries: int, tokens: float, share: float, weight: float) -> float:
-    """Of two stages in that of one: gradients are formed twice, and all queries folded put against all sequences."""
-    entries = sum(_layers(run))
-    folded = sum(min(size, sketches.SIZE) for size in _layers(run))
-    balancing = 4 * tokens * sketches.DIRECTIONS * sum(_widths(run))
-    two = 2 * tokens * entries + balancing + queries * folded + weight * share * queries * entries
-    return two / ((tokens + queries) * entries)
 
 
 def _shapes(run: Run) -> list[tuple[int, int]]:
@@ -142,10 +132,6 @@ def _shapes(run: Run) -> list[tuple[int, int]]:
 
 def _layers(run: Run) -> list[int]:
     return [outputs * inputs for outputs, inputs in _shapes(run)]
-
-
-def _widths(run: Run) -> list[int]:
-    return [outputs + inputs for outputs, inputs in _shapes(run)]
 
 
 def _promised(run: Run) -> float | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +15,6 @@ from raylux.curvature import rotate
 from raylux.engine.kept import Resting
 from raylux.engine.parts import WorkerPart
 from raylux.engine.records import (
-    Contraction,
     Fitted,
     read_basis,
     read_layer_queries,
@@ -96,28 +94,40 @@ class Sieve:
 
     def scores(self, pack: Pack, chosen: Tensor | None) -> Tensor:
         """Exact scores [rows, Q] of the pairs that are ``chosen`` [rows, Q], or of all; float64."""
-        if chosen is not None and not bool(chosen.any()):
-            # Of few queries most companies have none that is wanted: nothing need be formed.
-            return torch.zeros(chosen.shape, dtype=torch.float64)
         total = torch.zeros((), dtype=torch.float64)
-        for layer, batches in self._tokens(pack):
-            here = None if chosen is None else chosen.to(batches[0][0].device)
-            total = total + self._pairs[layer].scores(batches, here, pack.rows).cpu().double()
-        return total
+        if chosen is None:
+            for layer, batches in self._tokens(pack):
+                total = total + self._pairs[layer].scores(batches, None, pack.rows).cpu().double()
+            return total
+        found = torch.zeros(chosen.shape, dtype=torch.float64)
+        wanted = chosen.any(1)
+        if bool(wanted.any()):  # of few queries most companies have none that is
+            for layer, batches in self._tokens(pack, wanted):
+                here = chosen[wanted].to(batches[0][0].device)
+                total = total + self._pairs[layer].scores(batches, here, pack.rows).cpu().double()
+            found[wanted] = total
+        return found
 
-    def _tokens(self, pack: Pack) -> Iterator[tuple[str, list[tuple[Tensor, Tensor]]]]:
-        """a and g of each layer, in the basis of its queries."""
+    def _tokens(self, pack: Pack, wanted: Tensor | None = None) -> Iterator[tuple[str, list[tuple[Tensor, Tensor]]]]:
+        """a and g of each layer, in the basis of its queries; of the rows that are ``wanted``, by default of all."""
+        sizes = [len(part) for part in pack.parts]
+        rows = [slice(None)] * len(sizes) if wanted is None else wanted.split(sizes)
         for layer in self._layers:
             q_a, q_s = self._bases[layer.name]
             batches = []
-            for part in pack.parts:
-                a, g = (
-                    rotate(x, basis)
-                    for x, basis in ((part.inputs[self._groups[layer.name]], q_a), (part.grads[layer.name], q_s))
-                )
+            for part, own in zip(pack.parts, rows, strict=True):
+                if isinstance(own, Tensor) and not bool(own.any()):
+                    continue
+                a, g = part.inputs[self._groups[layer.name]], part.grads[layer.name]
                 assert isinstance(a, Tensor) and isinstance(g, Tensor), "experts are refused"
-                batches.append((a, g))
+                batches.append((_rows(a, own, q_a), _rows(g, own, q_s)))
             yield layer.name, batches
+
+
+def _rows(x: Tensor, own: Tensor | slice, basis: Rotation | None) -> Tensor:
+    found = rotate(x if isinstance(own, slice) or bool(own.all()) else x[own.to(x.device)], basis)
+    assert isinstance(found, Tensor)
+    return found
 
 
 def _leading(
@@ -149,21 +159,6 @@ class EstimatedScores(WorkerPart):
     """Scores of units in two stages."""
 
     _sieve: Sieve | None = None
-
-    @abstractmethod
-    def _packs(
-        self,
-        rows: np.ndarray,
-        contraction: Contraction,
-        kept: bool = True,
-        wanted: Collection[str] | None = None,
-        products: int = 1,
-        fresh: int = 1,
-    ) -> Iterator[Pack]: ...
-
-    @abstractmethod
-    def _release(self) -> None:
-        """Let go of queries and bases."""
 
     def estimated_unit(
         self,

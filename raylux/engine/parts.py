@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from raylux.capture import Capture
+from raylux.engine.records import Contraction
+from raylux.engine.scorer import Pack
 from raylux.layers import TrackedLayer
 from raylux.store import CorpusReader, RunFolder
 
@@ -29,6 +31,22 @@ class WorkerPart(ABC):
     @abstractmethod
     def reader(self) -> CorpusReader:
         """The corpus of the run."""
+
+    @abstractmethod
+    def _packs(
+        self,
+        rows: np.ndarray,
+        contraction: Contraction,
+        kept: bool = True,
+        wanted: Collection[str] | None = None,
+        products: int = 1,
+        fresh: int = 1,
+    ) -> Iterator[Pack]:
+        """Captured sequences, as many together as a product takes."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Let go of queries and bases."""
 
 
 class ShardPart(ABC):

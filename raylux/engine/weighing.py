@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -125,15 +124,6 @@ class SelfInfluences(WorkerPart):
     """Lengths of gradients, self-influences, steps."""
 
     _curvatures: Curvatures
-
-    @abstractmethod
-    def _packs(
-        self, rows: np.ndarray, contraction: Contraction, kept: bool = True, wanted: Collection[str] | None = None
-    ) -> Iterator[Pack]: ...
-
-    @abstractmethod
-    def _release(self) -> None:
-        """Let go of queries and bases."""
 
     def squares_unit(
         self, name: str, rows: np.ndarray, loaded: LoadedCurvature, contraction: Contraction

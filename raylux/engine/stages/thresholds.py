@@ -13,13 +13,8 @@ import numpy as np
 from raylux.engine.context import Context
 from raylux.engine.stages import prefilter
 from raylux.engine.stages.query import answerable
-from raylux.influence import sketches
 from raylux.store import CHOSEN, PILOT, score_blocks
 
-# A pair that is scored by itself, in pairs of a matrix product: measured on a CPU in float32.
-GATHERED = 5.0
-# A gradient is formed in either stage, once when every pair is scored.
-FORMED = 2.0
 # Of the pilot's best so many must be missed before their share tells anything.
 _TELLING = 3
 
@@ -30,15 +25,6 @@ def rank_of(expected: float) -> int:
     A threshold that is too high costs more than one that is too low: what it left out runs through the model again.
     """
     return math.ceil(expected + 3 * math.sqrt(expected)) if expected else 1
-
-
-def relative_cost(ctx: Context, queries: int, share: float) -> float:
-    """Of two stages in that of one, by the multiplications of the contraction."""
-    tokens = float(ctx.reader.lengths.mean())
-    entries = sum(layer.parameters for layer in ctx.coverage.tracked)
-    folded = sum(min(sketches.SIZE, layer.parameters) for layer in ctx.coverage.tracked)
-    one = (tokens + queries) * entries
-    return (FORMED * tokens * entries + queries * folded + GATHERED * share * queries * entries) / one
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,12 @@ from raylux.engine.stages import prefilter
 from raylux.engine.stages.fit import fitted
 from raylux.engine.stages.pairs import ScoreJob, loaded_queries, missing_jobs
 from raylux.engine.stages.query import answerable
-from raylux.engine.stages.thresholds import largest_scores, margins_of, outcome, rank_of, read_pilot, relative_cost
+from raylux.engine.stages.thresholds import largest_scores, margins_of, outcome, rank_of, read_pilot
 from raylux.engine.stages.units import settle
 from raylux.engine.work import Job, results
 from raylux.errors import UserError
 from raylux.influence import sketches
+from raylux.influence.pairs import relative_cost
 from raylux.layers import TrackedLayer
 from raylux.ledger import SCORE, WAVES
 from raylux.store import CHOSEN, ESTIMATED, PILOT, ScoreBlock, score_blocks
@@ -169,7 +170,8 @@ def _new_rule(ctx: Context, wanted: set[str]) -> Rule:
     thresholds = [float(found[rank - 1]) for found, rank in zip(largest, ranks, strict=True)]
     margin = pilot.margin(best, every, ctx.config.score.recall)
     reach = pilot.estimate + margin * pilot.error >= np.array(thresholds)[:, None]
-    plain = relative_cost(ctx, len(ids), float(reach.mean())) >= 1
+    shapes = [layer.shape for layer in ctx.coverage.tracked]
+    plain = relative_cost(shapes, float(ctx.reader.lengths.mean()), len(ids), float(reach.mean())) >= 1
     if plain:
         ctx.reporter.say(
             f"score: {reach.mean():.0%} of the pairs may be among the {best} best of their query by what is estimated "
