@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,6 +132,31 @@ def test_inputs_that_the_fit_has_rotated_give_the_same_bits(
     assert differing(contents(tmp_path / "failed"), wanted) == []
 
 
+def test_sequences_that_are_run_anew_share_the_reading_of_queries(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as memory allows go against queries on the disk at once, product by product: the bits are the same."""
+    from raylux.engine import scorer
+
+    how = *_rotated_first(monkeypatch, "float32"), "engine.keep_captured=never"
+    sizes_of: list[int] = []
+    layer_scores = scorer.Scorer.layer_scores
+
+    def counted(self: scorer.Scorer, pack: scorer.Pack) -> object:
+        sizes_of.append(sum(map(len, pack.parts)))
+        return layer_scores(self, pack)
+
+    monkeypatch.setattr(scorer.Scorer, "layer_scores", counted)
+    monkeypatch.setattr(sizes, "_IN_MEMORY", 0)
+    scores(inputs, tmp_path / "together", *how)
+    assert max(sizes_of) > 4
+    sizes_of.clear()
+    monkeypatch.setattr(sizes, "_CAPTURED_TOGETHER", 1)
+    scores(inputs, tmp_path / "alone", *how)
+    assert max(sizes_of) <= 4
+    assert differing(contents(tmp_path / "together"), contents(tmp_path / "alone")) == []
+
+
 def test_the_eigenbases_give_the_same_scores(inputs: Inputs, tmp_path: Path) -> None:
     """In float64, total, by layer and by token: a rotation on either side of a product changes nothing."""
     plain, eigen = (
@@ -232,10 +258,16 @@ def test_queries_on_the_disk_give_the_same_bits(
     usual = scores(inputs, tmp_path / "memory")
     rested: list[int] = []
     used: list[int] = []
-    hold, in_memory = scorer.Resting.hold, scorer.in_memory
+    hold, build = scorer.Resting.hold, scorer.LayerQueries.build
+
+    def counted(*about: Any, **more: Any) -> Any:
+        found = build(*about, **more)
+        used.extend(found.tile for tile in found.tiles for _ in tile if about[-1])
+        return found
+
     monkeypatch.setattr(sizes, "_IN_MEMORY", 0)
     monkeypatch.setattr(scorer.Resting, "hold", lambda self, x: rested.append(len(x)) or hold(self, x))
-    monkeypatch.setattr(scorer, "in_memory", lambda x: used.append(len(x)) or in_memory(x))
+    monkeypatch.setattr(scorer.LayerQueries, "build", counted)
     assert np.array_equal(scores(inputs, tmp_path / "disk"), usual)
     assert used == rested and rested, "each tile is used once as it was read, and rests from its second use on"
     used.clear()

@@ -11,7 +11,7 @@ from raylux.cost.costs import Choice, StageCost, Work
 from raylux.cost.fit import LAYER_OPERATIONS, base_bytes, batch_tokens, model_bytes, reading, rooms, store, worker_base
 from raylux.cost.machine import Cluster, Device
 from raylux.cost.running import model_work, rotation_flops
-from raylux.cost.sizes import covariance_bytes, products_together, queries_rest, used_once
+from raylux.cost.sizes import captured_together, covariance_bytes, products_together, queries_rest, used_once
 from raylux.cost.workload import Workload
 
 # Passes of a formed gradient's entries through memory beside forming and multiplying them: set to zero.
@@ -115,7 +115,7 @@ def _loading(work: Workload, cluster: Cluster, chosen: Scoring, kept: float) -> 
         work: what is computed.
         cluster: where.
         chosen: how.
-        kept: sequences that workers keep, for which queries are read once in several products.
+        kept: sequences that workers keep, of which more are taken together.
     """
     if cluster.worker.gpu:
         return []
@@ -123,11 +123,13 @@ def _loading(work: Workload, cluster: Cluster, chosen: Scoring, kept: float) -> 
     held = cluster.workers * sum(form.held for form in chosen.forms if form.name in _DENSE)
     first, again = held * _LOADING_PASSES, 0.0
     if queries_rest(layers, work.queries, work.operand):
-        together = products_together(layers, work.tokens * work.padding, work.rows, work.operand)
+        shape = work.tokens * work.padding, work.rows, work.operand
+        of_kept = work.rows * products_together(layers, *shape)
+        of_fresh = min(work.score_unit, work.rows * captured_together(layers, work.model.groups, *shape))
         fresh = work.candidates - min(work.candidates, kept)
         uses = sum(
             math.ceil(count * work.padding / cluster.workers / rows)
-            for count, rows in ((work.candidates - fresh, work.rows * together), (fresh, work.rows))
+            for count, rows in ((work.candidates - fresh, of_kept), (fresh, of_fresh))
         )
         once = all(used_once(layer, work.queries, work.operand) for layer in layers)
         if uses > 1 or not once:

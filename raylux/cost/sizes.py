@@ -24,9 +24,10 @@ SOLVE_STATE = 7
 # Dense queries up to so many bytes a worker holds in memory, more of them on its disk, read once for each product.
 _IN_MEMORY = 256 << 20
 # Bytes of a layer's queries that are used as they were read, once, before they rest on the disk.
-_ONCE = 256 << 20
-# Bytes of kept sequences in a layer, and of what is formed of them, that are held at a time.
-_TOGETHER = 1 << 27
+_ONCE = 384 << 20
+# Bytes of kept sequences in a layer, and of what is formed of them, that are held at a time; of the others, in all
+# layers, as they were captured.
+_TOGETHER, _CAPTURED_TOGETHER = 1 << 27, 512 << 20
 # Entries of a gradient that are formed and multiplied at a time: the buffer stays small however large the layer, and
 # what is rounded to bf16 is a part of a sum, not the whole. A GPU wants large products, and rounds no sum.
 SLICE, GPU_SLICE = 1 << 19, 1 << 22
@@ -177,6 +178,15 @@ def products_together(layers: Sequence[TrackedLayer], tokens: float, rows: int, 
     entries = max((tokens * (layer.inputs + layer.outputs) for layer in layers), default=1)
     formed = max((layer.parameters for layer in layers), default=1)
     return max(1, int(_TOGETHER // (itemsize * rows * max(entries, min(formed, SLICE)))))
+
+
+def captured_together(
+    layers: Sequence[TrackedLayer], groups: Mapping[str, str], tokens: float, rows: int, itemsize: int
+) -> int:
+    """``products_together`` of sequences that are not kept: all their a and g are held."""
+    widths = {groups[layer.name]: layer.inputs for layer in layers}
+    entries = tokens * (sum(widths.values()) + sum(layer.outputs for layer in layers))
+    return max(1, int(_CAPTURED_TOGETHER // (entries * itemsize * rows)))
 
 
 def probe_count(setting: int | str, parameters: int) -> int:

@@ -29,9 +29,6 @@ from raylux.layers import TrackedLayer
 from raylux.memory import give_back
 from raylux.store import RunFolder
 
-# Bytes of captured sequences that are taken together: all queries are read for each such company.
-_TOGETHER = 512 << 20
-
 
 @dataclass(frozen=True)
 class Estimated:
@@ -191,7 +188,8 @@ class EstimatedScores(WorkerPart):
             what: np.full((len(ids), len(rows)), np.nan, np.float64 if self.compute == torch.float64 else np.float32)
             for what in ("total", "estimate", "error")
         }
-        for pack in self._packs(rows, loaded.contraction, fresh=self._fresh(loaded.contraction.torch_dtype)):
+        fresh = self._captured_together(loaded.contraction.torch_dtype)  # all queries are read for each such company
+        for pack in self._packs(rows, loaded.contraction, fresh=fresh):
             places = [place for part in pack.parts for place in part.places]
             counted = torch.tensor(pack.counted)
             if chosen is None:
@@ -233,13 +231,6 @@ class EstimatedScores(WorkerPart):
             spec = self.spec
             self._sieve = Sieve(self.folder, spec.layers, spec.groups, loaded, how, self.devices)
         return self._sieve
-
-    def _fresh(self, dtype: torch.dtype) -> int:
-        """Of how many products sequences are taken together that are not kept: all their a and g are held."""
-        plan, layers = self.spec.plan, self.spec.layers
-        widths = {self.spec.groups[layer.name]: layer.inputs for layer in layers}
-        entries = plan.longest * (sum(widths.values()) + sum(layer.outputs for layer in layers))
-        return max(1, _TOGETHER // (entries * torch.empty(0, dtype=dtype).element_size() * plan.rows))
 
 
 def _kept(x: Tensor, counted: Tensor, columns: Tensor) -> np.ndarray:

@@ -45,6 +45,10 @@ class WorkerPart(ABC):
         """Captured sequences, as many together as a product takes."""
 
     @abstractmethod
+    def _captured_together(self, dtype: torch.dtype) -> int:
+        """Of how many products sequences are taken together that are not kept."""
+
+    @abstractmethod
     def _release(self) -> None:
         """Let go of queries and bases."""
 

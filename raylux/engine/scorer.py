@@ -177,17 +177,20 @@ class Scorer:
             if layer.words
         }
         if not self.rests:
-            self._queries |= {layer.name: self._read(layer, in_memory) for layer in matrices(layers)}
+            self._queries |= {layer.name: self._read(layer) for layer in matrices(layers)}
         self._bases = bases.get(loaded.basis, dtype)
 
     def _read(
-        self, layer: TrackedLayer, hold: Callable[[Tensor], Held], scratch: Scratch | None = None
+        self,
+        layer: TrackedLayer,
+        hold: Callable[[Tensor], Held] = in_memory,
+        scratch: Scratch | None = None,
+        once: bool = False,
     ) -> LayerQueries:
         loaded, device = self.loaded, self._devices[layer.name]
         dtype, tokens = loaded.contraction.torch_dtype, self._plan.typical_tokens * layer.share
         queries = read_layer_queries(self._folder, loaded.files, layer.name, loaded.ids, dtype, device, scratch)
-        moved = hold is not in_memory
-        return LayerQueries.build(layer.shape, queries, tokens, self._plan.tile, hold, scratch, moved)
+        return LayerQueries.build(layer.shape, queries, tokens, self._plan.tile, hold, scratch, once)
 
     def _of(self, layer: TrackedLayer, scratch: Scratch) -> LayerQueries | WordQueries:
         """The queries in a layer, valid until those of the next are asked for.
@@ -199,7 +202,7 @@ class Scorer:
         few = used_once(layer, len(self.loaded.ids), self._itemsize)
         if found is None and cpu and few and name not in self._asked:
             self._asked.add(name)
-            return self._read(layer, in_memory, scratch)
+            return self._read(layer, scratch=scratch, once=True)
         if found is None:
             assert self._resting is not None, "others are read at once"
             found = self._queries[name] = self._read(layer, self._resting.hold, scratch if cpu else None)
@@ -215,7 +218,7 @@ class Scorer:
                 held = None  # not beside the next
                 held = group, [self._turned(part, layer.name) for part in pack.parts]
             grads = [rotate(part.grads[layer.name], q_s) for part in pack.parts]
-            yield self._of(layer, scratch).scores(list(zip(held[1], grads, strict=True)), pack.rows)
+            yield self._of(layer, scratch).scores(list(zip(held[1], grads, strict=True)), pack.rows, scratch)
 
     def token_scores(self, place: int, part: PackPart) -> Tensor:
         """[N, T]: each token's share of the score of the query at ``place``, over all layers."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from raylux import fingerprints, gpu, models, profiling
 from raylux.batches import Batch, TokenRow, collate, query_batches, score_batches
 from raylux.capture import Capture, Captured, Labeller
+from raylux.cost.sizes import captured_together
 from raylux.curvature import Statistics
 from raylux.engine import numerics
 from raylux.engine.captures import GIVEN, CapturedSequences
@@ -261,8 +262,12 @@ class GradientWorker(ProjectedSums, GaussNewtonProducts, ProximalMeasurements, S
         total = np.full((len(ids), len(rows)), np.nan, dtype)
         by_layer = np.full((len(ids), len(self.spec.layers), len(rows)), np.nan, dtype) if layers else None
         norm = np.full(len(rows), np.nan, dtype)
-        together = scorer.together if scorer.rests else 1
-        for pack in self._packs(rows, loaded.contraction, products=together):
+        together = fresh = 1
+        if scorer.rests:
+            together = scorer.together
+            if self.device == "cpu":  # a GPU's queries rest in its memory
+                fresh = self._captured_together(loaded.contraction.torch_dtype)
+        for pack in self._packs(rows, loaded.contraction, products=together, fresh=fresh):
             places = [place for part in pack.parts for place in part.places]
             counted = torch.tensor(pack.counted, device=self.device)
             whole = torch.zeros(sum(map(len, pack.parts)), len(loaded.ids), dtype=torch.float64, device=self.device)
@@ -339,6 +344,11 @@ class GradientWorker(ProjectedSums, GaussNewtonProducts, ProximalMeasurements, S
 
         yield from packs(parts(here, GIVEN), plan.rows, products)
         yield from packs(parts(rest, None), plan.rows, fresh)
+
+    def _captured_together(self, dtype: torch.dtype) -> int:
+        """Of how many products sequences are taken together that are not kept."""
+        spec, itemsize = self.spec, torch.empty(0, dtype=dtype).element_size()
+        return captured_together(matrices(spec.layers), spec.groups, spec.plan.longest, spec.plan.rows, itemsize)
 
     def _captured(
         self, batch: Batch, dtype: torch.dtype, wanted: Collection[str] | None

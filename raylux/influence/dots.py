@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -46,6 +47,21 @@ def sequence_gradients(a: Rows, g: Rows) -> Tensor:
     return gradients
 
 
+def _laid_out(
+    queries: Mapping[int, Tensor], part: slice, shape: tuple[int, int, int], like: Tensor, scratch: Scratch | None
+) -> Tensor:
+    """A slice of P of a tile's queries, by their places in it: [tile, entries], zero where it has none.
+
+    ``like``: any query [P, M]. ``shape``: (tile, rows of the slice, filled width).
+    """
+    rows, inputs = (scratch or Scratch()).take("tile", shape, like.dtype, like.device), like.shape[1]
+    rows[..., inputs:] = 0
+    rows[[place for place in range(len(rows)) if place not in queries]] = 0
+    for place, query in queries.items():
+        rows[place, :, :inputs] = query[part]
+    return rows.view(len(rows), -1)
+
+
 @dataclass
 class LayerQueries:
     """The preconditioned queries of one layer, ready to be put against sequences.
@@ -78,7 +94,7 @@ class LayerQueries:
         tile: int = TILE,
         hold: Callable[[Tensor], Held] = in_memory,
         scratch: Scratch | None = None,
-        moved: bool = False,
+        once: bool = False,
     ) -> LayerQueries:
         """From each query's s_test: dense [P, M], or (left [P, R], right [M, R]), all of one dtype.
 
@@ -88,8 +104,8 @@ class LayerQueries:
             tokens: typical tokens per sequence, by which the contraction is chosen.
             tile: dense queries per matrix product.
             hold: puts a slice of a tile where it rests.
-            scratch: memory for them; None: of their own.
-            moved: ``hold`` puts them elsewhere, so that one may have the memory of the one before.
+            scratch: memory of one of them, where ``hold`` puts them elsewhere; None: each has its own.
+            once: they are asked for once, and laid out then in ``scratch``; ``hold`` holds nothing.
         """
         outputs, inputs = shape
         first = queries[0] if queries else torch.zeros(0)
@@ -110,25 +126,24 @@ class LayerQueries:
             width = aligned_width(inputs, some.dtype, some.device)
             result.tile = tile
             for start in range(0, len(queries), tile):
-                mine = {place: dense.pop(place) for place in sorted(dense.keys() & range(start, start + tile))}
-                held = []
-                for part in result.slices:
-                    own, use = scratch or Scratch(), "tile" if moved else f"tile {start} {part.start}"
-                    rows = own.take(use, (tile, part.stop - part.start, width), some.dtype, some.device)
-                    rows[..., inputs:] = 0
-                    rows[[place for place in range(tile) if place + start not in mine]] = 0
-                    for place, query in mine.items():
-                        rows[place - start, :, :inputs] = query[part]
-                    held.append(hold(rows.view(tile, -1)))
-                result.tiles.append(held)
+                mine = {place - start: dense.pop(place) for place in sorted(dense.keys() & range(start, start + tile))}
+                shapes = [(tile, part.stop - part.start, width) for part in result.slices]
+                laid = [
+                    partial(_laid_out, mine, part, shape, some, scratch)
+                    for part, shape in zip(result.slices, shapes, strict=True)
+                ]
+                result.tiles.append(list(laid) if once else [hold(rows()) for rows in laid])
         return result
 
-    def scores(self, batches: Sequence[tuple[Rows, Rows]], rows: int | None = None) -> Tensor:
+    def scores(
+        self, batches: Sequence[tuple[Rows, Rows]], rows: int | None = None, scratch: Scratch | None = None
+    ) -> Tensor:
         """Scores of the sequences of some batches.
 
         Args:
             batches: a [N, T, M] and g [N, T, P] of each, in the dtype of the queries.
             rows: of each product; default: as many as there are sequences.
+            scratch: memory for gradients; None: of their own.
 
         Returns:
             [N, Q] over all batches, in float32 or better.
@@ -140,31 +155,31 @@ class LayerQueries:
                 places += [count + place for place in own]
             count += len(a)
         if len(places) == count:
-            return self._scores(taken, rows)
+            return self._scores(taken, rows, scratch or Scratch())
         # An expert that not every sequence has tokens at: the others' score is 0.
         result = torch.zeros(count, self.count, dtype=wide_dtype(self.dtype), device=batches[0][1].device)
         if places:
-            result[places] = self._scores(taken, rows or count)
+            result[places] = self._scores(taken, rows or count, scratch or Scratch())
         return result
 
-    def _scores(self, parts: Sequence[tuple[Tensor, Tensor]], rows: int | None) -> Tensor:
+    def _scores(self, parts: Sequence[tuple[Tensor, Tensor]], rows: int | None, scratch: Scratch) -> Tensor:
         parts = [(whole_blocks(a), whole_blocks(g)) for a, g in parts]
         count = sum(len(a) for a, _ in parts)
         some, rows = parts[0][0], rows or count
         result = torch.zeros(-(-count // rows) * rows, self.count, dtype=wide_dtype(self.dtype), device=some.device)
         if self.tiles:
-            self._dense(parts, result, rows)
+            self._dense(parts, result, rows, scratch)
         for place, (left, right) in self.factors.items():
             with of("dot"):
                 shares = [((g @ left).to(result.dtype) * (a @ right)).sum((1, 2)) for a, g in parts]
                 result[:count, place] += torch.cat(shares)
         return result[:count]
 
-    def _dense(self, parts: Sequence[tuple[Tensor, Tensor]], result: Tensor, rows: int) -> None:
+    def _dense(self, parts: Sequence[tuple[Tensor, Tensor]], result: Tensor, rows: int, scratch: Scratch) -> None:
         parts = [(aligned(a), g) for a, g in parts]
         inputs, count = parts[0][0].shape[2], sum(len(a) for a, _ in parts)
         largest = max(part.stop - part.start for part in self.slices) * inputs
-        formed = torch.empty(len(result) * largest, dtype=self.dtype, device=result.device)
+        formed = scratch.take("formed", (len(result) * largest,), self.dtype, result.device)
         for index, part in enumerate(self.slices):
             size = part.stop - part.start
             gradient = formed[: len(result) * size * inputs].view(len(result), size, inputs)

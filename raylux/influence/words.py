@@ -70,8 +70,8 @@ class WordQueries:
 
     queries: Sequence[WordGradient]
 
-    def scores(self, batches: Sequence[tuple[Rows, Rows]], rows: int | None = None) -> Tensor:
-        """Scores [N, Q] of the sequences of some batches: ids [N, T, 1] and g [N, T, P] of each."""
+    def scores(self, batches: Sequence[tuple[Rows, Rows]], rows: int | None = None, scratch: object = None) -> Tensor:
+        """Scores [N, Q] of the sequences of some batches: ids [N, T, 1] and g [N, T, P] of each; no more is asked."""
         with of("dot"):
             found = [torch.stack([self._shares(query, a, g).sum(1) for query in self.queries], 1) for a, g in batches]
         return torch.cat(found)
