@@ -27,7 +27,7 @@ _IN_MEMORY = 256 << 20
 _ONCE = 384 << 20
 # Bytes of kept sequences in a layer, and of what is formed of them, that are held at a time; of the others, in all
 # layers, as they were captured.
-_TOGETHER, _CAPTURED_TOGETHER = 1 << 27, 512 << 20
+_TOGETHER, _CAPTURED_TOGETHER = 192 << 20, 512 << 20
 # Entries of a gradient that are formed and multiplied at a time: the buffer stays small however large the layer, and
 # what is rounded to bf16 is a part of a sum, not the whole. A GPU wants large products, and rounds no sum.
 SLICE, GPU_SLICE = 1 << 19, 1 << 22
