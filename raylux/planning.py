@@ -172,6 +172,7 @@ def _workload(
         rows=plan.rows,
         eigh=config.fit.eigh,
         self_influence=config.score.self_influence,
+        best=config.score.best,
         joint=kind.joint,
         solver_products=products,
         solver_sequences=over,

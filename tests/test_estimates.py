@@ -117,7 +117,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 def small_folds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients of a small model are folded too, and a small corpus has a pilot and is worth two stages."""
     monkeypatch.setattr(sketches, "SIZE", 600)
-    monkeypatch.setattr(two_stage, "_PILOT_LEAST", 15)
+    monkeypatch.setattr("raylux.cost.two_stage.PILOT_LEAST", 15)
     monkeypatch.setattr(two_stage, "relative_cost", lambda *_: 0.0)
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from jobs.twostage.cases import Case
 from raylux import api
 from raylux.config import Config
-from raylux.influence.pairs import GATHERED, relative_cost
+from raylux.cost.two_stage import GATHERED, relative_cost
+from raylux.influence import sketches
 from raylux.results import Run
 from raylux.store import ESTIMATED, PILOT, CorpusReader
 
@@ -120,7 +121,9 @@ def _curve(run: Run, exact: np.ndarray, kth: np.ndarray, tokens: float) -> list[
             chosen = (estimate + margin * error) * scale >= kth
         among = there & (exact >= kth)
         recall, share = float(chosen[among].mean()), float(chosen[there].mean())
-        costs = (relative_cost(_shapes(run), tokens, len(exact), share, weight) for weight in (1.0, GATHERED))
+        costs = (
+            relative_cost(_shapes(run), tokens, len(exact), share, weight, sketches.SIZE) for weight in (1.0, GATHERED)
+        )
         points.append(Point(margin, recall, share, *costs))
     return points
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from jobs.plots import pyplot
 from jobs.twostage.cases import CASES
+from raylux.cost.two_stage import GATHERED
 from raylux.influence import sketches
-from raylux.influence.pairs import GATHERED
 
 Figures = Mapping[str, dict[str, Any]]
 _WANTED, _FLOOR = 0.99, 0.15

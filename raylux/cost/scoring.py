@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from raylux.cost import contraction, costs, projecting
+from raylux.cost import contraction, costs, projecting, two_stage
 from raylux.cost.contraction import Form
 from raylux.cost.costs import Choice, StageCost, Work
 from raylux.cost.fit import LAYER_OPERATIONS, base_bytes, batch_tokens, model_bytes, reading, rooms, store, worker_base
@@ -39,19 +39,18 @@ def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     device, model = cluster.worker, work.model
     chosen = choose_scoring(work, device, can)
     layers, tokens = model.tracked, work.candidates * work.tokens * work.padding
-    count, batch = float(work.candidates), chosen.batch
+    batch = chosen.batch
     spared = work.fit_tokens * work.kept_share(cluster.workers) if work.scores_fit else 0.0
-    dots = count * sum(form.dots + form.per_batch / _sequences(work, batch) for form in chosen.forms)
-    starting = device.starting(tokens / batch * len(layers) * LAYER_OPERATIONS)
+    share = two_stage.chosen_share(work)
     works = [
         *model_work(work, device, (tokens - spared * work.padding) * chosen.tiles, batch, [layers]),
         *([reading(work, cluster, spared * chosen.tiles)] if spared else []),
-        *_meeting(work, device, chosen, spared / work.tokens),
-        Work("dots", dots, _dot_bytes(work, chosen), device.seconds(
-            dots, work.contraction, max(work.tile, 64) if device.gpu else min(work.tile, work.rows),
-            _dot_bytes(work, chosen)) + starting),
-        *_loading(work, cluster, chosen, spared / work.tokens),
-    ]  # fmt: skip
+        *(
+            _every_pair(work, cluster, chosen, spared / work.tokens)
+            if share is None
+            else two_stage.works(work, cluster, chosen.forms, _meeting(work, device, chosen, 0.0), share)
+        ),
+    ]
     if chosen.rescored:
         works.append(_rescoring(work, device, chosen))
     if work.self_influence:
@@ -59,12 +58,15 @@ def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
         works += [reading(work, cluster, spared)] if spared else []
     if work.projection:
         works.append(projecting.lengths(work, device))
-    disk = float(work.queries * work.candidates * work.stored)
+    # Estimates and their errors beside scores.
+    disk = float(work.queries * work.candidates * work.stored) * (1 if share is None else 3)
     read = cluster.workers * work.queries * work.query_bytes() / max(1, cluster.workers / cluster.nodes)
     if any(form.name == contraction.EIGENBASIS for form in chosen.forms):
         read += cluster.nodes * covariance_bytes(layers, model.groups, work.stored, work.blocks)
     works.append(store(disk + read + tokens * 4, cluster))
-    held = _held(work, device, chosen) / chosen.tiles
+    held = _held(work, device, chosen, spared / work.tokens) / chosen.tiles
+    if share is not None:
+        held = two_stage.held(work, device, chosen.forms)
     if any(form.name == contraction.EIGENBASIS for form in chosen.forms):
         held += covariance_bytes(layers, model.groups, work.operand, work.blocks)
     units = max(1, math.ceil(work.candidates / work.score_unit))
@@ -75,14 +77,33 @@ def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
         + projecting.held(work),
         0.0, disk, disk + read,
     )  # fmt: skip
-    return stage, _score_choices(work, cluster, chosen, stage)
+    found = _score_choices(work, cluster, chosen, stage)
+    return stage, found if work.best is None else [*found, two_stage.choice(work, share)]
 
 
-def _held(work: Workload, device: Device, chosen: Scoring) -> float:
-    """Bytes of a worker's queries: on a CPU where they rest on its disk, those of a layer as read and as laid out."""
+def _every_pair(work: Workload, cluster: Cluster, chosen: Scoring, kept: float) -> list[Work]:
+    """Products of all queries with all candidates, of which workers keep some."""
+    device, batch = cluster.worker, chosen.batch
+    tokens = work.candidates * work.tokens * work.padding
+    dots = work.candidates * sum(form.dots + form.per_batch / _sequences(work, batch) for form in chosen.forms)
+    touched, size = _dot_bytes(work, chosen), max(work.tile, 64) if device.gpu else min(work.tile, work.rows)
+    starting = device.starting(tokens / batch * len(work.model.tracked) * LAYER_OPERATIONS)
+    return [
+        *_meeting(work, device, chosen, kept),
+        Work("dots", dots, touched, device.seconds(dots, work.contraction, size, touched) + starting),
+        *_loading(work, cluster, chosen, kept),
+    ]
+
+
+def _held(work: Workload, device: Device, chosen: Scoring, kept: float) -> float:
+    """Bytes of a worker's queries: on a CPU where they rest on its disk, those of a layer as read and as laid out.
+
+    Beside these are the a and g of the sequences that are put against them together, unless they are kept.
+    """
     if device.gpu or not queries_rest(work.model.tracked, work.queries, work.operand):
         return sum(form.held for form in chosen.forms)
-    return 2 * max(form.held for form in chosen.forms)
+    fresh = min(max(0.0, work.candidates - kept), work.score_unit)
+    return 2 * max(form.held for form in chosen.forms) + two_stage.company_bytes(work, fresh)
 
 
 def _meeting(work: Workload, device: Device, chosen: Scoring, kept: float) -> list[Work]:

@@ -53,6 +53,7 @@ class Workload:
         solver_products: products with the Gauss-Newton matrix that a query takes, at most; 0: solved directly.
         solver_sequences: over which each of them goes.
         passes: of each stage of the fit that sums; None: the planner's choice.
+        best: of each query so many best sequences are wanted, found in two stages; None: all scores.
         scores_fit: the candidates include the fitted sequences, and kept ones are scored without another pass.
     """
 
@@ -93,6 +94,7 @@ class Workload:
     sequence_products: bool = False
     blocks: int = 1
     covariance_sequences: int | None = None
+    best: int | None = None
 
     @property
     def itemsize(self) -> int:

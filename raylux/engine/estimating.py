@@ -11,6 +11,7 @@ from torch import Tensor
 
 from raylux import gpu
 from raylux.blocks import Rotation
+from raylux.cost.two_stage import DIRECTIONS
 from raylux.curvature import rotate
 from raylux.engine.kept import Resting
 from raylux.engine.parts import WorkerPart
@@ -24,7 +25,7 @@ from raylux.engine.records import (
 from raylux.engine.scorer import LoadedQueries, Pack
 from raylux.errors import NumericsError
 from raylux.influence.pairs import PairQueries
-from raylux.influence.sketches import DIRECTIONS, LayerSketch, fold
+from raylux.influence.sketches import LayerSketch, fold
 from raylux.layers import TrackedLayer
 from raylux.memory import give_back
 from raylux.store import RunFolder

@@ -16,36 +16,12 @@ import torch
 from torch import Tensor
 
 from raylux.cost.sizes import SLICE
-from raylux.influence import sketches
 from raylux.influence.dots import Held, in_memory, no_vectors, whole_blocks, wide_dtype
 from raylux.products import gradients_into
 from raylux.profiling import of
 
 # Entries of a query that its products take at a time.
 _PIECE = 1024
-# A pair that is scored by itself, in pairs of a matrix product: measured on a CPU in float32.
-GATHERED = 5.0
-
-
-def relative_cost(
-    shapes: Sequence[tuple[int, int]], tokens: float, queries: int, share: float, gathered: float = GATHERED
-) -> float:
-    """Multiplications of estimates and chosen pairs, in those of the contraction of all pairs, Σ (T + Q)·P·M.
-
-    Gradients are formed in either stage; they are balanced, and all queries folded put against all of them folded.
-
-    Args:
-        shapes: (P, M) of each layer.
-        tokens: T, of a sequence.
-        queries: Q.
-        share: of all pairs, that are chosen.
-        gathered: of a pair by itself, in pairs of a matrix product.
-    """
-    entries = sum(outputs * inputs for outputs, inputs in shapes)
-    folded = sum(min(sketches.SIZE, outputs * inputs) for outputs, inputs in shapes)
-    balancing = 4 * tokens * sketches.DIRECTIONS * sum(map(sum, shapes))
-    stages = 2 * tokens * entries + balancing + queries * folded + gathered * share * queries * entries
-    return stages / ((tokens + queries) * entries)
 
 
 @dataclass

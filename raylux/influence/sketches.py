@@ -23,15 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raylux.cost.two_stage import FOLDED
 from raylux.influence.dots import Held, in_memory
 from raylux.products import gradients_into
 from raylux.profiling import of
 from raylux.sampling import random_signs
 
-DIRECTIONS = 16
-"""Of the largest eigenvalues on a side of a layer, that are scaled."""
-
-SIZE = 1 << 14
+SIZE = FOLDED
 """Numbers of a folded gradient, about."""
 
 # Rows of a gradient that are formed at a time, and sequences.

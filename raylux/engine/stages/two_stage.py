@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from raylux.config import ScoreSection
+from raylux.cost.two_stage import pilot, relative_cost
 from raylux.curvature import Kind
 from raylux.engine.context import Context
 from raylux.engine.estimating import Estimated
@@ -33,17 +34,12 @@ from raylux.engine.stages.units import settle
 from raylux.engine.work import Job, results
 from raylux.errors import UserError
 from raylux.influence import sketches
-from raylux.influence.pairs import relative_cost
 from raylux.layers import TrackedLayer
 from raylux.ledger import SCORE, WAVES
 from raylux.store import CHOSEN, ESTIMATED, PILOT, ScoreBlock, score_blocks
 
-# Rows of the pilot: a share of all, between two bounds.
-_PILOT_SHARE, _PILOT_LEAST, _PILOT_MOST = 1 / 64, 128, 2048
 # Where later waves end, as shares of all rows.
 _ENDS = (0.125, 0.5, 1.0)
-# Fewer rows than this for each of the best that are wanted are scored as ever.
-_WORTH = 8
 
 Plain = Callable[[Context, Sequence[ScoreJob]], bool]
 """Scores jobs as ever."""
@@ -130,11 +126,11 @@ def _waves(ctx: Context, jobs: Sequence[ScoreJob]) -> list[list[str]]:
     order = sorted(jobs, key=lambda job: hashlib.blake2b(job.name.encode(), digest_size=8).digest())
     rows = sum(len(job.rows) for job in order)
     assert ctx.config.score.best is not None
-    if rows < _WORTH * ctx.config.score.best or rows < 2 * _PILOT_LEAST:
+    first = pilot(rows, ctx.config.score.best)
+    if not first:
         return [[], [], [], [job.name for job in order]]
-    pilot = min(max(rows * _PILOT_SHARE, _PILOT_LEAST), _PILOT_MOST)
     waves: list[list[str]] = [[]]
-    ends, done = [pilot, *(rows * end for end in _ENDS)], 0
+    ends, done = [first, *(rows * end for end in _ENDS)], 0
     for job in order:
         while done >= ends[len(waves) - 1] and len(waves) <= len(_ENDS):
             waves.append([])

@@ -1,0 +1,68 @@
+"""What the plan says of two-stage scoring: the multiplications that the engine decides by, and memory of a layer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from raylux.capture import input_groups
+from raylux.cost import costs, two_stage
+from raylux.cost.costs import StageCost
+from raylux.cost.model import ModelShape
+from raylux.cost.planner import plan_run
+from raylux.layers import coverage
+from tests.architectures import build
+from tests.test_cost import _cluster, _work
+
+
+def _shape() -> ModelShape:
+    model = build("llama", hidden_size=192, intermediate_size=512)
+    covered = coverage(model)
+    return ModelShape.of(model, covered, input_groups(model, covered.tracked))
+
+
+# 4,096 sequences and 1,000 queries, of which the 100 best are wanted.
+WORK = _work(
+    model=_shape(), dtype="float32", contraction="float32", candidates=4096, corpus=4096, queries=1000,
+    fit_sequences=128, tokens=128.0, query_tokens=128.0, max_error=0.0, best=100, query_basis="standard",
+    prefilter=False, score_unit=256, batch_tokens=1024,
+)  # fmt: skip
+CPU = _cluster(devices=1, device={"gpu": False})
+
+
+def _score(**changes: object) -> StageCost:
+    plan = plan_run(replace(WORK, **changes), CPU, costs.ENGINE)  # type: ignore[arg-type]
+    return next(stage for stage in plan.stages if stage.name == "score")
+
+
+def test_few_sequences_have_no_pilot() -> None:
+    assert two_stage.pilot(799, 100) == 0 and two_stage.pilot(255, 1) == 0
+    assert two_stage.pilot(800, 100) == 128 and two_stage.pilot(1_000_000, 100) == 2048
+    assert two_stage.chosen_share(replace(WORK, best=None)) is None
+    assert two_stage.chosen_share(replace(WORK, candidates=700)) is None
+
+
+def test_the_multiplications_are_those_that_the_engine_decides_by() -> None:
+    share = two_stage.chosen_share(WORK)
+    assert share is not None and 128 / 4096 + 100 / 4096 < share < 0.2
+    every = {work.kind: work.flops for work in _score(best=None).works}
+    two = {work.kind: work.flops for work in _score().works}
+    shapes = [layer.shape for layer in WORK.model.tracked]
+    relative = two_stage.relative_cost(shapes, WORK.tokens, WORK.queries, share, gathered=1.0)
+    contraction = every["forming"] + every["dots"]
+    assert two["forming"] + two["estimates"] + two["chosen pairs"] == pytest.approx(relative * contraction, rel=1e-9)
+    assert two["forward"] == every["forward"] and "dots" not in two
+
+
+def test_where_most_pairs_would_be_chosen_all_are_scored() -> None:
+    """And the plan is that of a run which does not ask for the best."""
+    assert two_stage.chosen_share(replace(WORK, best=500)) is None
+    assert _score(best=500).works == _score(best=None).works
+
+
+def test_queries_of_one_layer_are_held_while_they_are_laid_out() -> None:
+    few, many = _score(queries=2000), _score(queries=4000)
+    largest = max(layer.parameters for layer in WORK.model.tracked)
+    assert many.worker_bytes - few.worker_bytes == pytest.approx(2 * 2000 * largest * WORK.operand, rel=1e-9)
+    assert _score().disk_bytes == 3 * _score(best=None).disk_bytes, "estimates and their errors are kept"
