@@ -145,8 +145,10 @@ def _loading(work: Workload, cluster: Cluster, chosen: Scoring, kept: float) -> 
     first, again = held * _LOADING_PASSES, 0.0
     if queries_rest(layers, work.queries, work.operand):
         shape = work.tokens * work.padding, work.rows, work.operand
-        of_kept = work.rows * products_together(layers, *shape)
-        of_fresh = min(work.score_unit, work.rows * captured_together(layers, work.model.groups, *shape))
+        together = products_together(layers, *shape)
+        of_kept = work.rows * together
+        of_fresh = work.rows * min(together, captured_together(layers, work.model.groups, *shape))
+        of_fresh = min(work.score_unit, of_fresh)
         fresh = work.candidates - min(work.candidates, kept)
         uses = sum(
             math.ceil(count * work.padding / cluster.workers / rows)

@@ -266,7 +266,7 @@ class GradientWorker(ProjectedSums, GaussNewtonProducts, ProximalMeasurements, S
         if scorer.rests:
             together = scorer.together
             if self.device == "cpu":  # a GPU's queries rest in its memory
-                fresh = self._captured_together(loaded.contraction.torch_dtype)
+                fresh = min(together, self._captured_together(loaded.contraction.torch_dtype))
         for pack in self._packs(rows, loaded.contraction, products=together, fresh=fresh):
             places = [place for part in pack.parts for place in part.places]
             counted = torch.tensor(pack.counted, device=self.device)
