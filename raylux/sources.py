@@ -6,6 +6,7 @@ broken archive ends in the same kind of line.
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import io
 import lzma
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+from fsspec.compression import register_compression
 from fsspec.spec import AbstractBufferedFile
 
 from raylux.errors import UserError
@@ -27,6 +29,10 @@ from raylux.markup import odd_character
 PACKAGE = "package://"
 _COMPRESSION = (".gz", ".bz2", ".xz", ".lzma", ".zst")
 _LINE_LIMIT = 1 << 28  # bytes
+
+# fsspec unpacks by ISA-L where that is installed, whose errors are its own and say less of a file that is not packed.
+_GZIP = "raylux-gzip"
+register_compression(_GZIP, lambda file, mode="rb", **_: gzip.GzipFile(fileobj=file, mode=mode), (), force=True)
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ def open_bytes(path: str) -> Iterator[IO[bytes]]:
 
 def _opened(path: str, stack: ExitStack) -> Any:
     try:
-        source = fsspec.open(path, "rb", compression="infer")
+        source = fsspec.open(path, "rb", compression=_GZIP if path.lower().endswith(".gz") else "infer")
         packed = source.compression is None and path.endswith(_COMPRESSION)
         file = None if packed else stack.enter_context(source)
     except OSError:
