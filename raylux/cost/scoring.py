@@ -86,7 +86,7 @@ def _every_pair(work: Workload, cluster: Cluster, chosen: Scoring, kept: float) 
     device, batch = cluster.worker, chosen.batch
     tokens = work.candidates * work.tokens * work.padding
     dots = work.candidates * sum(form.dots + form.per_batch / _sequences(work, batch) for form in chosen.forms)
-    touched, size = _dot_bytes(work, chosen), max(work.tile, 64) if device.gpu else min(work.tile, work.rows)
+    touched, size = _dot_bytes(work, chosen), two_stage.dot_width(work, device)
     starting = device.starting(tokens / batch * len(work.model.tracked) * LAYER_OPERATIONS)
     return [
         *_meeting(work, device, chosen, kept),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raylux.cost.contraction import Form
+from raylux.cost.contraction import Form, captured_width
 from raylux.cost.costs import Choice, Work
 from raylux.cost.machine import Cluster, Device
 from raylux.cost.sizes import captured_together
@@ -92,16 +92,17 @@ def works(work: Workload, cluster: Cluster, forms: Sequence[Form], meeting: Sequ
     entries = sum(outputs * inputs for outputs, inputs in shapes)
     estimates = 2.0 * count * (balanced + work.queries * folded)
     pairs = 2.0 * share * count * work.queries * entries
-    alone = device.seconds(GATHERED * pairs, work.contraction, _width(work, device))
+    alone = device.seconds(GATHERED * pairs, work.contraction, dot_width(work, device))
     return [
         *(Work(one.kind, 2 * one.flops, 2 * one.bytes, 2 * one.seconds) for one in meeting),
-        Work("estimates", estimates, 0.0, device.seconds(estimates, work.contraction, _width(work, device))),
+        Work("estimates", estimates, 0.0, device.seconds(estimates, work.contraction, dot_width(work, device))),
         Work("chosen pairs", pairs, 0.0, alone),
         *_laying(work, cluster, sum(form.held for form in forms)),
     ]
 
 
-def _width(work: Workload, device: Device) -> float:
+def dot_width(work: Workload, device: Device) -> float:
+    """The smallest dimension of a product of gradients with queries."""
     return max(work.tile, 64) if device.gpu else min(work.tile, work.rows)
 
 
@@ -123,8 +124,7 @@ def company(work: Workload) -> float:
 
 def company_bytes(work: Workload, most: float) -> float:
     """What a company of sequences captured, of ``most`` at most."""
-    layers, leaders = work.model.tracked, set(work.model.leaders)
-    widths = sum(layer.outputs + (layer.inputs if layer.name in leaders else 0) for layer in layers)
+    widths = sum(captured_width(layer, work.model.groups) for layer in work.model.tracked)
     return min(most, company(work)) * work.tokens * work.padding * widths * work.operand
 
 
