@@ -33,9 +33,10 @@ from raylux.checkpointing import blocks_of, checkpointed
 from raylux.errors import NumericsError, UserError
 from raylux.experts import DOWN, SplitExperts
 from raylux.gpu import is_unrepeatable, repeatable
+from raylux.heads import End, end_of, linear_head
 from raylux.influence.words import are_words
 from raylux.layers import TrackedLayer
-from raylux.loss import LogitLoss, logit_loss
+from raylux.loss import OutputLoss
 from raylux.modules import features_of
 from raylux.patches import Patches, output_rows
 from raylux.profiling import of
@@ -139,6 +140,7 @@ class Capture:
         self._widths = {layer.name: layer.inputs - int(layer.bias) for layer in layers}
         self._patches = {layer.name: layer.patches for layer in layers}
         self._experts = {layer.name: _expert_of(model, layer.name) for layer in layers if layer.routed}
+        self._head = linear_head(model, self._names())
         self.task = task_of(model)
         # Until an operation of the model turns out to have no kernel whose bits repeat.
         self._repeatable = True
@@ -214,11 +216,13 @@ class Capture:
                 logits = self._logits(batch, places)
             record.open = False
             with of("backward"):
-                losses = self._losses(logits, batch, targets.reshape(-1)[places], places, labeller, both)
+                end = end_of(self._head, record.before(logits), logits)
+                losses = self._losses(end, logits, batch, targets.reshape(-1)[places], places, labeller, both)
+            del logits
             taken = []
             for index, one in enumerate(losses):
-                with of("backward"), repeatable(logits.device.type if self._repeatable else "cpu"):
-                    grads = record.gradients(logits, one.gradient, retain=index + 1 < len(losses))
+                with of("backward"), repeatable(end.place.device.type if self._repeatable else "cpu"):
+                    grads = record.gradients(end.place, one.gradient, retain=index + 1 < len(losses))
                 taken.append(self._gradients(grads, batch, layers))
             raw = self._inputs(record, batch, taken[0])
         for name, token in self._unlearned.items():
@@ -247,13 +251,14 @@ class Capture:
 
     def _losses(
         self,
+        end: End,
         logits: Tensor,
         batch: Batch,
         targets: Tensor,
         places: Tensor | slice,
         labeller: Labeller | None,
         both: bool,
-    ) -> list[LogitLoss]:
+    ) -> list[OutputLoss]:
         flat = logits.detach().reshape(-1, logits.shape[-1])
         draw = None
         if labeller is not None:
@@ -264,7 +269,7 @@ class Capture:
             def draw(probabilities: Tensor, at: Tensor) -> Tensor:
                 return labeller(probabilities, keys[at], place[at])
 
-        return logit_loss(flat, targets, draw, both)
+        return end.losses(flat, targets, draw, both)
 
     def _logits(self, batch: Batch, places: Tensor | slice) -> Tensor:
         return self.task.logits(self.model, batch, places)
@@ -277,6 +282,8 @@ class Capture:
             module.register_forward_hook(record.hook(name, keep_input=name in leaders, keep_edge=name in wanted))
             for name, module in self._modules.items()
         ]
+        if self._head is not None:
+            handles.append(self._head.register_forward_hook(record.head))
         for block in self._blocks:
             block.mask = batch.mask
         try:

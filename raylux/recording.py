@@ -52,6 +52,8 @@ class Record:
         open: whether the forward pass is under way; what runs again in the backward pass is not recorded twice.
     """
 
+    _head: tuple[Tensor, Tensor] | None = None
+
     def __init__(self) -> None:
         self.open = True
         self.inputs: dict[str, list[Tensor]] = {}
@@ -74,20 +76,28 @@ class Record:
 
         return record
 
-    def gradients(self, logits: Tensor, gradient: Tensor, retain: bool) -> dict[str, list[Tensor | None]]:
-        """Layer -> the gradient of each call's output; None where the logits do not depend on it.
+    def head(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """A hook of the model's head."""
+        if self.open:
+            self._head = (inputs[0], output)
+
+    def before(self, logits: Tensor) -> Tensor | None:
+        """What the head read, where the logits are what it gave and nothing else; asked for once."""
+        seen, self._head = self._head, None
+        return seen[0] if seen is not None and seen[1] is logits else None
+
+    def gradients(self, end: Tensor, gradient: Tensor, retain: bool) -> dict[str, list[Tensor | None]]:
+        """Layer -> the gradient of each call's output; None where the end does not depend on it.
 
         The backward pass goes no further than these outputs.
 
         Args:
-            logits: that the forward pass ended in.
-            gradient: of the loss by the logits, of as many entries.
+            end: the logits that the forward pass ended in, or what their head read.
+            gradient: of the loss by the end, of as many entries.
             retain: keep the graph for another backward pass.
         """
         edges = [edge for calls in self.edges.values() for edge in calls]
-        if not (edges and logits.requires_grad):
+        if not (edges and end.requires_grad):
             return {}
-        found = iter(
-            torch.autograd.grad(logits, edges, gradient.view_as(logits), retain_graph=retain, allow_unused=True)
-        )
+        found = iter(torch.autograd.grad(end, edges, gradient.view_as(end), retain_graph=retain, allow_unused=True))
         return {name: [next(found) for _ in calls] for name, calls in self.edges.items()}

@@ -1,4 +1,4 @@
-"""The loss at the logits against autograd's cross-entropy."""
+"""The loss at the logits, and at what a linear head reads, against autograd's cross-entropy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from raylux import loss
-from raylux.loss import logit_loss
+from raylux.loss import hidden_loss, logit_loss
 
 
 def logits_and_targets(rows: int, counted: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -50,6 +50,58 @@ def test_both_sets_of_labels_at_once(counted: float) -> None:
     for found, wanted in ((drawn, labels), (given, targets)):
         (alone,) = logit_loss(logits, wanted, None, both=False)
         assert torch.equal(found.gradient, alone.gradient) and torch.equal(found.token_loss, alone.token_loss)
+
+
+@pytest.mark.parametrize(("chunk", "block"), [(1, 1), (17 * 3, 7), (1 << 20, 16), (1 << 20, 256)])
+@pytest.mark.parametrize("counted", [0.0, 0.2, 0.9, 1.0])
+@pytest.mark.parametrize("rows", [1, 2, 40])
+def test_gradients_by_what_a_head_reads_are_autograds(
+    rows: int, counted: float, chunk: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On given and on drawn labels, each with the same bits alone and beside the other."""
+    monkeypatch.setattr(loss, "_CHUNK", chunk)
+    monkeypatch.setattr(loss, "_BLOCK", block)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(rows, 5, generator=generator, dtype=torch.float64).requires_grad_(True)
+    weight = torch.randn(17, 5, generator=generator, dtype=torch.float64)
+    _, targets = logits_and_targets(rows, counted)
+    logits = hidden @ weight.T
+
+    def draw(probabilities: Tensor, places: Tensor) -> Tensor:
+        torch.testing.assert_close(probabilities, logits.detach()[places].softmax(1), rtol=1e-12, atol=1e-12)
+        return torch.where(places % 3 == 0, targets[places], (places * 5 + 1) % 17)
+
+    drawn, given = hidden_loss(logits.detach(), weight, targets, draw, both=True)
+    places = torch.arange(rows)
+    labels = torch.where((targets >= 0) & (places % 3 > 0), (places * 5 + 1) % 17, targets)
+    assert torch.equal(drawn.labels, labels) and torch.equal(given.labels, targets)
+    for found in (drawn, given):
+        expected = nn.functional.cross_entropy(logits, found.labels, reduction="none")
+        (gradient,) = torch.autograd.grad(expected.sum(), hidden, retain_graph=True)
+        torch.testing.assert_close(found.token_loss, expected.detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found.gradient, gradient, rtol=1e-12, atol=1e-12)
+    same = labels == targets
+    assert torch.equal(drawn.gradient[same], given.gradient[same])
+    for found, labeller in ((drawn, draw), (given, None)):
+        (alone,) = hidden_loss(logits.detach(), weight, targets, labeller, both=False)
+        assert torch.equal(found.gradient, alone.gradient) and torch.equal(found.token_loss, alone.token_loss)
+
+
+def test_a_sure_models_small_gradients_keep_their_digits() -> None:
+    """float32, all but 1e-6 on the given label: p W alone would have left one digit of them."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(50, 8, generator=generator)
+    logits = torch.randn(30, 50, generator=generator)
+    targets = torch.arange(30)
+    logits[targets, targets] += 18
+    (found,) = hidden_loss(logits, weight, targets, None, both=False)
+    exact = logits.double().softmax(1)
+    exact[targets, targets] = -(exact.sum(1) - exact[targets, targets])
+    expected = exact @ weight.double()
+    assert 1e-8 < float(expected.abs().max()) < 1e-4
+    (plain,) = logit_loss(logits, targets, None, both=False)
+    worst = (plain.gradient @ weight - expected).norm() / expected.norm()
+    assert (found.gradient - expected).norm() / expected.norm() <= 1.5 * worst
 
 
 def test_a_row_has_the_same_bits_in_any_company(monkeypatch: pytest.MonkeyPatch) -> None:

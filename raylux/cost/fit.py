@@ -321,7 +321,7 @@ def _keeping(work: Workload, cluster: Cluster, batch: float, blocks: Sequence[La
     found = [Work("keeping captured", 0.0, size, size / (cluster.worker.host_gb_s * 1e9))]
     if work.scores_fit:
         device, model, tokens = cluster.worker, work.model, work.fit_tokens
-        second = backward_work("backward, true labels", work, device, tokens, batch, blocks)
+        second = backward_work("backward, true labels", work, device, tokens, batch, blocks, second=True)
         touched = tokens * model.again_bytes(work.itemsize) * len(blocks)
         activating = device.activation_seconds(model.activation, tokens * model.activated * len(blocks)) / 2
         found.append(replace(second, bytes=touched, seconds=second.seconds + device.touching(touched) + activating))

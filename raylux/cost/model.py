@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from raylux.heads import ends_in_head
 from raylux.layers import Coverage, TrackedLayer, token_share
 from raylux.models import logit_width
 from raylux.placement import Placement
@@ -24,8 +25,9 @@ _HIDDEN_PASSES, _WIDE_PASSES = 48, 7
 # Activations that are spelled out in single operations instead of one (``raylux.fused`` makes one of the others).
 _SPELLED_OUT = {"quick_gelu": 16}
 # How often numbers of the vocabulary's width are written or read: the softmax and its gradient; drawing labels of it;
-# the gradient on given labels beside that on the drawn ones.
+# the gradient on given labels beside that on the drawn ones. A linear head takes less, and nothing for other labels.
 _VOCABULARY_PASSES, _DRAWING_PASSES, _GIVEN_PASSES = 16, 4, 6
+_LINEAR_HEAD_PASSES = 14
 # Of the elementwise work of both passes, what the backward pass has.
 _BACKWARD_SHARE = 0.6
 
@@ -49,6 +51,7 @@ class ModelShape:
         gated: of two wide outputs one is activated and multiplied by the other.
         checkpointing: blocks keep their inputs alone, and run again in the backward pass.
         placement: of its parts, where a worker does not hold them all on one device.
+        linear_head: the logits are a linear map of what the head reads, by which gradients of the loss are taken.
     """
 
     tracked: tuple[TrackedLayer, ...]
@@ -64,6 +67,7 @@ class ModelShape:
     gated: bool = False
     checkpointing: bool = False
     placement: Placement | None = None
+    linear_head: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, covered: Coverage, groups: Mapping[str, str]) -> ModelShape:
@@ -90,12 +94,17 @@ class ModelShape:
             _SPELLED_OUT.get(activation, _WIDE_PASSES),
             next((name for name in ("gelu", "silu") if name in activation), activation),
             any(name.rpartition(".")[2].startswith("gate") for name, _ in linears),
+            linear_head=ends_in_head(model, [layer.name for layer in covered.tracked]),
         )
 
     def run_by(self, checkpointing: bool, placement: Placement | None) -> ModelShape:
-        """The same model, checkpointed or over several devices; what is read anew is checkpointed in any case."""
+        """The same model, checkpointed or over several devices; what is read anew is checkpointed in any case.
+
+        Over several devices the head may lie on another one than what it reads.
+        """
         reads = placement is not None and bool(placement.reads)
-        return replace(self, checkpointing=checkpointing or reads, placement=placement)
+        linear = self.linear_head and placement is None
+        return replace(self, checkpointing=checkpointing or reads, placement=placement, linear_head=linear)
 
     @cached_property
     def leaders(self) -> frozenset[str]:
@@ -130,12 +139,19 @@ class ModelShape:
 
     def pass_bytes(self, itemsize: int, drawn: bool = False) -> float:
         """Bytes that the elementwise work of a token's forward and backward pass moves; ``drawn``: with its label."""
-        vocabulary = _VOCABULARY_PASSES + (_DRAWING_PASSES if drawn else 0)
+        passes = _LINEAR_HEAD_PASSES if self.linear_head else _VOCABULARY_PASSES
+        vocabulary = passes + (_DRAWING_PASSES if drawn else 0)
         return self._block_bytes(itemsize) + float(4 * vocabulary * self.vocabulary)
 
     def again_bytes(self, itemsize: int) -> float:
-        """Bytes of the elementwise work of a second backward pass, on the given labels."""
-        return _BACKWARD_SHARE * self._block_bytes(itemsize) + float(4 * _GIVEN_PASSES * self.vocabulary)
+        """Bytes of the elementwise work of a second backward pass, on other labels."""
+        passes = 0 if self.linear_head else _GIVEN_PASSES
+        return _BACKWARD_SHARE * self._block_bytes(itemsize) + float(4 * passes * self.vocabulary)
+
+    @property
+    def spared_flops(self) -> float:
+        """Of a token in a second backward pass of the same batch: those of the head, which is multiplied once."""
+        return 2.0 * self.hidden * self.vocabulary if self.linear_head else 0.0
 
     def _block_bytes(self, itemsize: int) -> float:
         block = _HIDDEN_PASSES * self.hidden + self.wide_passes * self._wide()
@@ -156,7 +172,9 @@ class ModelShape:
         own = self.blocks if blocks is None else blocks
         block = 8 * self.hidden + 3 * self._wide()
         saved = (own * self.hidden + block if self.checkpointing else own * block) * itemsize
-        heads = self.vocabulary * (itemsize + 8) if logits else 0
+        # The logits, and their gradients on two sets of labels; or of some rows of a block at a time.
+        per_entry = 2 * itemsize if self.linear_head else itemsize + 8
+        heads = self.vocabulary * per_entry if logits else 0
         captured = itemsize * sum(
             layer.share * (layer.outputs + (layer.inputs if layer.name in self.leaders else 0)) for layer in wanted
         )

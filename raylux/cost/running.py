@@ -40,13 +40,23 @@ def model_work(
 
 
 def backward_work(
-    kind: str, work: Workload, device: Device, tokens: float, batch: float, blocks: Sequence[Layers]
+    kind: str,
+    work: Workload,
+    device: Device,
+    tokens: float,
+    batch: float,
+    blocks: Sequence[Layers],
+    second: bool = False,
 ) -> Work:
-    """A backward pass of ``tokens`` tokens, once for each pass, down to the pass's lowest layer."""
+    """A backward pass of ``tokens`` tokens, once for each pass, down to the pass's lowest layer.
+
+    ``second``: of the same batch, on other labels.
+    """
     model, lowest = work.model, [block[0].name for block in blocks]
+    spared = model.spared_flops if second else 0.0
     return _products(
         kind, work, device, batch,
-        tokens * sum(model.backward_flops(work.tokens, name) for name in lowest),
+        tokens * sum(model.backward_flops(work.tokens, name) - spared for name in lowest),
         tokens * sum(model.attention_backward_flops(work.tokens, name) for name in lowest),
         tokens * len(lowest),
     )  # fmt: skip
