@@ -12,8 +12,8 @@ Layout, fixed for everything that builds on it:
 
 The gradient of sequence n is then ``G_PM = Σ_t g_tP a_tM``, whatever the layer's own storage (``nn.Linear``
 keeps [P, M], GPT-2's ``Conv1D`` [M, P]). Parameters are frozen: no weight gradient is ever formed. The graph begins
-at the lowest tracked layer whatever is wanted, so that the forward pass has the same bits; the backward pass stops at
-the lowest layer that is wanted.
+at the lowest tracked layer whatever is wanted, so that the forward pass has the same bits; the backward pass begins at
+what a linear head reads (``heads``), at the logits of another, and stops at the lowest layer that is wanted.
 """
 
 from __future__ import annotations
@@ -25,19 +25,17 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from raylux.batches import IGNORED, Batch, mask_of_rows
 from raylux.checkpointing import blocks_of, checkpointed
 from raylux.errors import NumericsError, UserError
-from raylux.experts import DOWN, SplitExperts
+from raylux.experts import SplitExperts
 from raylux.gpu import is_unrepeatable, repeatable
 from raylux.heads import End, end_of, linear_head
 from raylux.influence.words import are_words
 from raylux.layers import TrackedLayer
 from raylux.loss import OutputLoss
-from raylux.modules import features_of
 from raylux.patches import Patches, output_rows
 from raylux.profiling import of
 from raylux.recording import Forward, Outputs, Record
@@ -361,45 +359,3 @@ def _by_sequence(x: Tensor, sequences: int, patches: Patches | None) -> Tensor:
 def _by_place(y: Tensor, sequences: int, convolution: bool) -> Tensor:
     """The same of what the module gave."""
     return output_rows(y) if convolution else _by_sequence(y, sequences, None)
-
-
-def input_groups(model: nn.Module, layers: Sequence[TrackedLayer]) -> dict[str, str]:
-    """Layer -> the first layer that reads the very same tensor (gate and up projections share one).
-
-    Found by one forward pass of two fake tokens, shapes without numbers, on any device and on meta too: layers
-    whose calls were handed the same tensor object, unchanged in between. A model that cannot run so has every
-    layer in a group of its own, which costs time and memory but changes no result. Of an expert, which does not run
-    without numbers, gate and up projection read the same rows.
-    """
-    plain = [layer for layer in layers if not layer.routed]
-    seen: dict[str, list[tuple[int, int]]] = {layer.name: [] for layer in plain}
-    alive: list[Tensor] = []
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            alive.append(inputs[0])  # so that no other tensor gets its id
-            seen[name].append((id(inputs[0]), inputs[0]._version))
-
-        return look
-
-    handles = [model.get_submodule(layer.name).register_forward_pre_hook(watch(layer.name)) for layer in plain]
-    try:
-        # Plain meta tensors would not do: transformers looks at the numbers of a mask, unless it meets fake ones.
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-            some, features = next(model.parameters()), features_of(model)
-            if features is None:
-                model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=some.device))
-            else:
-                model(some.new_zeros(2, *features.shape, dtype=torch.int64 if features.whole else None))
-    except (RuntimeError, NotImplementedError, ValueError):  # what torch raises of an operation without a fake kernel
-        return {layer.name: layer.name for layer in layers}
-    finally:
-        for handle in handles:
-            handle.remove()
-    leaders: dict[tuple[object, ...], str] = {}
-    found = {}
-    for layer in layers:
-        expert, _, leaf = layer.name.rpartition(".")
-        read = [expert, leaf == DOWN] if layer.routed else seen[layer.name]
-        found[layer.name] = leaders.setdefault((layer.bias, layer.patches, *read), layer.name)
-    return found

@@ -8,7 +8,6 @@ import numpy as np
 
 from raylux import models, optimizer
 from raylux.batches import bucket
-from raylux.capture import input_groups
 from raylux.config import Config
 from raylux.corpus import load_corpus
 from raylux.cost import calibrate, costs
@@ -23,6 +22,7 @@ from raylux.engine.device import placement_of
 from raylux.engine.kept import kept_bytes
 from raylux.engine.plan import Plan, make_plan, probe_count
 from raylux.engine.stages import two_stage
+from raylux.groups import input_groups
 from raylux.ledger import CONTRACTION
 from raylux.placement import Placement, placed
 from raylux.queries import load_queries

@@ -13,7 +13,6 @@ import numpy as np
 from torch import nn
 
 from raylux import examples, fingerprints, models, optimizer
-from raylux.capture import input_groups
 from raylux.config import Config, CorpusSection
 from raylux.corpus import Sequences, load_corpus
 from raylux.curvature import KINDS, check_blocks, check_segment, check_words, joint, projected, solvers
@@ -26,6 +25,7 @@ from raylux.engine.stages import carrying, fit, queries, two_stage
 from raylux.engine.stages import corpus as corpus_stage
 from raylux.errors import MissingStageError, UserError
 from raylux.frozen import Frozen, check_stage_name, drop, falls, holds
+from raylux.groups import input_groups
 from raylux.layers import Coverage, TrackedLayer, matrices
 from raylux.ledger import MOMENTS
 from raylux.modulecheck import check_module

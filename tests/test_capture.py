@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from raylux import prepare
 from raylux.batches import IGNORED, Batch, TokenRow, collate
-from raylux.capture import Capture, Captured, input_groups
+from raylux.capture import Capture, Captured
 from raylux.errors import NumericsError
+from raylux.groups import input_groups
 from raylux.influence import sequence_gradients
 from raylux.layers import TrackedLayer, coverage, tracked_layer
 from raylux.sampling import sample_labels

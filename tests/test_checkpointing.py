@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from raylux.capture import Capture, input_groups
+from raylux.capture import Capture
 from raylux.checkpointing import blocks_of, checkpointed
 from raylux.cost.model import ModelShape
 from raylux.experts import split_experts
+from raylux.groups import input_groups
 from raylux.models import coverage
 from tests.architectures import build
 from tests.small import contents, differing, make_inputs

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from raylux.batches import TokenRow, collate
-from raylux.capture import Capture, input_groups
+from raylux.capture import Capture
 from raylux.cost import contraction, costs, fit, sizes
 from raylux.cost.machine import Cluster, Device, eigh_flops
 from raylux.cost.model import ModelShape
@@ -24,6 +24,7 @@ from raylux.cost.scoring import distinct
 from raylux.cost.workload import Workload
 from raylux.curvature import Covariances, add_second_moment, eigenbases
 from raylux.errors import UserError
+from raylux.groups import input_groups
 from raylux.influence.dots import LayerQueries
 from raylux.layers import coverage
 from raylux.store import RunFolder

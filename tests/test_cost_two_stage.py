@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from raylux.capture import input_groups
 from raylux.cost import costs, two_stage
 from raylux.cost.costs import StageCost
 from raylux.cost.model import ModelShape
 from raylux.cost.planner import plan_run
+from raylux.groups import input_groups
 from raylux.layers import coverage
 from tests.architectures import build
 from tests.test_cost import _cluster, _work

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from raylux.batches import TokenRow, collate
-from raylux.capture import Capture, input_groups
+from raylux.capture import Capture
 from raylux.cost.contraction import rotate_tokens_first
 from raylux.curvature import KINDS, Covariances, Spectral, add_second_moment, eigenbasis, weighted
 from raylux.errors import NumericsError
+from raylux.groups import input_groups
 from raylux.layers import coverage
 from tests import reference
 from tests.architectures import build

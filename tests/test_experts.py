@@ -17,13 +17,14 @@ from transformers.models.mixtral import modeling_mixtral
 
 import raylux
 from raylux.batches import IGNORED, TokenRow, collate
-from raylux.capture import Capture, input_groups
+from raylux.capture import Capture
 from raylux.cost.model import ModelShape
 from raylux.cost.sizes import covariance_bytes, covariance_products, layer_bytes
 from raylux.engine.shard import FactorShard
 from raylux.engine.worker import GradientWorker
 from raylux.errors import UserError
 from raylux.experts import SplitExperts, split_experts
+from raylux.groups import input_groups
 from raylux.influence.dots import sequence_gradients
 from raylux.layers import coverage
 from raylux.routed import ROW_BLOCK, Routed

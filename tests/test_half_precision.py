@@ -10,8 +10,9 @@ import torch
 
 from raylux import models
 from raylux.batches import fit_batches
-from raylux.capture import Capture, input_groups
+from raylux.capture import Capture
 from raylux.config import ModelSection
+from raylux.groups import input_groups
 from raylux.ledger import COVARIANCE, LABELS, MOMENTS
 from raylux.models import coverage
 from raylux.sampling import drawn_before

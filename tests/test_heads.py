@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2ForSequenceClassification
 
 from raylux import heads
-from raylux.capture import Capture, Captured, input_groups
+from raylux.capture import Capture, Captured
 from raylux.cost.model import ModelShape
 from raylux.experts import split_experts
+from raylux.groups import input_groups
 from raylux.heads import ends_in_head
 from raylux.layers import coverage
 from raylux.loss import hidden_loss

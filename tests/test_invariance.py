@@ -13,9 +13,10 @@ import torch
 
 import raylux
 from raylux.batches import IGNORED, TokenRow, collate
-from raylux.capture import Capture, input_groups
+from raylux.capture import Capture
 from raylux.engine.local import LocalBackend
 from raylux.engine.work import Failure, Job, Result
+from raylux.groups import input_groups
 from raylux.influence.dots import sequence_gradients
 from raylux.ledger import QUERY
 from raylux.models import coverage

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 import raylux
-from raylux.capture import input_groups
 from raylux.config import EngineSection
 from raylux.curvature.joint import MOST, Joint
 from raylux.engine.demand import demand_of
 from raylux.engine.worker import GradientWorker
 from raylux.errors import NumericsError, UserError
+from raylux.groups import input_groups
 from raylux.layers import coverage
 from raylux.ledger import MOMENTS
 from tests import reference

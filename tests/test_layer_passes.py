@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from raylux import planning
 from raylux.api import run_stages
 from raylux.batches import collate
-from raylux.capture import Capture, input_groups
+from raylux.capture import Capture
 from raylux.cost import fit as cost_fit
 from raylux.cost.costs import Passes
 from raylux.cost.machine import USABLE, Cluster, Device
@@ -37,6 +37,7 @@ from raylux.engine.shard import FactorShard
 from raylux.engine.work import Failure, Job, Result
 from raylux.engine.worker import GradientWorker
 from raylux.errors import UserError
+from raylux.groups import input_groups
 from raylux.layers import TrackedLayer
 from raylux.ledger import COVARIANCE, MOMENTS, SNAPSHOT
 from raylux.models import coverage

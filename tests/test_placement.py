@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import raylux
 from raylux import models, placement, prepare
 from raylux.batches import collate
-from raylux.capture import Capture, input_groups
+from raylux.capture import Capture
 from raylux.config import Config, ModelSection
 from raylux.cost.fit import rooms
 from raylux.cost.model import ModelShape
@@ -28,6 +28,7 @@ from raylux.engine.capacity import GIB, Demand, Node, fit_nodes
 from raylux.engine.demand import demand_of
 from raylux.errors import UserError
 from raylux.experts import split_experts
+from raylux.groups import input_groups
 from raylux.memory import give_back_at_once
 from raylux.models import coverage
 from raylux.placement import Placement, parts_of, placed, runs

@@ -9,7 +9,6 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from raylux import models
-from raylux.capture import input_groups
 from raylux.config import Config
 from raylux.corpus import Sequences, build_sequences, labelled
 from raylux.curvature import KINDS
@@ -17,6 +16,7 @@ from raylux.doctor.finding import OK, Finding, NotChecked
 from raylux.engine.capacity import Demand
 from raylux.engine.demand import demand_of
 from raylux.engine.device import placement_of
+from raylux.groups import input_groups
 from raylux.layers import Coverage
 from raylux.placement import Placement
 from raylux.queries import Query, load_queries

@@ -155,17 +155,17 @@ def _rule(ctx: Context, number: int, wave: int, jobs: Sequence[ScoreJob]) -> Rul
 
 def _new_rule(ctx: Context, wanted: set[str]) -> Rule:
     ids = [query.id for query in answerable(ctx) if query.id in wanted]
-    pilot = read_pilot(ctx, ids)
-    if pilot is None:
+    found = read_pilot(ctx, ids)
+    if found is None:
         return Rule({}, 0.0, True)
     best = ctx.config.score.best
     assert best is not None
     every = len(prefilter.union(ctx))
     largest, seen = largest_scores(ctx, ids, rank_of(best))
     ranks = [rank_of(best * count / every) for count in seen]
-    thresholds = [float(found[rank - 1]) for found, rank in zip(largest, ranks, strict=True)]
-    margin = pilot.margin(best, every, ctx.config.score.recall)
-    reach = pilot.estimate + margin * pilot.error >= np.array(thresholds)[:, None]
+    thresholds = [float(own[rank - 1]) for own, rank in zip(largest, ranks, strict=True)]
+    margin = found.margin(best, every, ctx.config.score.recall)
+    reach = found.estimate + margin * found.error >= np.array(thresholds)[:, None]
     shapes = [layer.shape for layer in ctx.coverage.tracked]
     plain = relative_cost(shapes, float(ctx.reader.lengths.mean()), len(ids), float(reach.mean())) >= 1
     if plain:
