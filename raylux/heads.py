@@ -29,7 +29,8 @@ def linear_head(model: nn.Module, tracked: Collection[str]) -> nn.Linear | None:
 
 def ends_in_head(model: nn.Module, tracked: Collection[str]) -> bool:
     """Whether the logits will be what a linear head gives, as far as a config tells: a run looks at the tensors."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     changed = any(getattr(config, name, None) not in (None, 1.0) for name in _CHANGED)
     return linear_head(model, tracked) is not None and not changed
 
