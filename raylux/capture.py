@@ -216,11 +216,12 @@ class Capture:
             with of("backward"):
                 end = end_of(self._head, record.before(logits), logits)
                 losses = self._losses(end, logits, batch, targets.reshape(-1)[places], places, labeller, both)
-            del logits
+            place = end.place
+            del end, logits  # as wide as the vocabulary
             taken = []
             for index, one in enumerate(losses):
-                with of("backward"), repeatable(end.place.device.type if self._repeatable else "cpu"):
-                    grads = record.gradients(end.place, one.gradient, retain=index + 1 < len(losses))
+                with of("backward"), repeatable(place.device.type if self._repeatable else "cpu"):
+                    grads = record.gradients(place, one.gradient, retain=index + 1 < len(losses))
                 taken.append(self._gradients(grads, batch, layers))
             raw = self._inputs(record, batch, taken[0])
         for name, token in self._unlearned.items():

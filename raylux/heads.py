@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,11 +52,15 @@ class End:
         """Of flat logits, gradients by the place; else as ``logit_loss``."""
         if self.head is None:
             return logit_loss(logits, targets, labeller, both)
-        return hidden_loss(logits, self.head.weight, targets, labeller, both)
+        with _weight(self.head) as weight:
+            found = hidden_loss(logits, weight, targets, labeller, both)
+        return [replace(one, gradient=one.gradient.to(self.place.device)) for one in found]
 
 
 def end_of(head: nn.Linear | None, read: Tensor | None, logits: Tensor) -> End:
-    """What a head read, where the logits are what it gave of it, all in one precision and on one device.
+    """What a head read, where the logits are what it gave of it, all in one precision.
+
+    On whichever devices the parts of a model lie, the choice is the same: it decides about bits.
 
     Args:
         head: as ``linear_head`` found it.
@@ -64,5 +69,18 @@ def end_of(head: nn.Linear | None, read: Tensor | None, logits: Tensor) -> End:
     """
     if head is None or read is None or not read.requires_grad:
         return End(logits, None)
-    same = {read.dtype, logits.dtype, head.weight.dtype}, {read.device, logits.device, head.weight.device}
-    return End(read, head) if all(len(each) == 1 for each in same) else End(logits, None)
+    return End(read, head) if read.dtype == logits.dtype == head.weight.dtype else End(logits, None)
+
+
+@contextmanager
+def _weight(head: nn.Linear) -> Iterator[Tensor]:
+    """A head's weight, brought by accelerate's hook where it is read each time the head runs."""
+    hook: Any = getattr(head, "_hf_hook", None)
+    if hook is None or not head.weight.is_meta:
+        yield head.weight
+        return
+    hook.pre_forward(head)
+    try:
+        yield head.weight
+    finally:
+        hook.post_forward(head, None)

@@ -63,7 +63,7 @@ def logit_loss(logits: Tensor, targets: Tensor, labeller: Labeller | None, both:
         One loss, or two.
     """
     tokens = _Tokens(logits, targets)
-    found = tokens.losses(logits.shape[1], labeller, both)
+    found = tokens.losses(logits.shape[1], logits.device, labeller, both)
     for piece in tokens.pieces(0, tokens.total):
         for index, one in enumerate(found):
             labels = piece.labels(labeller if index == 0 else None)
@@ -80,10 +80,10 @@ def hidden_loss(
 
     Args:
         logits: [n, V], the products of what the head reads with its weight, and at most a bias beside.
-        weight: [V, D] of the head, in the logits' dtype.
+        weight: [V, D] of the head, in the logits' dtype; may lie on another device, and the gradients do then.
     """
     tokens = _Tokens(logits, targets)
-    found = tokens.losses(weight.shape[1], labeller, both)
+    found = tokens.losses(weight.shape[1], weight.device, labeller, both)
     blocks = tokens.blocks()
     kept = logits.new_empty(max((last - first for first, last in blocks), default=0), logits.shape[1])
     for first, last in blocks:
@@ -92,17 +92,18 @@ def hidden_loss(
                 piece.take(one, piece.labels(labeller if index == 0 else None))
             kept[piece.first - first : piece.last - first] = piece.gradient(piece.targets, last=True)
         part = tokens.part(first, last)
-        given = kept[: last - first] @ weight
+        there = part.to(weight.device) if isinstance(part, Tensor) else part
+        given = kept[: last - first].to(weight.device) @ weight
         for index, one in enumerate(found):
             drawn = labeller is not None and index == 0
-            one.gradient[part] = _moved(given, weight, targets[part], one.labels[part]) if drawn else given
+            one.gradient[there] = _moved(given, weight, targets[part], one.labels[part]) if drawn else given
     return found
 
 
 def _moved(given: Tensor, weight: Tensor, labels: Tensor, others: Tensor) -> Tensor:
     """Gradients on other labels, of those on ``labels``; where both are the same or no label, the same bits."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    one, other = (weight[each.clamp(min=0)].to(wide) for each in (labels, others))
+    one, other = (weight[each.clamp(min=0).to(weight.device)].to(wide) for each in (labels, others))
     return one.sub_(other).add_(given)
 
 
@@ -122,14 +123,14 @@ class _Tokens:
         self.total = len(targets) if self._dense else len(self._places)
         self.rows = max(2, (_GPU_CHUNK if logits.is_cuda else _CHUNK) // logits.shape[1])
 
-    def losses(self, width: int, labeller: Labeller | None, both: bool) -> list[OutputLoss]:
-        """What is to be filled, gradients of ``width`` entries."""
+    def losses(self, width: int, device: torch.device, labeller: Labeller | None, both: bool) -> list[OutputLoss]:
+        """What is to be filled, gradients of ``width`` entries on a device."""
         wide = torch.float64 if self._logits.dtype == torch.float64 else torch.float32
         shape = (len(self._targets), width)
         return [
             OutputLoss(
                 self._logits.new_zeros(shape[0], dtype=wide),
-                self._logits.new_empty(shape) if self._dense else self._logits.new_zeros(shape),
+                (self._logits.new_empty if self._dense else self._logits.new_zeros)(shape, device=device),
                 self._targets.clone(),
             )
             for _ in range(2 if both and labeller is not None else 1)

@@ -82,9 +82,9 @@ class Record:
             self._head = (inputs[0], output)
 
     def before(self, logits: Tensor) -> Tensor | None:
-        """What the head read, where the logits are what it gave and nothing else; asked for once."""
+        """What the head read, where the logits are what it gave or a copy on another device; asked for once."""
         seen, self._head = self._head, None
-        return seen[0] if seen is not None and seen[1] is logits else None
+        return seen[0] if seen is not None and (seen[1] is logits or _moved(seen[1], logits)) else None
 
     def gradients(self, end: Tensor, gradient: Tensor, retain: bool) -> dict[str, list[Tensor | None]]:
         """Layer -> the gradient of each call's output; None where the end does not depend on it.
@@ -101,3 +101,11 @@ class Record:
             return {}
         found = iter(torch.autograd.grad(end, edges, gradient.view_as(end), retain_graph=retain, allow_unused=True))
         return {name: [next(found) for _ in calls] for name, calls in self.edges.items()}
+
+
+def _moved(x: Tensor, found: Tensor) -> bool:
+    """Whether one tensor is another on its way to a different device: no other single operation ends on one."""
+    step = found.grad_fn
+    if step is None or x.grad_fn is None or x.device == found.device or x.dtype != found.dtype:
+        return False
+    return [node for node, _ in step.next_functions] == [x.grad_fn]

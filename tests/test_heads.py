@@ -19,6 +19,7 @@ from raylux.layers import coverage
 from raylux.loss import hidden_loss
 from raylux.sampling import sample_labels
 from tests.architectures import MIXTURES, NAMES, build
+from tests.several_devices import halves, second_device, spread
 from tests.test_capture import VOCAB, batch_of, rows_of
 
 
@@ -82,6 +83,18 @@ def test_bits_do_not_depend_on_what_else_is_asked_for(counted: list[int]) -> Non
     for layer in layers:
         assert torch.equal(both.grads[layer.name], drawn.grads[layer.name])
         assert torch.equal(both.given[layer.name], given.grads[layer.name])
+
+
+def test_a_head_on_another_device_changes_no_bit(counted: list[int]) -> None:
+    """In float32, where the two ways differ; the second device is not there."""
+    plain, far = (build("llama", vocab=VOCAB, tie_word_embeddings=False) for _ in range(2))
+    expected = taken(plain)
+    with second_device():
+        found = taken(spread(far, halves(far)))
+    assert len(counted) == 2 and torch.equal(found.labels, expected.labels) and torch.equal(found.loss, expected.loss)
+    for ours, usual in ((found.grads, expected.grads), (found.given, expected.given)):
+        for name, g in ours.items():
+            assert torch.equal(g.cpu(), usual[name])
 
 
 def test_a_head_that_is_tracked_has_gradients_of_its_own(counted: list[int]) -> None:

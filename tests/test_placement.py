@@ -39,6 +39,7 @@ from tests.test_experts import rows_of
 
 EXACT = ("model.dtype=float64", "query.max_error=0", "corpus.limit=24", "score.unit_size=9")
 BLOCKS = '{"": cpu, model.layers: disk}'
+HEAD = '{"": cpu, lm_head: disk}'
 SOME = "{model.embed_tokens: cpu, model.layers.0: disk, model.layers.1: cpu, model.norm: disk, lm_head: cpu}"
 
 
@@ -169,6 +170,16 @@ def test_a_map_changes_no_bit(llama: Any, tmp_path: Path, device_map: str) -> No
     inputs, usual = llama
     inputs.run(tmp_path / "run", *EXACT, f"model.device_map={device_map}")
     assert differing(contents(tmp_path / "run"), usual) == []
+
+
+@pytest.mark.parametrize("device_map", [BLOCKS, HEAD])
+def test_a_map_changes_no_bit_in_float32(llama: Any, tmp_path: Path, device_map: str) -> None:
+    """A head that is read anew is brought once more, for the gradient by what it read."""
+    inputs, _ = llama
+    how = ("model.dtype=float32", *EXACT[1:], "corpus.limit=12")
+    inputs.run(tmp_path / "plain", *how)
+    inputs.run(tmp_path / "run", *how, f"model.device_map={device_map}")
+    assert differing(contents(tmp_path / "run"), contents(tmp_path / "plain")) == []
 
 
 def test_a_run_goes_on_with_another_map(llama: Any, tmp_path: Path) -> None:

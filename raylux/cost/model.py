@@ -100,7 +100,7 @@ class ModelShape:
     def run_by(self, checkpointing: bool, placement: Placement | None) -> ModelShape:
         """The same model, checkpointed or over several devices; what is read anew is checkpointed in any case.
 
-        Over several devices the head may lie on another one than what it reads.
+        Over several devices what a linear head spares is left out of account: each counts by itself.
         """
         reads = placement is not None and bool(placement.reads)
         linear = self.linear_head and placement is None
