@@ -52,7 +52,7 @@ class Record:
         open: whether the forward pass is under way; what runs again in the backward pass is not recorded twice.
     """
 
-    _head: tuple[Tensor, Tensor] | None = None
+    _head: tuple[Tensor, Tensor, int] | None = None
 
     def __init__(self) -> None:
         self.open = True
@@ -79,12 +79,20 @@ class Record:
     def head(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """A hook of the model's head."""
         if self.open:
-            self._head = (inputs[0], output)
+            self._head = (inputs[0], output, output._version)
 
     def before(self, logits: Tensor) -> Tensor | None:
-        """What the head read, where the logits are what it gave or a copy on another device; asked for once."""
+        """What the head read, where the logits are what it gave or a copy on another device; asked for once.
+
+        Neither may have been changed in place since.
+        """
         seen, self._head = self._head, None
-        return seen[0] if seen is not None and (seen[1] is logits or _moved(seen[1], logits)) else None
+        if seen is None:
+            return None
+        read, given, version = seen
+        if given._version != version or not (given is logits or _moved(given, logits)):
+            return None
+        return read
 
     def gradients(self, end: Tensor, gradient: Tensor, retain: bool) -> dict[str, list[Tensor | None]]:
         """Layer -> the gradient of each call's output; None where the end does not depend on it.
@@ -106,6 +114,6 @@ class Record:
 def _moved(x: Tensor, found: Tensor) -> bool:
     """Whether one tensor is another on its way to a different device: no other single operation ends on one."""
     step = found.grad_fn
-    if step is None or x.grad_fn is None or x.device == found.device or x.dtype != found.dtype:
+    if step is None or x.grad_fn is None or x.device == found.device or x.dtype != found.dtype or found._version:
         return False
     return [node for node, _ in step.next_functions] == [x.grad_fn]

@@ -123,6 +123,22 @@ def test_logits_that_are_changed_behind_the_head_are_seen(counted: list[int]) ->
     assert len(counted) == 1
 
 
+def test_logits_that_are_changed_in_place_are_seen(counted: list[int]) -> None:
+    """They are the very tensor that the head gave."""
+    model = build("gpt2", torch.float64, vocab=VOCAB)
+
+    def halve(_: Any, __: Any, output: Any) -> None:
+        output.logits.mul_(0.5)
+
+    plain = taken(model)
+    del counted[:]
+    handle = model.register_forward_hook(halve)
+    found, expected = taken(model), taken(model, whole=True)
+    handle.remove()
+    assert not counted and not torch.equal(found.loss, plain.loss)
+    equal(found, expected, 1e-12)
+
+
 def test_a_classifier_has_no_such_head(counted: list[int]) -> None:
     config = build("gpt2", vocab=VOCAB).config
     config.num_labels = 3
