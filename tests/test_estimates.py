@@ -1,8 +1,10 @@
-"""Two-stage scoring: estimates, exact scores of chosen pairs, and runs of both against runs of every pair."""
+"""Two-stage scoring: exact scores of chosen pairs, and runs in two stages against runs of every pair."""
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,11 @@ import torch
 
 import raylux
 from raylux.api import run_stages
+from raylux.engine import estimating
 from raylux.engine.stages import two_stage
 from raylux.errors import UserError
-from raylux.influence import sketches
+from raylux.influence.leading import Cut, Survey
 from raylux.influence.pairs import PairQueries
-from raylux.influence.sketches import LayerSketch, balance, fold
 from raylux.ledger import SCORE, WAVES
 from raylux.store import RunFolder
 from tests.apart import processes
@@ -29,59 +31,11 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def basis(size: int) -> torch.Tensor:
-    return torch.linalg.qr(drawn(size, size, seed=size))[0]
-
-
 @pytest.fixture
 def layer() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
     """V, a, g and the scores [N, Q] of all pairs."""
     v, a, g = list(drawn(Q, P, M)), drawn(N, T, M, seed=1), drawn(N, T, P, seed=2)
     return v, a, g, torch.einsum("ntp,ntm,qpm->nq", g, a, torch.stack(v))
-
-
-def test_a_fold_of_whole_gradients_has_the_scores_themselves(layer: tuple) -> None:
-    v, a, g, exact = layer
-    leading = basis(P)[:, -4:], basis(M)[:, -4:]
-    whole = fold("l", v, leading, drawn(P, M).square(), size=P * M)
-    found, variance = LayerSketch.build(whole, v).estimates([(a, g)], 16)
-    torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-10)
-    assert not variance.any()
-    # Scales along directions cancel between the two sides, however much is folded: φ(V)·φ(G) of what is not.
-    short = fold("l", v, leading, drawn(P, M).square(), size=P * M // 4)
-    assert short.outputs is not None and short.inputs is not None
-    scaled = short.outputs.scaled(g), short.inputs.scaled(a)
-    back = torch.stack([short.outputs.scaled(short.inputs.scaled(x, -1).T, -1).T for x in v])
-    torch.testing.assert_close(torch.einsum("ntp,ntm,qpm->nq", *scaled, back), exact, rtol=1e-10, atol=1e-9)
-
-
-def test_estimates_err_as_their_variance_says_and_have_no_bias() -> None:
-    v, a, g = list(drawn(6, P, M)), drawn(6, T, M, seed=1), drawn(6, T, P, seed=2)
-    exact = torch.einsum("ntp,ntm,qpm->nq", g, a, torch.stack(v))
-    off = []
-    for name in range(400):
-        one = LayerSketch.build(fold(f"l{name}", v, None, None, size=P * M // 5), v)
-        found, variance = one.estimates([(a, g)], 6)
-        off.append((found - exact) / variance.sqrt())
-    z = torch.stack(off)
-    assert float(z.square().mean()) == pytest.approx(1, abs=0.1)
-    assert float(z.mean(0).abs().max()) < 5 / 400**0.5
-
-
-def test_balancing_makes_the_product_of_norms_least() -> None:
-    v = np.array([[10.0, 1.0, 2.0], [0.1, 0.01, 0.3]])
-    g = np.array([[1.0, 30.0, 5.0], [40.0, 900.0, 7.0]])
-    x, y = balance(v, g)
-
-    def product(x: np.ndarray, y: np.ndarray) -> float:
-        b = np.outer(np.append(1, x), np.append(1, y)) ** 2
-        return float((v / b).sum() * (g * b).sum())
-
-    least = product(x, y)
-    assert least < 0.5 * product(np.ones(1), np.ones(2))
-    for change in (0.97, 1.03):
-        assert product(x * change, y) > least
-        assert product(x, y * np.array([change, 1])) > least
 
 
 @pytest.mark.parametrize("low", [False, True])
@@ -113,12 +67,21 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return make_inputs(tmp_path_factory.mktemp("two"), "gpt2", hidden_size=24, intermediate_size=48)
 
 
+def sees_most(surveys: Mapping[str, Survey], *_: object) -> dict[str, Cut]:
+    """The smallest block of each layer that has this share of its scores' variance."""
+    found = {}
+    for name, survey in surveys.items():
+        cuts = [survey.cut(*place) for place in np.argwhere(survey.held >= 0.999)]
+        found[name] = min(cuts, key=lambda cut: math.prod(cut.shape))
+    return found
+
+
 @pytest.fixture(autouse=True)
-def small_folds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients of a small model are folded too, and a small corpus has a pilot and is worth two stages."""
-    monkeypatch.setattr(sketches, "SIZE", 600)
+def small_pilots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small corpus has a pilot, is worth two stages, and is not seen whole."""
+    monkeypatch.setattr(estimating, "choose", sees_most)
     monkeypatch.setattr("raylux.cost.two_stage.PILOT_LEAST", 15)
-    monkeypatch.setattr(two_stage, "relative_cost", lambda *_: 0.0)
+    monkeypatch.setattr(two_stage, "relative_cost", lambda *_, **__: 0.0)
 
 
 def estimated(folder: Path) -> dict[str, list]:
@@ -191,7 +154,7 @@ def test_more_queries_on_the_same_folder(inputs: Inputs, tmp_path: Path, every: 
 def test_where_estimates_say_little_every_pair_is_scored(
     inputs: Inputs, tmp_path: Path, every: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(two_stage, "relative_cost", lambda *_: 1.0)
+    monkeypatch.setattr(two_stage, "relative_cost", lambda *_, **__: 1.0)
     run = inputs.run(tmp_path, *TWO)
     assert set(estimated(tmp_path)) == {"pilot", ""}
     np.testing.assert_allclose(run.scores().to_numpy(), every, rtol=1e-3, atol=1e-4 * every.std())

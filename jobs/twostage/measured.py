@@ -13,15 +13,14 @@ import numpy as np
 from jobs.twostage.cases import Case
 from raylux import api
 from raylux.config import Config
-from raylux.cost.two_stage import GATHERED, relative_cost
-from raylux.influence import sketches
+from raylux.cost.two_stage import GATHERED, block_cost, relative_cost
 from raylux.results import Run
 from raylux.store import ESTIMATED, PILOT, CorpusReader
 
 # What is done whichever way pairs are scored.
 _MODEL = frozenset({"forward", "backward", "load", "other", "write", "label"})
-# Standard errors of the curve.
-MARGINS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
+# Standard errors of the curve, as large as they turned out to be.
+MARGINS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
 _USUAL = (
     "prefilter.kind=none", "query.max_error=0", "score.token_top=0", "engine.backend=local", "engine.threads=1",
     "engine.keep_captured=never",
@@ -33,9 +32,10 @@ class Point:
     """Of the curve: recall and cost where estimates are allowed ``margin`` standard errors.
 
     Attributes:
-        margin: see above.
+        margin: see above; in standard errors whose mean square is that of the errors.
         recall: share of the best pairs that would be scored.
         share: of all pairs, that would be.
+        formed: of all sequences, with such a pair.
         cost: multiplications, of those of all pairs' contraction.
         time: the same with a pair by itself at ``GATHERED`` pairs.
     """
@@ -43,6 +43,7 @@ class Point:
     margin: float
     recall: float
     share: float
+    formed: float
     cost: float
     time: float
 
@@ -85,8 +86,9 @@ def measure(case: Case, folder: Path, fitted: int, best: int, overrides: Sequenc
         "tokens": tokens,
         "fitted": fitted,
         "best": best,
-        "layers": len(_layers(runs[1])),
-        "entries": sum(_layers(runs[1])),
+        "layers": len(_shapes(runs[1])),
+        "entries": sum(outputs * inputs for outputs, inputs in _shapes(runs[1]).values()),
+        "seen": _seen(runs[1]),
         "share": float(there.mean()),
         "recall": float(there[among].mean()),
         "least": float(min(x[y].mean() for x, y in zip(there, among, strict=True))),
@@ -94,6 +96,7 @@ def measure(case: Case, folder: Path, fitted: int, best: int, overrides: Sequenc
         "off": float(off),
         "plain": all(block.stage != ESTIMATED for block in runs[1].blocks),
         "seconds": {name: _seconds(run) for name, run in zip(("every", "two"), runs, strict=True)},
+        "cost": _of_run(runs[1], there, tokens),
         "curve": [vars(point) for point in _curve(runs[1], exact, kth, tokens)],
     }
 
@@ -115,26 +118,43 @@ def _curve(run: Run, exact: np.ndarray, kth: np.ndarray, tokens: float) -> list[
             where = np.ix_([places[query] for query in block.queries], block.rows)
             estimate[where], error[where] = group.read("estimate"), group.read("error")
     there, scale = ~np.isnan(estimate), run.scale
+    estimate, error = estimate * scale, error * scale
+    error *= np.sqrt(np.nanmean(((exact - estimate) / error) ** 2))
     points = []
     for margin in MARGINS:
         with np.errstate(invalid="ignore"):
-            chosen = (estimate + margin * error) * scale >= kth
+            chosen = estimate + margin * error >= kth
         among = there & (exact >= kth)
         recall, share = float(chosen[among].mean()), float(chosen[there].mean())
-        costs = (
-            relative_cost(_shapes(run), tokens, len(exact), share, weight, sketches.SIZE) for weight in (1.0, GATHERED)
-        )
-        points.append(Point(margin, recall, share, *costs))
+        formed = float((chosen & there).any(0)[there.any(0)].mean())
+        costs = (_cost(run, tokens, len(exact), share, formed, weight) for weight in (1.0, GATHERED))
+        points.append(Point(margin, recall, share, formed, *costs))
     return points
 
 
-def _shapes(run: Run) -> list[tuple[int, int]]:
+def _of_run(run: Run, there: np.ndarray, tokens: float) -> float:
+    """Multiplications of the run, its pilot among them; those of a run that gave two stages up are of no meaning."""
+    return _cost(run, tokens, len(there), float(there.mean()), float(there.any(0).mean()), 1.0)
+
+
+def _cost(run: Run, tokens: float, queries: int, share: float, formed: float, weight: float) -> float:
+    shapes, seen = _shapes(run), _seen(run)
+    estimates = sum(block_cost(shape, tokens, queries, seen[name]) for name, shape in shapes.items())
+    return relative_cost(list(shapes.values()), tokens, queries, share, weight, estimates, formed)
+
+
+def _shapes(run: Run) -> dict[str, tuple[int, int]]:
     """(P, M) of each layer, by the Λ of the run."""
-    return [run.store.group(x.meta["key"]).shape("matrix") for x in run.store.units("fit.moments").values()]  # type: ignore[misc]
+    return {
+        name: run.store.group(x.meta["key"]).shape("matrix")  # type: ignore[misc]
+        for name, x in run.store.units("fit.moments").items()
+    }
 
 
-def _layers(run: Run) -> list[int]:
-    return [outputs * inputs for outputs, inputs in _shapes(run)]
+def _seen(run: Run) -> dict[str, tuple[int, int]]:
+    """(r, c) of each layer, what estimates see of it."""
+    block = next(block for block in run.blocks if block.stage == PILOT)
+    return {name: (rows, columns) for name, (rows, columns) in run.store.group(block.key).attrs["seen"].items()}
 
 
 def _promised(run: Run) -> float | None:

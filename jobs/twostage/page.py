@@ -9,7 +9,6 @@ from typing import Any
 from jobs.plots import pyplot
 from jobs.twostage.cases import CASES
 from raylux.cost.two_stage import GATHERED
-from raylux.influence import sketches
 
 Figures = Mapping[str, dict[str, Any]]
 _WANTED, _FLOOR = 0.99, 0.15
@@ -30,28 +29,31 @@ factors and queries: recall is the share of the pairs that are truly among their
 ![Recall against cost](two-stage.png)
 
 *Multiplications*: of the contraction Σ (T + Q)·P·M of all pairs, forward and backward passes and the query stage apart;
-in two stages a gradient is formed twice, folded to about {sketches.SIZE:,} numbers a layer, put against all folded
-queries, and against the chosen ones. *By time*: a pair by itself at {GATHERED:.0f} pairs of a matrix product, by which
-a run decides whether two stages pay. *CPU*: measured, of the same stages.
+in two stages tokens are projected and put against all queries in a block of each layer, gradients with a chosen pair
+are formed, and put against the chosen queries. *By time*: a pair by itself at {GATHERED:.0f} pairs of a matrix
+product, by which a run decides whether two stages pay. *CPU*: measured, of the same stages. The curve is that of the
+estimates, the run itself has a pilot beside, whose pairs are all scored, and what its thresholds leave for safety.
 {sections}"""
 
 
 def _points(figures: Figures) -> str:
     lines = [
         "| case | wanted | recall of the run | as it told | pairs scored | CPU of the contraction, of all pairs' | "
-        "multiplications of the curve at recall 0.99 (≤ 15 %) |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "multiplications of the run | of the curve at recall 0.99 (≤ 15 %) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, case in figures.items():
         point = _least(case)
         cost = "not reached" if point is None else f"{point['cost']:.1%}"
         told = "–" if case["promised"] is None else f"{case['promised']:.3f}"
+        own = "–" if case["plain"] else f"{case['cost']:.1%}"
         seconds = case["seconds"]
         share = seconds["two"]["contraction"] / seconds["every"]["contraction"]
         verdict = "" if point is None else ": met" if point["cost"] <= _FLOOR else ": missed"
         lines.append(
             f"| {name} | the best {case['best']} of {case['sequences']:,}, {case['queries']:,} queries | "
-            f"{case['recall']:.4f} | {told} | {case['share']:.1%} | {share:.0%} | {cost}{verdict} |"
+            f"{case['recall']:.4f} | {told} | {case['share']:.1%} | {share:.0%} | {own} | "
+            f"{cost}{verdict} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -63,7 +65,7 @@ def _least(case: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def _section(name: str, case: Mapping[str, Any]) -> str:
     rows = "\n".join(
-        f"| {x['margin']:g} | {x['recall']:.4f} | {x['share']:.1%} | {x['cost']:.1%} | {x['time']:.1%} |"
+        f"| {x['margin']:g} | {x['recall']:.4f} | {x['share']:.1%} | {x['formed']:.1%} | {x['cost']:.1%} | {x['time']:.1%} |"
         for x in case["curve"]
     )
     kinds = sorted({kind for own in case["seconds"].values() for kind, x in own.items() if x >= 1})
@@ -80,8 +82,10 @@ with {case["entries"]:,} entries; curvature of {case["fitted"]:,} sequences. Lea
 {case["least"]:.2f}; scores of the pairs scored differ from those of the other run by {case["off"]:.1e} of their RMS
 at most.{gave_up}
 
-| standard errors | recall | pairs | multiplications | by time |
-| --- | --- | --- | --- | --- |
+Estimates see {_seen(case)} of its layers.
+
+| standard errors | recall | pairs | gradients | multiplications | by time |
+| --- | --- | --- | --- | --- | --- |
 {rows}
 
 Seconds of CPU, one thread:
@@ -90,6 +94,11 @@ Seconds of CPU, one thread:
 | --- {"| --- " * len(kinds)}|
 {spent}
 """
+
+
+def _seen(case: Mapping[str, Any]) -> str:
+    """Blocks of all layers."""
+    return ", ".join(f"{rows} × {columns}" for rows, columns in case["seen"].values())
 
 
 def plot(figures: Figures, path: Path) -> None:

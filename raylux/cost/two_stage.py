@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 from raylux.cost.contraction import Form, captured_width
 from raylux.cost.costs import Choice, Work
 from raylux.cost.machine import Cluster, Device
 from raylux.cost.sizes import captured_together
 from raylux.cost.workload import Workload
+from raylux.layers import TrackedLayer
 
-# Of the largest eigenvalues on a side of a layer, so many directions are scaled; numbers of a folded gradient, about.
-DIRECTIONS, FOLDED = 16, 1 << 14
+# Rows and columns of a layer's block that estimates are taken to see where a run has yet to find out
+# (docs/results/two-stage.md); of either side, the fewer on inputs.
+_BLOCK = 256, 16
 # A pair that is scored by itself, in pairs of a matrix product: measured on a CPU in float32.
 GATHERED = 5.0
 # Sequences of the pilot: a share of all, between two bounds.
@@ -39,11 +43,10 @@ def relative_cost(
     queries: int,
     share: float,
     gathered: float = GATHERED,
-    size: int = FOLDED,
+    estimates: float | None = None,
+    formed: float | None = None,
 ) -> float:
     """Multiplications of estimates and chosen pairs, in those of the contraction of all pairs, Σ (T + Q)·P·M.
-
-    Gradients are formed in either stage; they are balanced, and all queries folded put against all of them folded.
 
     Args:
         shapes: (P, M) of each layer.
@@ -51,18 +54,64 @@ def relative_cost(
         queries: Q.
         share: of all pairs, that are chosen.
         gathered: of a pair by itself, in pairs of a matrix product.
-        size: numbers of a folded gradient.
+        estimates: multiplications of one sequence's; None: of the blocks that are taken for granted.
+        formed: share of the sequences with a chosen pair, whose gradients are formed; None: as if queries chose
+            independently.
     """
     entries = sum(outputs * inputs for outputs, inputs in shapes)
-    balanced, folded = _estimating(shapes, tokens, size)
-    stages = 2 * tokens * entries + balanced + queries * folded + gathered * share * queries * entries
+    estimates = _estimating(shapes, tokens, queries) if estimates is None else estimates
+    formed = reached(share, queries) if formed is None else formed
+    stages = estimates + (formed * tokens + gathered * share * queries) * entries
     return stages / ((tokens + queries) * entries)
 
 
-def _estimating(shapes: Sequence[tuple[int, int]], tokens: float, size: int = FOLDED) -> tuple[float, float]:
-    """Multiplications of a sequence that balance its gradient, and of its folded one with a query's."""
-    folded = sum(min(size, outputs * inputs) for outputs, inputs in shapes)
-    return 4 * tokens * DIRECTIONS * sum(map(sum, shapes)), float(folded)
+def block_cost(shape: tuple[int, int], tokens: float, queries: int, block: tuple[int, int]) -> float:
+    """Multiplications of one sequence's estimates in a layer (``raylux.influence.leading``).
+
+    Args:
+        shape: (P, M).
+        tokens: T.
+        queries: Q.
+        block: (r, c), rows and columns that are seen.
+    """
+    (outputs, inputs), (rows, columns) = shape, block
+    both = tokens * (outputs * rows + inputs * columns + rows * columns)
+    few = tokens * (inputs * columns + outputs * columns) + outputs * rows * columns
+    other = tokens * (outputs * rows + inputs * rows) + inputs * rows * columns
+    forming = few if rows > 2 * columns else other if columns > 2 * rows else both
+    return forming + queries * rows * columns
+
+
+def share_within(wanted: float, room: float) -> float:
+    """Share of a query's scores, were they normal, that are at most ``room`` spreads below its best ones.
+
+    Args:
+        wanted: share of the best.
+        room: spreads.
+    """
+    if wanted >= 1:
+        return 1.0
+    normal = NormalDist()
+    return normal.cdf(normal.inv_cdf(wanted) + room)
+
+
+def reached(share: float, queries: int) -> float:
+    """Share of the sequences that some query wants, if each wants this share on its own."""
+    return -math.expm1(queries * math.log1p(-share)) if share < 1 else 1.0
+
+
+def _estimating(shapes: Sequence[tuple[int, int]], tokens: float, queries: int) -> float:
+    """Multiplications of one sequence's estimates by the blocks that are taken for granted."""
+    return sum(block_cost(shape, tokens, queries, assumed_block(shape)) for shape in shapes)
+
+
+def _block_entries(layer: TrackedLayer) -> int:
+    return math.prod(assumed_block(layer.shape))
+
+
+def assumed_block(shape: tuple[int, int]) -> tuple[int, int]:
+    """(r, c) that estimates are taken to see of a layer."""
+    return min(_BLOCK[0], shape[0]), min(_BLOCK[1], shape[1])
 
 
 def chosen_share(work: Workload) -> float | None:
@@ -83,18 +132,17 @@ def works(work: Workload, cluster: Cluster, forms: Sequence[Form], meeting: Sequ
         work: what is computed.
         cluster: where.
         forms: of the contraction of all pairs.
-        meeting: tokens rotated and gradients formed once, which either stage does.
+        meeting: tokens rotated and gradients formed, of every sequence.
         share: of the pairs, that are chosen.
     """
     device, count = cluster.worker, float(work.candidates)
     shapes = [layer.shape for layer in work.model.tracked]
-    balanced, folded = _estimating(shapes, work.tokens)
     entries = sum(outputs * inputs for outputs, inputs in shapes)
-    estimates = 2.0 * count * (balanced + work.queries * folded)
+    estimates, formed = 2.0 * count * _estimating(shapes, work.tokens, work.queries), reached(share, work.queries)
     pairs = 2.0 * share * count * work.queries * entries
     alone = device.seconds(GATHERED * pairs, work.contraction, dot_width(work, device))
     return [
-        *(Work(one.kind, 2 * one.flops, 2 * one.bytes, 2 * one.seconds) for one in meeting),
+        *(Work(one.kind, formed * one.flops, formed * one.bytes, formed * one.seconds) for one in meeting),
         Work("estimates", estimates, 0.0, device.seconds(estimates, work.contraction, dot_width(work, device))),
         Work("chosen pairs", pairs, 0.0, alone),
         *_laying(work, cluster, sum(form.held for form in forms)),
@@ -129,11 +177,11 @@ def company_bytes(work: Workload, most: float) -> float:
 
 
 def held(work: Workload, device: Device, forms: Sequence[Form]) -> float:
-    """Bytes of a worker: a layer's queries twice as they are laid out, and a company; a GPU holds all, folded too."""
+    """Bytes of a worker: a layer's queries twice as they are laid out, and a company; a GPU holds all, and blocks."""
     captured = company_bytes(work, work.score_unit)
     if device.gpu:
-        folded = work.queries * work.operand * sum(min(FOLDED, layer.parameters) for layer in work.model.tracked)
-        return captured + folded + sum(form.held for form in forms)
+        blocks = work.queries * work.operand * sum(map(_block_entries, work.model.tracked))
+        return captured + blocks + sum(form.held for form in forms)
     return captured + 2 * max(form.held for form in forms)
 
 

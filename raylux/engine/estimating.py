@@ -11,21 +11,20 @@ from torch import Tensor
 
 from raylux import gpu
 from raylux.blocks import Rotation
-from raylux.cost.two_stage import DIRECTIONS
 from raylux.curvature import rotate
+from raylux.curvature.spectral import Spectral
 from raylux.engine.kept import Resting
 from raylux.engine.parts import WorkerPart
 from raylux.engine.records import (
     Fitted,
-    read_basis,
+    read_curvature,
     read_layer_queries,
     read_rotation,
-    tensor,
 )
 from raylux.engine.scorer import LoadedQueries, Pack
 from raylux.errors import NumericsError
+from raylux.influence.leading import SEEN, Block, Cut, LayerEstimates, Survey, choose, principal
 from raylux.influence.pairs import PairQueries
-from raylux.influence.sketches import LayerSketch, fold
 from raylux.layers import TrackedLayer
 from raylux.memory import give_back
 from raylux.store import RunFolder
@@ -36,16 +35,18 @@ class Estimated:
     """How a unit's pairs are told apart.
 
     Attributes:
-        fitted: what the fit left; its bases and Λ say which directions are balanced.
+        fitted: what the fit left; its bases and Λ say which directions estimates see.
+        kind: of curvature.
+        sequences: T, tokens of one on average, and the share of them that are among a query's best.
         thresholds: of each loaded query, below which its pairs are not wanted; None: all pairs are.
         margin: standard errors of an estimate that a pair may lie below its threshold.
-        size: numbers of a folded gradient, about.
     """
 
     fitted: Fitted
+    kind: str
+    sequences: tuple[float, float]
     thresholds: tuple[float, ...] | None
     margin: float
-    size: int
 
 
 class Sieve:
@@ -53,7 +54,8 @@ class Sieve:
 
     Attributes:
         loaded: which.
-        size: of folded gradients.
+        sequences: that estimates are meant for (``Estimated``).
+        seen: (r, c) of each layer, rows and columns of its gradients that estimates see.
     """
 
     def __init__(
@@ -66,27 +68,55 @@ class Sieve:
         devices: Mapping[str, str],
     ) -> None:
         give_back()
-        self.loaded, self.size = loaded, how.size
+        self.loaded, self.sequences = loaded, how.sequences
         self._layers, self._groups, self._resting = layers, groups, Resting()
-        dtype = loaded.contraction.torch_dtype
+        self._folder, self._devices, self._dtype = folder, devices, loaded.contraction.torch_dtype
+        self._inside = bool(loaded.basis.eigen)
         self._bases: dict[str, tuple[Rotation | None, Rotation | None]] = {}
-        self._sketches: dict[str, LayerSketch] = {}
+        self._blocks: dict[str, LayerEstimates] = {}
         self._pairs: dict[str, PairQueries] = {}
+        cuts = self._cuts(how)
+        self.seen = {name: cut.shape for name, cut in cuts.items()}
         for layer in layers:
             name, device, group = layer.name, devices[layer.name], groups[layer.name]
-            queries = read_layer_queries(folder, loaded.files, name, loaded.ids, dtype, device)
+            queries = self._read(layer, loaded.ids)
             self._pairs[name] = PairQueries.build(layer.shape, queries, self._resting.hold)
-            dense = [x if isinstance(x, Tensor) else x[0] @ x[1].T for x in queries]
-            leading, values = _leading(folder, how.fitted, layer, group, dtype, device, bool(loaded.basis.eigen))
-            drawn = fold(name, dense, leading, values, how.size)
-            self._sketches[name] = LayerSketch.build(drawn, dense, self._resting.hold)
-            self._bases[name] = read_rotation(folder, loaded.basis, name, group, dtype, device)
+            block = Block.of(cuts[name], self._curvature(layer, how))
+            self._blocks[name] = LayerEstimates.build(block, _dense(queries), self._inside, self._resting.hold)
+            self._bases[name] = read_rotation(folder, loaded.basis, name, group, self._dtype, device)
+
+    def _cuts(self, how: Estimated) -> dict[str, Cut]:
+        surveys = {}
+        for layer in self._layers:
+            some = torch.stack(_dense(self._read(layer, self._some())))
+            surveys[layer.name] = Survey.of(some, self._curvature(layer, how), self._inside)
+        tokens, wanted = how.sequences
+        return choose(surveys, tokens, len(self.loaded.ids), wanted)
+
+    def _some(self) -> list[str]:
+        """The queries that are looked at beforehand, of as few files as have them."""
+        own = set(self.loaded.ids)
+        files = [held for file in self.loaded.files if (held := [query for query in file.queries if query in own])]
+        count = -(-SEEN * len(files) // len(own))
+        step = max(1, len(files) // max(count, 1))
+        return [query for held in files[::step] for query in held]
+
+    def _read(self, layer: TrackedLayer, ids: Sequence[str]) -> list[Tensor | tuple[Tensor, Tensor]]:
+        device = self._devices[layer.name]
+        return read_layer_queries(self._folder, self.loaded.files, layer.name, ids, self._dtype, device)
+
+    def _curvature(self, layer: TrackedLayer, how: Estimated) -> Spectral:
+        name, device = layer.name, self._devices[layer.name]
+        found = read_curvature(self._folder, how.fitted, how.kind, name, self._groups[name], self._dtype, device)
+        if found.values is None:
+            return principal(torch.stack(_dense(self._read(layer, self._some()))))
+        return found
 
     def estimates(self, pack: Pack) -> tuple[Tensor, Tensor]:
         """Estimated scores [rows, Q] over all layers, and their standard errors, float64."""
         total = variance = torch.zeros((), dtype=torch.float64)
-        for layer, batches in self._tokens(pack):
-            part, error = self._sketches[layer].estimates(batches, pack.rows)
+        for layer, batches in self._tokens(pack, turned=False):
+            part, error = self._blocks[layer].estimates(batches, pack.rows)
             total, variance = total + part.cpu().double(), variance + error.cpu().double()
         return total, variance.clamp_min(0.0).sqrt()
 
@@ -106,12 +136,17 @@ class Sieve:
             found[wanted] = total
         return found
 
-    def _tokens(self, pack: Pack, wanted: Tensor | None = None) -> Iterator[tuple[str, list[tuple[Tensor, Tensor]]]]:
-        """a and g of each layer, in the basis of its queries; of the rows that are ``wanted``, by default of all."""
+    def _tokens(
+        self, pack: Pack, wanted: Tensor | None = None, turned: bool = True
+    ) -> Iterator[tuple[str, list[tuple[Tensor, Tensor]]]]:
+        """a and g of each layer, of the rows that are ``wanted``, by default of all.
+
+        ``turned``: in the basis of its queries; otherwise in the standard one.
+        """
         sizes = [len(part) for part in pack.parts]
         rows = [slice(None)] * len(sizes) if wanted is None else wanted.split(sizes)
         for layer in self._layers:
-            q_a, q_s = self._bases[layer.name]
+            q_a, q_s = self._bases[layer.name] if turned else (None, None)
             batches = []
             for part, own in zip(pack.parts, rows, strict=True):
                 if isinstance(own, Tensor) and not bool(own.any()):
@@ -128,29 +163,8 @@ def _rows(x: Tensor, own: Tensor | slice, basis: Rotation | None) -> Tensor:
     return found
 
 
-def _leading(
-    folder: RunFolder,
-    fitted: Fitted,
-    layer: TrackedLayer,
-    group: str,
-    dtype: torch.dtype,
-    device: str,
-    inside: bool,
-) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
-    """The directions that are balanced, of S and of A, and Λ; ``inside``: queries lie in the eigenbases already."""
-    if not fitted.files.eigen or not fitted.moments:
-        return None, None
-    bases = read_basis(folder, fitted.files, layer.name, group, dtype, device)
-    values = tensor(folder.group(fitted.moments[layer.name]).read("matrix"), dtype, device)
-    found = []
-    for basis, width in zip(reversed(bases), layer.shape, strict=True):
-        if not isinstance(basis, Tensor):
-            return None, None
-        count = min(DIRECTIONS, width)
-        last = torch.zeros(width, count, dtype=dtype, device=device)
-        last[width - count :] = torch.eye(count, dtype=dtype, device=device)
-        found.append(last if inside else basis[:, width - count :].clone())
-    return (found[0], found[1]), values
+def _dense(queries: Sequence[Tensor | tuple[Tensor, Tensor]]) -> list[Tensor]:
+    return [x if isinstance(x, Tensor) else x[0] @ x[1].T for x in queries]
 
 
 class EstimatedScores(WorkerPart):
@@ -214,7 +228,7 @@ class EstimatedScores(WorkerPart):
             arrays = {"total": arrays["total"]}
         elif not (np.isfinite(arrays["estimate"]).all() and np.isfinite(arrays["error"]).all()):
             raise NumericsError(f"score unit {name}: NaN or infinity in the estimated scores")
-        return self.folder.write(f"scores/{name}", arrays)
+        return self.folder.write(f"scores/{name}", arrays, {"seen": sieve.seen})
 
     @staticmethod
     def _wanted(estimate: Tensor, error: Tensor, how: Estimated, counted: Tensor, columns: Tensor) -> Tensor | None:
@@ -227,7 +241,7 @@ class EstimatedScores(WorkerPart):
         return found
 
     def _sieve_of(self, loaded: LoadedQueries, how: Estimated) -> Sieve:
-        if self._sieve is None or self._sieve.loaded != loaded or self._sieve.size != how.size:
+        if self._sieve is None or self._sieve.loaded != loaded or self._sieve.sequences != how.sequences:
             self._release()
             spec = self.spec
             self._sieve = Sieve(self.folder, spec.layers, spec.groups, loaded, how, self.devices)

@@ -29,11 +29,12 @@ def rank_of(expected: float) -> int:
 
 @dataclass(frozen=True)
 class Pilot:
-    """Scores, estimates and standard errors [Q, n] of the pilot."""
+    """Scores, estimates and standard errors [Q, n] of the pilot; of each layer the block (r, c) that estimates see."""
 
     total: np.ndarray
     estimate: np.ndarray
     error: np.ndarray
+    seen: dict[str, tuple[int, int]]
 
     def margin(self, best: int, every: int, recall: float) -> float:
         """Standard errors that find this share of its best.
@@ -59,14 +60,16 @@ class Pilot:
 def read_pilot(ctx: Context, ids: Sequence[str]) -> Pilot | None:
     """What pilots have of some queries; None: they have not all been in one."""
     parts: dict[str, list[np.ndarray]] = {"total": [], "estimate": [], "error": []}
+    seen: dict[str, tuple[int, int]] = {}
     for block in score_blocks(ctx.folder):
         if block.stage == PILOT and set(ids) <= set(block.queries):
             group, places = ctx.folder.group(block.key), [block.queries.index(query) for query in ids]
             for what, held in parts.items():
                 held.append(group.read(what)[places].astype(np.float64))
+            seen = {name: (rows, columns) for name, (rows, columns) in group.attrs["seen"].items()}
     if not parts["total"]:
         return None
-    return Pilot(**{what: np.concatenate(held, 1) for what, held in parts.items()})
+    return Pilot(**{what: np.concatenate(held, 1) for what, held in parts.items()}, seen=seen)
 
 
 def margins_of(ctx: Context) -> dict[str, float]:

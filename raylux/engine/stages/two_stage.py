@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from raylux.config import ScoreSection
-from raylux.cost.two_stage import pilot, relative_cost
+from raylux.cost.two_stage import block_cost, pilot, relative_cost
 from raylux.curvature import Kind
 from raylux.engine.context import Context
 from raylux.engine.estimating import Estimated
@@ -33,7 +33,6 @@ from raylux.engine.stages.thresholds import largest_scores, margins_of, outcome,
 from raylux.engine.stages.units import settle
 from raylux.engine.work import Job, results
 from raylux.errors import UserError
-from raylux.influence import sketches
 from raylux.layers import TrackedLayer
 from raylux.ledger import SCORE, WAVES
 from raylux.store import CHOSEN, ESTIMATED, PILOT, ScoreBlock, score_blocks
@@ -166,8 +165,12 @@ def _new_rule(ctx: Context, wanted: set[str]) -> Rule:
     thresholds = [float(own[rank - 1]) for own, rank in zip(largest, ranks, strict=True)]
     margin = found.margin(best, every, ctx.config.score.recall)
     reach = found.estimate + margin * found.error >= np.array(thresholds)[:, None]
-    shapes = [layer.shape for layer in ctx.coverage.tracked]
-    plain = relative_cost(shapes, float(ctx.reader.lengths.mean()), len(ids), float(reach.mean())) >= 1
+    layers = ctx.coverage.tracked
+    shapes = [layer.shape for layer in layers]
+    tokens = float(ctx.reader.lengths.mean())
+    estimates = sum(block_cost(layer.shape, tokens, len(ids), found.seen[layer.name]) for layer in layers)
+    formed = float(reach.any(0).mean())
+    plain = relative_cost(shapes, tokens, len(ids), float(reach.mean()), estimates=estimates, formed=formed) >= 1
     if plain:
         ctx.reporter.say(
             f"score: {reach.mean():.0%} of the pairs may be among the {best} best of their query by what is estimated "
@@ -183,7 +186,11 @@ def _run(
     """Score a wave; ``chosen``: of each job, the pairs [Q, n] that are, where nothing is to be estimated any more."""
     loaded = loaded_queries(ctx, {query for job in jobs for query in job.queries}, _contraction(ctx))
     thresholds = None if rule is None else tuple(rule.thresholds.get(query, -math.inf) for query in loaded.ids)
-    how = Estimated(fitted(ctx), thresholds, rule.margin if rule else 0.0, sketches.SIZE)
+    best = ctx.config.score.best
+    assert best is not None
+    sequences = float(ctx.reader.lengths.mean()), min(1.0, best / len(prefilter.union(ctx)))
+    margin = rule.margin if rule else 0.0
+    how = Estimated(fitted(ctx), ctx.config.curvature.kind, sequences, thresholds, margin)
     shared = ctx.backend.share(loaded), ctx.backend.share(how)
     calls = (
         Job(job.name, (job.name, job.rows, job.queries, *shared, *([chosen[job.name]] if chosen else [])), job)

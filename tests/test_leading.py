@@ -1,0 +1,147 @@
+"""Estimates by leading directions: exact where nothing is left out, and wrong by as much as they say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from raylux.blocks import Blocks
+from raylux.cost.two_stage import block_cost, reached, relative_cost, share_within
+from raylux.curvature.spectral import Spectral
+from raylux.influence.leading import Block, Cut, LayerEstimates, Survey, choose, counts, principal
+
+P, M, N, T, Q = 40, 21, 24, 8, 12
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def basis(size: int) -> torch.Tensor:
+    return torch.linalg.qr(drawn(size, size, seed=size))[0]
+
+
+def falling(outputs: int, inputs: int) -> torch.Tensor:
+    """Λ, ascending along both sides as eigenvalues are."""
+    return torch.outer(torch.linspace(-4, 0, outputs).exp(), torch.linspace(-6, 0, inputs).exp()).double()
+
+
+CURVATURES = {
+    "whole": Spectral(falling(P, M), basis(M), basis(P)),
+    "blocks": Spectral(falling(P, M), Blocks((basis(11), basis(10))), Blocks((basis(20), basis(20)))),
+    "coordinates": Spectral(falling(P, M)),
+}
+
+
+@pytest.fixture
+def layer() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """V, a, g and the scores [N, Q] of all pairs."""
+    v, a, g = list(drawn(Q, P, M)), drawn(N, T, M, seed=1), drawn(N, T, P, seed=2)
+    return v, a, g, torch.einsum("ntp,ntm,qpm->nq", g, a, torch.stack(v))
+
+
+@pytest.mark.parametrize("name", CURVATURES)
+@pytest.mark.parametrize("shape", [(P, M), (30, 5), (5, 18), (9, 8)], ids=str)
+def test_an_estimate_is_the_sum_over_a_block_of_the_eigenbasis(layer: tuple, name: str, shape: tuple[int, int]) -> None:
+    v, a, g, exact = layer
+    curvature = CURVATURES[name]
+    cut = Cut(torch.randperm(P)[: shape[0]], torch.randperm(M)[: shape[1]], 0.5)
+    block = Block.of(cut, curvature)
+    inside = curvature.into(torch.stack(v))
+    gradients = curvature.into(torch.bmm(g.mT, a))
+    mask = torch.zeros(P, M, dtype=torch.float64)
+    mask[cut.rows[:, None], cut.columns] = 1
+    wanted = (gradients * mask).flatten(1) @ inside.flatten(1).T
+    for given, known in ((v, False), (list(inside), True)):
+        found, variance = LayerEstimates.build(block, given, known).estimates([(a[:10], g[:10]), (a[10:], g[10:])], 16)
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-9)
+        assert bool((variance > 0).all())
+    if shape == (P, M):
+        torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-9)
+
+
+def test_an_estimate_errs_as_much_as_it_says() -> None:
+    """Gradients whose entries have mean squares Λ."""
+    curvature, v = CURVATURES["whole"], drawn(6, P, M)
+    v = curvature.back(curvature.into(v) / (falling(P, M) + 0.01))
+    survey = Survey.of(v, curvature, False)
+    block = Block.of(survey.cut(counts(M).index(8), counts(P).index(16)), curvature)
+    gradients = curvature.back(drawn(2000, P, M, seed=3) * falling(P, M).sqrt())
+    # G = Σ_t g_t a_tᵀ with a token for each input.
+    found, variance = LayerEstimates.build(block, list(v), False).estimates(
+        [(torch.eye(M, dtype=torch.float64).expand(2000, M, M), gradients.mT)], 8
+    )
+    off = found - gradients.flatten(1) @ v.flatten(1).T
+    assert float((off.square() / variance).mean()) == pytest.approx(1, abs=0.15)
+    # What is told of the whole: the share of the variance that the block has.
+    exact = gradients.flatten(1) @ v.flatten(1).T
+    missed = 1 - survey.held[counts(M).index(8), counts(P).index(16)]
+    assert float((off.var(0) / exact.var(0)).mean()) == pytest.approx(missed, rel=0.15)
+
+
+def test_a_survey_finds_the_largest_columns_and_rows() -> None:
+    values = torch.zeros(6, 5, dtype=torch.float64)
+    values[4, 1], values[2, 1], values[3, 0], values[5, 3] = 8, 4, 3, 1
+    survey = Survey.of(torch.ones(3, 6, 5, dtype=torch.float64), Spectral(values), True)
+    assert survey.columns[:3].tolist() == [1, 0, 3]
+    assert survey.rows[0][:2].tolist() == [4, 2] and survey.rows[1][:3].tolist() == [4, 2, 3]
+    np.testing.assert_allclose(survey.held[0, :2], [0.5, 0.75])
+    np.testing.assert_allclose(survey.held[:, -1], [0.75, 15 / 16, 1, 1, 1])
+    np.testing.assert_allclose(survey.variances, 16)
+
+
+def test_queries_of_no_curvature_are_seen_whole_in_their_own_directions() -> None:
+    """Three queries of rank 1 have three directions on either side, and estimates of them are exact."""
+    v = torch.einsum("qp,qm->qpm", drawn(3, P), drawn(3, M, seed=1))
+    curvature = principal(v)
+    survey = Survey.of(v, curvature, False)
+    assert survey.held[counts(M).index(3), counts(P).index(3)] == pytest.approx(1)
+    block = Block.of(survey.cut(counts(M).index(3), counts(P).index(3)), curvature)
+    a, g = drawn(N, T, M, seed=1), drawn(N, T, P, seed=2)
+    found, _ = LayerEstimates.build(block, list(v), False).estimates([(a, g)], 8)
+    torch.testing.assert_close(found, torch.einsum("ntp,ntm,qpm->nq", g, a, v), rtol=1e-9, atol=1e-9)
+
+
+def test_blocks_are_larger_where_more_is_missed_or_wanted() -> None:
+    def of(values: torch.Tensor, wanted: float = 0.02, queries: int = 1000) -> tuple[int, int]:
+        v = drawn(8, 256, 128) / (values + 0.1 * values.mean())
+        survey = Survey.of(v * values.sqrt(), Spectral(values), True)
+        return choose({"l": survey}, 128.0, queries, wanted)["l"].shape
+
+    steep, flat = falling(256, 128) ** 4, falling(256, 128) ** 0.5
+    few, many = of(steep), of(flat)
+    assert few[0] * few[1] < many[0] * many[1]
+    rare = of(flat, wanted=1e-4)
+    assert rare[0] * rare[1] < many[0] * many[1]
+
+
+def test_layers_share_what_is_missed() -> None:
+    """A layer that hardly counts is hardly seen."""
+    values = falling(64, 32)
+    v = drawn(8, 64, 32)
+    large, small = (Survey.of(scale * v, Spectral(values), True) for scale in (1.0, 0.01))
+    found = choose({"large": large, "small": small}, 128.0, 1000, 0.02)
+    assert found["small"].rows.numel() * found["small"].columns.numel() < np.prod(found["large"].shape)
+
+
+def test_the_multiplications_of_a_block_are_those_of_its_products() -> None:
+    both = 128 * (1000 * 8 + 500 * 8 + 64) + 1000 * 64
+    assert block_cost((1000, 500), 128, 1000, (8, 8)) == both
+    few = 128 * (500 * 8 + 1000 * 8) + 1000 * 200 * 8 + 1000 * 200 * 8
+    assert block_cost((1000, 500), 128, 1000, (200, 8)) == few
+    assert block_cost((500, 1000), 128, 1000, (8, 200)) == few
+    # All pairs chosen, every gradient formed, nothing estimated: the contraction itself.
+    assert relative_cost([(30, 20)], 128, 1000, 1.0, gathered=1.0, estimates=0.0) == pytest.approx(1)
+
+
+def test_shares_of_a_normal_distribution() -> None:
+    assert share_within(0.02, 0.0) == pytest.approx(0.02)
+    assert share_within(0.5, 1.0) == pytest.approx(0.8413, abs=1e-4)
+    assert share_within(1.0, 0.0) == 1
+    assert reached(0.0, 10) == 0 and reached(1.0, 10) == 1
+    assert reached(0.1, 2) == pytest.approx(0.19)
+
+
+def test_counts_end_in_all() -> None:
+    assert counts(1) == [1] and counts(5) == [1, 2, 3, 4, 5] and counts(21)[-3:] == [12, 16, 21]
