@@ -30,6 +30,7 @@ PAGE = ROOT / "docs" / "scaling.md"
 BEGIN, END = "<!-- jobs/scaling.py writes from here -->", "<!-- to here -->"
 SIZES = Sizes(sequences=1_000_000, tokens=512, queries=1_000)
 FITTED = 100_000
+BEST = 100
 DEVICES = (8, 64, 512)
 NAMES = {"llama-3-8b": "Llama-3-8B", "llama-3-70b": "Llama-3-70B", "smollm2-135m": "SmolLM2-135M"}
 # 70B does not fit one device: a worker is a node.
@@ -50,6 +51,7 @@ def config(model: str, *overrides: str) -> Config:
         "queries": {"path": "queries"},
         "fit": {"sequences": FITTED},
         "prefilter": {"kind": "none"},
+        "score": {"best": BEST},
     }
     return Config.parse(sections, overrides)
 

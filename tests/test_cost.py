@@ -20,7 +20,6 @@ from raylux.cost.model import ModelShape
 from raylux.cost.passes import covariance_held, largest, split
 from raylux.cost.planner import plan_run
 from raylux.cost.running import rotation_flops
-from raylux.cost.scoring import distinct
 from raylux.cost.workload import Workload
 from raylux.curvature import Covariances, add_second_moment, eigenbases
 from raylux.errors import UserError
@@ -298,12 +297,6 @@ def test_a_form_is_chosen_by_its_whole_cost() -> None:
     assert best(1_000_000, 1000, 64, room=10e9) in (contraction.TOKENS, contraction.EXPANDED)
     # Few candidates do not pay for the way back of many queries.
     assert best(10, 1000, 4096) == contraction.EIGENBASIS
-
-
-def test_rescored_sequences_are_counted_once() -> None:
-    assert distinct(1000, 1, 10) == 10
-    assert distinct(1000, 10_000, 10) == 1000
-    assert distinct(1_000_000, 1000, 200) == pytest.approx(1e6 * (1 - math.exp(-0.2)), rel=1e-3)
 
 
 def test_time_follows_rates_tasks_and_the_longest_piece() -> None:

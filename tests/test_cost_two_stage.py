@@ -38,7 +38,9 @@ def _score(**changes: object) -> StageCost:
 
 def test_few_sequences_have_no_pilot() -> None:
     assert two_stage.pilot(799, 100) == 0 and two_stage.pilot(255, 1) == 0
-    assert two_stage.pilot(800, 100) == 128 and two_stage.pilot(1_000_000, 100) == 2048
+    assert two_stage.pilot(800, 100) == 128 and two_stage.pilot(1_000_000, 100) == 512
+    assert [two_stage.unit_size(4096, count, 100) for count in (799, 800, 1_000_000)] == [4096, 128, 128]
+    assert two_stage.unit_size(64, 1_000_000, 100) == 64
     assert two_stage.chosen_share(replace(WORK, best=None)) is None
     assert two_stage.chosen_share(replace(WORK, candidates=700)) is None
 

@@ -131,7 +131,7 @@ def test_the_best_have_their_scores_and_others_are_left_out(inputs: Inputs, tmp_
 
 def test_what_was_left_out_is_scored_when_it_is_asked_for(inputs: Inputs, tmp_path: Path, every: np.ndarray) -> None:
     few = ~np.isnan(inputs.run(tmp_path, *TWO).scores().to_numpy())
-    more = ~np.isnan(inputs.run(tmp_path, *TWO, f"score.best={3 * BEST}").scores().to_numpy())
+    more = ~np.isnan(inputs.run(tmp_path, *TWO, f"score.best={8 * BEST}").scores().to_numpy())
     assert more[few].all() and more.sum() > few.sum()
     whole = inputs.run(tmp_path, *TWO, "score.best=null")
     np.testing.assert_allclose(whole.scores().to_numpy(), every, rtol=1e-3, atol=1e-4 * every.std())

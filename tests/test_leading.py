@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -53,7 +55,8 @@ def test_an_estimate_is_the_sum_over_a_block_of_the_eigenbasis(layer: tuple, nam
     mask = torch.zeros(P, M, dtype=torch.float64)
     mask[cut.rows[:, None], cut.columns] = 1
     wanted = (gradients * mask).flatten(1) @ inside.flatten(1).T
-    for given, known in ((v, False), (list(inside), True)):
+    factors = [(q, torch.eye(M, dtype=torch.float64)) for q in v]
+    for given, known in ((factors, False), (list(inside), True), (v, False)):
         found, variance = LayerEstimates.build(block, given, known).estimates([(a[:10], g[:10]), (a[10:], g[10:])], 16)
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-9)
         assert bool((variance > 0).all())
@@ -94,7 +97,7 @@ def test_a_survey_finds_the_largest_columns_and_rows() -> None:
 def test_queries_of_no_curvature_are_seen_whole_in_their_own_directions() -> None:
     """Three queries of rank 1 have three directions on either side, and estimates of them are exact."""
     v = torch.einsum("qp,qm->qpm", drawn(3, P), drawn(3, M, seed=1))
-    curvature = principal(v)
+    curvature = principal(lambda: v)
     survey = Survey.of(v, curvature, False)
     assert survey.held[counts(M).index(3), counts(P).index(3)] == pytest.approx(1)
     block = Block.of(survey.cut(counts(M).index(3), counts(P).index(3)), curvature)
@@ -141,6 +144,7 @@ def test_shares_of_a_normal_distribution() -> None:
     assert share_within(1.0, 0.0) == 1
     assert reached(0.0, 10) == 0 and reached(1.0, 10) == 1
     assert reached(0.1, 2) == pytest.approx(0.19)
+    assert reached(200 / 1_000_000, 1000) == pytest.approx(1 - math.exp(-0.2), rel=1e-3)
 
 
 def test_counts_end_in_all() -> None:

@@ -65,7 +65,9 @@ def _least(case: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def _section(name: str, case: Mapping[str, Any]) -> str:
     rows = "\n".join(
-        f"| {x['margin']:g} | {x['recall']:.4f} | {x['share']:.1%} | {x['formed']:.1%} | {x['cost']:.1%} | {x['time']:.1%} |"
+        f"| {x['margin']:g} | {x['recall']:.4f} | "
+        + " | ".join(f"{x[key]:.1%}" for key in ("share", "formed", "cost", "time"))
+        + " |"
         for x in case["curve"]
     )
     kinds = sorted({kind for own in case["seconds"].values() for kind, x in own.items() if x >= 1})

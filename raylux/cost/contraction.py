@@ -1,6 +1,6 @@
 """Which contraction is cheapest in a layer (DESIGN, decision 6): FLOPs and bytes of each form.
 
-Legend: T tokens of a sequence, P outputs, M inputs, Q queries, R rank of a query's s_test, r of a shared subspace.
+Legend: T tokens of a sequence, P outputs, M inputs, Q queries, R rank of a query's s_test.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from raylux.layers import TrackedLayer
 # Low-rank factors are put against tokens while that costs no more than this many dense dot products.
 _TOKEN_CONTRACTION_LIMIT = 4.0
 
-DENSE, TOKENS, EXPANDED, EIGENBASIS, SUBSPACE = "dense", "tokens", "expanded", "eigenbasis", "subspace"
+DENSE, TOKENS, EXPANDED, EIGENBASIS = "dense", "tokens", "expanded", "eigenbasis"
 
 
 def tokens_pay(rank: int, outputs: int, inputs: int, tokens: float) -> bool:
@@ -48,13 +48,12 @@ class Form:
 
     Attributes:
         name: of the form.
-        forming: FLOPs per sequence for the gradient G = Σ_t g_t a_tᵀ (or its projection).
-        rotation: FLOPs per sequence for rotating or projecting tokens.
+        forming: FLOPs per sequence for the gradient G = Σ_t g_t a_tᵀ.
+        rotation: FLOPs per sequence for rotating tokens.
         dots: FLOPs per sequence against all queries.
         per_batch: FLOPs for each batch of sequences, whatever its size (expanding queries).
         per_query: FLOPs for each query, once (rotating s_test back to the standard basis).
         held: bytes of all queries that a worker holds.
-        exact: False for a first stage that is followed by a rescoring.
     """
 
     name: str
@@ -64,7 +63,6 @@ class Form:
     per_batch: float
     per_query: float
     held: float
-    exact: bool = True
 
     def per_sequence(self, batch: float) -> float:
         """FLOPs per sequence in batches of ``batch`` sequences."""
@@ -72,9 +70,9 @@ class Form:
 
 
 def forms(
-    outputs: int, inputs: int, tokens: float, queries: int, rank: int, subspace: int, itemsize: int, blocks: int = 1
+    outputs: int, inputs: int, tokens: float, queries: int, rank: int, itemsize: int, blocks: int = 1
 ) -> list[Form]:
-    """The five forms for a layer [P, M] and Q queries.
+    """The forms for a layer [P, M] and Q queries.
 
     Args:
         outputs: P.
@@ -82,7 +80,6 @@ def forms(
         tokens: T, mean tokens of a sequence.
         queries: Q.
         rank: R of a query's s_test.
-        subspace: r, the side of the subspace that all queries share.
         itemsize: bytes of a number of s_test.
         blocks: O of the eigenbases.
     """
@@ -91,7 +88,6 @@ def forms(
     rotate = 2.0 * tokens * (outputs**2 + inputs**2) / blocks
     back = 2.0 * dense * sides / blocks
     low = queries * rank * sides * itemsize
-    side = min(subspace, outputs, inputs)
     form = 2.0 * tokens * dense
     against = 2.0 * queries * dense
     tokenwise = 2.0 * tokens * queries * rank * sides
@@ -100,23 +96,13 @@ def forms(
         Form(TOKENS, 0.0, 0.0, tokenwise, 0.0, back, low),
         Form(EXPANDED, form, 0.0, against, against * rank, back, low),
         Form(EIGENBASIS, form, rotate, against, 0.0, 0.0, queries * dense * itemsize),
-        Form(
-            SUBSPACE,
-            2.0 * tokens * side**2,
-            2.0 * tokens * side * sides,
-            2.0 * queries * side**2,
-            0.0,
-            back,
-            (queries * side**2 + side * sides) * itemsize,
-            exact=False,
-        ),
     ]
 
 
 def cheapest(
     candidates: list[Form], allowed: frozenset[str], sequences: int, queries: int, batch: float, room: float
 ) -> Form:
-    """The form with the fewest FLOPs over a whole run among the exact ones that fit.
+    """The form with the fewest FLOPs over a whole run among those that fit.
 
     Args:
         candidates: of one layer.
@@ -126,7 +112,7 @@ def cheapest(
         batch: sequences per batch.
         room: bytes that the layer's queries may take; where nothing fits, the smallest is taken.
     """
-    usable = [form for form in candidates if form.exact and form.name in allowed]
+    usable = [form for form in candidates if form.name in allowed]
     fitting = [form for form in usable if form.held <= room]
     if not fitting:
         return min(usable, key=lambda form: form.held)

@@ -8,7 +8,6 @@ from typing import Any
 
 # What the engine can do; a plan may count on more where it is asked to look ahead.
 EXPANDED_FORM = "low rank expanded per block of queries"
-SUBSPACE_FORM = "a shared subspace, then exact rescoring"
 EIGENBASIS_FORM = "queries left in the eigenbasis"
 SHARED_ROTATION = "one rotation per input group"
 SYMMETRIC = "symmetric rank-k covariances"
@@ -22,7 +21,6 @@ ENGINE_CPU = ENGINE | {SYMMETRIC}
 AHEAD = frozenset(
     {
         EXPANDED_FORM,
-        SUBSPACE_FORM,
         EIGENBASIS_FORM,
         SHARED_ROTATION,
         SYMMETRIC,

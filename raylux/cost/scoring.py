@@ -24,11 +24,10 @@ _DENSE = (contraction.DENSE, contraction.EXPANDED, contraction.EIGENBASIS)
 
 @dataclass(frozen=True)
 class Scoring:
-    """How candidates are scored: a form per layer, how often the candidates are run, and what is rescored."""
+    """How candidates are scored: a form per layer, and how often the candidates are run."""
 
     forms: tuple[Form, ...]
     tiles: int
-    rescored: int
     flops: float
     room: float
     batch: float
@@ -37,11 +36,11 @@ class Scoring:
 def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageCost, list[Choice]]:
     """All queries against all candidates."""
     device, model = cluster.worker, work.model
-    chosen = choose_scoring(work, device, can)
+    share = two_stage.chosen_share(work)
+    chosen = choose_scoring(work, device, can) if share is None else _of_pairs(work, device)
     layers, tokens = model.tracked, work.candidates * work.tokens * work.padding
     batch = chosen.batch
     spared = work.fit_tokens * work.kept_share(cluster.workers) if work.scores_fit else 0.0
-    share = two_stage.chosen_share(work)
     works = [
         *model_work(work, device, (tokens - spared * work.padding) * chosen.tiles, batch, [layers]),
         *([reading(work, cluster, spared * chosen.tiles)] if spared else []),
@@ -51,8 +50,6 @@ def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
             else two_stage.works(work, cluster, chosen.forms, _meeting(work, device, chosen, 0.0), share)
         ),
     ]
-    if chosen.rescored:
-        works.append(_rescoring(work, device, chosen))
     if work.self_influence:
         works += _self_influence(work, cluster, tokens - spared * work.padding, batch)
         works += [reading(work, cluster, spared)] if spared else []
@@ -69,7 +66,7 @@ def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
         held = two_stage.held(work, device, chosen.forms)
     if any(form.name == contraction.EIGENBASIS for form in chosen.forms):
         held += covariance_bytes(layers, model.groups, work.operand, work.blocks)
-    units = max(1, math.ceil(work.candidates / work.score_unit))
+    units = max(1, math.ceil(work.candidates / two_stage.unit_of(work)))
     stage = StageCost(
         "score", tuple(works), units, cluster.workers, cluster.devices,
         worker_base(work, device) + model_bytes(work) + batch * model.activation_bytes(work.itemsize, layers) + held
@@ -77,7 +74,9 @@ def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
         + projecting.held(work),
         0.0, disk, disk + read,
     )  # fmt: skip
-    found = _score_choices(work, cluster, chosen, stage)
+    if share is not None:
+        return stage, [two_stage.choice(work, share), *_units(work, cluster, stage)]
+    found = [*_score_choices(work, chosen), *_units(work, cluster, stage)]
     return stage, found if work.best is None else [*found, two_stage.choice(work, share)]
 
 
@@ -169,8 +168,7 @@ def choose_scoring(work: Workload, device: Device, can: frozenset[str]) -> Scori
 
 
 def _scoring(work: Workload, device: Device, can: frozenset[str], batch: float) -> Scoring:
-    """Exact in one or more tiles of queries, or two stages, with batches of ``batch`` tokens."""
-    model, layers = work.model, work.model.tracked
+    """In one or more tiles of queries, with batches of ``batch`` tokens."""
     room = queries_room(work, device, batch)
     allowed = {contraction.DENSE, contraction.TOKENS}
     allowed |= {contraction.EXPANDED} if costs.EXPANDED_FORM in can else set()
@@ -178,14 +176,9 @@ def _scoring(work: Workload, device: Device, can: frozenset[str], batch: float) 
     allowed |= {contraction.EIGENBASIS} if eigen and work.basis else set()
     dense = {contraction.EIGENBASIS if work.query_basis == "eigen" and work.basis else contraction.DENSE}
     allowed = dense if work.query_basis is not None and work.max_error <= 0 else allowed
-    bytes_each = work.operand
     sequences = _sequences(work, batch)
-    all_forms = [
-        contraction.forms(*layer.shape, work.tokens * layer.share, work.queries,
-                          work.stored_rank(layer) or min(layer.shape), work.subspace, bytes_each,
-                          work.blocks)
-        for layer in layers
-    ]  # fmt: skip
+    all_forms = _forms(work)
+    model = work.model
     model_flops = work.tokens * (model.forward_flops(work.tokens) + model.backward_flops(work.tokens))
     options = []
     for names in (dense, allowed, allowed - {contraction.DENSE, contraction.EIGENBASIS} or dense):
@@ -195,15 +188,34 @@ def _scoring(work: Workload, device: Device, can: frozenset[str], batch: float) 
         )
         tiles = max(1, math.ceil(sum(form.held for form in picked) / max(room, 1.0)))
         flops = work.candidates * (sum(form.per_sequence(sequences) for form in picked) + tiles * model_flops)
-        options.append(Scoring(picked, tiles, 0, flops, room, batch))
-    if costs.SUBSPACE_FORM in can and work.queries * work.rescored < work.queries * work.candidates:
-        picked = tuple(forms[-1] for forms in all_forms)
-        flops = work.candidates * (sum(form.per_sequence(sequences) for form in picked) + model_flops)
-        again = distinct(work.candidates, work.queries, work.rescored)
-        flops += again * model_flops + _pair_flops(work) * work.queries * work.rescored
-        if sum(form.held for form in picked) <= room:
-            options.append(Scoring(picked, 1, again, flops, room, batch))
+        options.append(Scoring(picked, tiles, flops, room, batch))
     return min(options, key=lambda option: option.flops)
+
+
+def _of_pairs(work: Workload, device: Device) -> Scoring:
+    """Chosen pairs: low-rank queries against tokens, dense ones against gradients; in the largest batch that fits."""
+    eigen = work.query_basis == "eigen" and work.basis
+    dense = contraction.EIGENBASIS if eigen else contraction.DENSE
+    picked = []
+    for layer, forms in zip(work.model.tracked, _forms(work), strict=True):
+        name = contraction.TOKENS if work.stored_rank(layer) else dense
+        picked.append(next(form for form in forms if form.name == name))
+    found = []
+    for batch in map(float, batch_tokens(work)):
+        room = queries_room(work, device, batch) - two_stage.held(work, device, picked)
+        found.append(Scoring(tuple(picked), 1, 0.0, room, batch))
+    return next((one for one in sorted(found, key=lambda one: -one.batch) if one.room > 0), found[0])
+
+
+def _forms(work: Workload) -> list[list[Form]]:
+    """Of each layer, what its contraction may be."""
+    return [
+        contraction.forms(
+            *layer.shape, work.tokens * layer.share, work.queries, work.stored_rank(layer) or min(layer.shape),
+            work.operand, work.blocks,
+        )
+        for layer in work.model.tracked
+    ]  # fmt: skip
 
 
 def queries_room(work: Workload, device: Device, batch: float) -> float:
@@ -217,32 +229,6 @@ def queries_room(work: Workload, device: Device, batch: float) -> float:
         for where in found.of
     }
     return min(found.of[where] / share for where, share in shares.items() if share)
-
-
-def distinct(candidates: int, queries: int, each: int) -> int:
-    """Expected number of different sequences among ``each`` best of every query, if queries chose independently."""
-    share = min(1.0, each / candidates)
-    return round(candidates * -math.expm1(queries * math.log1p(-share))) if share < 1 else candidates
-
-
-def _pair_flops(work: Workload) -> float:
-    """One query on one sequence by the cheapest exact form."""
-    return sum(
-        min(2.0 * work.tokens * rank * (layer.outputs + layer.inputs), 2.0 * (work.tokens + 1) * layer.parameters)
-        for layer in work.model.tracked
-        for rank in [work.stored_rank(layer) or min(layer.shape)]
-    )
-
-
-def _rescoring(work: Workload, device: Device, chosen: Scoring) -> Work:
-    """The best of the first stage once more: forward, backward, exact dots, their queries from host memory."""
-    passes = model_work(work, device, chosen.rescored * work.tokens * work.padding, chosen.batch, [work.model.tracked])
-    pairs = work.queries * work.rescored
-    flops = pairs * _pair_flops(work)
-    loaded = pairs * work.query_bytes() * work.operand / work.stored
-    seconds = device.seconds(flops, work.contraction, work.rank) + loaded / (device.host_gb_s * 1e9)
-    return Work("rescoring", flops + sum(one.flops for one in passes), loaded,
-                seconds + sum(one.seconds for one in passes))  # fmt: skip
 
 
 def _self_influence(work: Workload, cluster: Cluster, tokens: float, batch: float) -> list[Work]:
@@ -272,7 +258,7 @@ def _dot_bytes(work: Workload, chosen: Scoring) -> float:
     return total
 
 
-def _score_choices(work: Workload, cluster: Cluster, chosen: Scoring, stage: StageCost) -> list[Choice]:
+def _score_choices(work: Workload, chosen: Scoring) -> list[Choice]:
     names = [form.name for form in chosen.forms]
     counted = ", ".join(f"{name} in {names.count(name)} layers" for name in dict.fromkeys(names))
     held = sum(form.held for form in chosen.forms) / 1e9
@@ -293,19 +279,15 @@ def _score_choices(work: Workload, cluster: Cluster, chosen: Scoring, stage: Sta
         found.append(
             Choice("query tiles", str(chosen.tiles), "the queries do not fit beside the model at once", in_engine=False)
         )
-    if chosen.rescored:
-        found.append(
-            Choice(
-                "rescoring",
-                f"{work.rescored} best of each query, about {chosen.rescored:,} sequences",
-                f"a subspace of side {work.subspace} ranks all candidates first, exact scores decide among the best",
-                in_engine=False,
-            )
-        )
-    if stage.idle > 0.1:
-        wanted = max(1, work.candidates // (4 * cluster.workers))
-        found.append(
-            Choice("score unit", f"{work.score_unit:,} sequences, {stage.tasks} units",
-                   f"{stage.idle:.0%} of {cluster.workers} workers' time is idle; set score.unit_size={wanted}")
-        )  # fmt: skip
     return found
+
+
+def _units(work: Workload, cluster: Cluster, stage: StageCost) -> list[Choice]:
+    """What to set where workers would wait for one another."""
+    if stage.idle <= 0.1:
+        return []
+    wanted = max(1, work.candidates // (4 * cluster.workers))
+    return [
+        Choice("score unit", f"{two_stage.unit_of(work):,} sequences, {stage.tasks} units",
+               f"{stage.idle:.0%} of {cluster.workers} workers' time is idle; set score.unit_size={wanted}")
+    ]  # fmt: skip

@@ -6,12 +6,11 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist
 
-from raylux.cost.contraction import Form, captured_width
+from raylux.cost.contraction import TOKENS, Form, captured_width
 from raylux.cost.costs import Choice, Work
 from raylux.cost.machine import Cluster, Device
 from raylux.cost.sizes import captured_together
 from raylux.cost.workload import Workload
-from raylux.layers import TrackedLayer
 
 # Rows and columns of a layer's block that estimates are taken to see where a run has yet to find out
 # (docs/results/two-stage.md); of either side, the fewer on inputs.
@@ -19,7 +18,8 @@ _BLOCK = 256, 16
 # A pair that is scored by itself, in pairs of a matrix product: measured on a CPU in float32.
 GATHERED = 5.0
 # Sequences of the pilot: a share of all, between two bounds.
-_PILOT_SHARE, PILOT_LEAST, _PILOT_MOST = 1 / 64, 128, 2048
+_PILOT_SHARE, PILOT_LEAST, _PILOT_MOST = 1 / 64, 128, 512
+_PILOT_UNITS = 4
 # Fewer sequences than this for each of the best that are wanted are scored as ever.
 _WORTH = 8
 # Pairs that may be among the best by their estimates, for each that is wanted, beyond the pilot: on workload A of the
@@ -35,6 +35,15 @@ def pilot(sequences: float, best: int) -> float:
     if sequences < _WORTH * best or sequences < 2 * PILOT_LEAST:
         return 0.0
     return min(max(sequences * _PILOT_SHARE, PILOT_LEAST), _PILOT_MOST)
+
+
+def unit_size(most: int, sequences: float, best: int) -> int:
+    """Sequences of a unit, of which there may be ``most``: the pilot is of several units where it is large.
+
+    All of a unit is in the pilot or nothing.
+    """
+    first = pilot(sequences, best)
+    return min(most, max(PILOT_LEAST, int(first) // _PILOT_UNITS)) if first else most
 
 
 def relative_cost(
@@ -105,10 +114,6 @@ def _estimating(shapes: Sequence[tuple[int, int]], tokens: float, queries: int) 
     return sum(block_cost(shape, tokens, queries, assumed_block(shape)) for shape in shapes)
 
 
-def _block_entries(layer: TrackedLayer) -> int:
-    return math.prod(assumed_block(layer.shape))
-
-
 def assumed_block(shape: tuple[int, int]) -> tuple[int, int]:
     """(r, c) that estimates are taken to see of a layer."""
     return min(_BLOCK[0], shape[0]), min(_BLOCK[1], shape[1])
@@ -131,22 +136,27 @@ def works(work: Workload, cluster: Cluster, forms: Sequence[Form], meeting: Sequ
     Args:
         work: what is computed.
         cluster: where.
-        forms: of the contraction of all pairs.
+        forms: of each layer's chosen pairs.
         meeting: tokens rotated and gradients formed, of every sequence.
         share: of the pairs, that are chosen.
     """
-    device, count = cluster.worker, float(work.candidates)
+    device, count, width = cluster.worker, float(work.candidates), dot_width(work, cluster.worker)
     shapes = [layer.shape for layer in work.model.tracked]
-    entries = sum(outputs * inputs for outputs, inputs in shapes)
     estimates, formed = 2.0 * count * _estimating(shapes, work.tokens, work.queries), reached(share, work.queries)
-    pairs = 2.0 * share * count * work.queries * entries
-    alone = device.seconds(GATHERED * pairs, work.contraction, dot_width(work, device))
+    low = share * count * sum(form.dots for form in forms if form.name == TOKENS)
+    dense = share * count * sum(form.dots for form in forms) - low
+    alone = device.seconds(GATHERED * dense, work.contraction, width) + device.seconds(low, work.contraction, work.rank)
     return [
         *(Work(one.kind, formed * one.flops, formed * one.bytes, formed * one.seconds) for one in meeting),
-        Work("estimates", estimates, 0.0, device.seconds(estimates, work.contraction, dot_width(work, device))),
-        Work("chosen pairs", pairs, 0.0, alone),
-        *_laying(work, cluster, sum(form.held for form in forms)),
+        Work("estimates", estimates, 0.0, device.seconds(estimates, work.contraction, width)),
+        Work("chosen pairs", low + dense, 0.0, alone),
+        _loading(work, cluster, forms, share),
     ]
+
+
+def unit_of(work: Workload) -> int:
+    """Sequences of a score unit."""
+    return work.score_unit if work.best is None else unit_size(work.score_unit, work.candidates, work.best)
 
 
 def dot_width(work: Workload, device: Device) -> float:
@@ -154,14 +164,22 @@ def dot_width(work: Workload, device: Device) -> float:
     return max(work.tile, 64) if device.gpu else min(work.tile, work.rows)
 
 
-def _laying(work: Workload, cluster: Cluster, held: float) -> list[Work]:
-    """On a CPU queries are laid out by each worker, and read for each company of sequences."""
+def _loading(work: Workload, cluster: Cluster, forms: Sequence[Form], share: float) -> Work:
+    """Low-rank queries are read for each sequence that wants them, all for each company of sequences of the pilot.
+
+    On a CPU all are laid out by each worker, and dense ones read for each company of sequences.
+    """
+    assert work.best is not None
     device = cluster.worker
+    low = sum(form.held for form in forms if form.name == TOKENS)
+    together, first = min(unit_of(work), company(work)), pilot(work.candidates, work.best)
+    lent = low * (first / together + max(0.0, share * work.candidates - first))
     if device.gpu:
-        return []
+        return Work("queries loaded", 0.0, lent, lent / (device.host_gb_s * 1e9))
+    held = sum(form.held for form in forms)
     laid = cluster.workers * held * _LAYING_PASSES
-    read = 2 * held * work.candidates / min(work.score_unit, company(work))
-    return [Work("queries loaded", 0.0, laid + read, device.renewing(laid) + device.touching(read))]
+    read = lent + (held - low + _blocks(work)) * work.candidates / together
+    return Work("queries loaded", 0.0, laid + read, device.renewing(laid) + device.touching(read))
 
 
 def company(work: Workload) -> float:
@@ -177,20 +195,27 @@ def company_bytes(work: Workload, most: float) -> float:
 
 
 def held(work: Workload, device: Device, forms: Sequence[Form]) -> float:
-    """Bytes of a worker: a layer's queries twice as they are laid out, and a company; a GPU holds all, and blocks."""
-    captured = company_bytes(work, work.score_unit)
+    """Bytes of a worker: a layer's queries as they are laid out, and a company; a GPU holds dense ones, and blocks."""
+    captured, largest = company_bytes(work, unit_of(work)), max(form.held for form in forms)
     if device.gpu:
-        blocks = work.queries * work.operand * sum(map(_block_entries, work.model.tracked))
-        return captured + blocks + sum(form.held for form in forms)
-    return captured + 2 * max(form.held for form in forms)
+        return captured + largest + _blocks(work) + sum(form.held for form in forms if form.name != TOKENS)
+    return captured + 2 * largest
+
+
+def _blocks(work: Workload) -> float:
+    """Bytes of all queries, cut to the blocks that estimates see."""
+    return float(work.queries * work.operand * sum(math.prod(assumed_block(x.shape)) for x in work.model.tracked))
 
 
 def choice(work: Workload, share: float | None) -> Choice:
     """What the plan says of it."""
     if share is None:
         return Choice("two stages", "all pairs are scored", "too few sequences, or estimates would cost more")
+    low, layers = sum(1 for layer in work.model.tracked if work.stored_rank(layer)), len(work.model.tracked)
+    how = f"; queries of low rank in {low} of {layers} layers are read where a sequence wants them" if low else ""
     return Choice(
         "two stages",
-        f"{share:.0%} of the pairs scored exactly",
-        f"assumed, for the {work.best} best of a query and the pilot; the run measures how far estimates reach",
+        f"{share:.2g} of the pairs scored exactly",
+        f"assumed, for the {work.best} best of a query and the pilot; estimates are taken to see "
+        f"{_BLOCK[0]} rows and {_BLOCK[1]} columns of a layer, the run chooses{how}",
     )

@@ -40,8 +40,6 @@ class Workload:
         max_rank: largest rank that is tried.
         rank: assumed where s_test is kept in low rank; the run measures it.
         probes: sequences on which compression is measured.
-        subspace: side r of the subspace that all queries share in a first stage.
-        rescored: best sequences of a query that are scored again exactly after a first stage.
         tile: dense queries per product.
         rows: sequences of such a product.
         eigh: precision of eigendecompositions, "float32", "float64" or "auto".
@@ -77,8 +75,6 @@ class Workload:
     max_rank: int = 256
     rank: int = 64
     probes: int = 32
-    subspace: int = 256
-    rescored: int = 200
     tile: int = 8
     rows: int = 16
     eigh: str = "auto"

@@ -23,7 +23,7 @@ from raylux.engine.records import (
 )
 from raylux.engine.scorer import LoadedQueries, Pack
 from raylux.errors import NumericsError
-from raylux.influence.leading import SEEN, Block, Cut, LayerEstimates, Survey, choose, principal
+from raylux.influence.leading import SEEN, Block, Cut, LayerEstimates, Query, Survey, choose, principal
 from raylux.influence.pairs import PairQueries
 from raylux.layers import TrackedLayer
 from raylux.memory import give_back
@@ -82,14 +82,13 @@ class Sieve:
             queries = self._read(layer, loaded.ids)
             self._pairs[name] = PairQueries.build(layer.shape, queries, self._resting.hold)
             block = Block.of(cuts[name], self._curvature(layer, how))
-            self._blocks[name] = LayerEstimates.build(block, _dense(queries), self._inside, self._resting.hold)
+            self._blocks[name] = LayerEstimates.build(block, queries, self._inside, self._resting.hold)
             self._bases[name] = read_rotation(folder, loaded.basis, name, group, self._dtype, device)
 
     def _cuts(self, how: Estimated) -> dict[str, Cut]:
         surveys = {}
         for layer in self._layers:
-            some = torch.stack(_dense(self._read(layer, self._some())))
-            surveys[layer.name] = Survey.of(some, self._curvature(layer, how), self._inside)
+            surveys[layer.name] = Survey.of(_dense(self._looked_at(layer)), self._curvature(layer, how), self._inside)
         tokens, wanted = how.sequences
         return choose(surveys, tokens, len(self.loaded.ids), wanted)
 
@@ -101,7 +100,10 @@ class Sieve:
         step = max(1, len(files) // max(count, 1))
         return [query for held in files[::step] for query in held]
 
-    def _read(self, layer: TrackedLayer, ids: Sequence[str]) -> list[Tensor | tuple[Tensor, Tensor]]:
+    def _looked_at(self, layer: TrackedLayer) -> list[Query]:
+        return self._read(layer, self._some())
+
+    def _read(self, layer: TrackedLayer, ids: Sequence[str]) -> list[Query]:
         device = self._devices[layer.name]
         return read_layer_queries(self._folder, self.loaded.files, layer.name, ids, self._dtype, device)
 
@@ -109,7 +111,8 @@ class Sieve:
         name, device = layer.name, self._devices[layer.name]
         found = read_curvature(self._folder, how.fitted, how.kind, name, self._groups[name], self._dtype, device)
         if found.values is None:
-            return principal(torch.stack(_dense(self._read(layer, self._some()))))
+            some = self._looked_at(layer)
+            return principal(lambda: _dense(some))
         return found
 
     def estimates(self, pack: Pack) -> tuple[Tensor, Tensor]:
@@ -163,8 +166,8 @@ def _rows(x: Tensor, own: Tensor | slice, basis: Rotation | None) -> Tensor:
     return found
 
 
-def _dense(queries: Sequence[Tensor | tuple[Tensor, Tensor]]) -> list[Tensor]:
-    return [x if isinstance(x, Tensor) else x[0] @ x[1].T for x in queries]
+def _dense(queries: Sequence[Query]) -> Iterator[Tensor]:
+    return (x if isinstance(x, Tensor) else x[0] @ x[1].T for x in queries)
 
 
 class EstimatedScores(WorkerPart):

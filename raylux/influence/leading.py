@@ -17,7 +17,7 @@ squares are those of the queries, which are gradients then.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,9 @@ from raylux.cost.two_stage import block_cost, relative_cost, share_within
 from raylux.curvature.spectral import Spectral
 from raylux.influence.dots import Held, in_memory
 from raylux.profiling import of
+
+Query = Tensor | tuple[Tensor, Tensor]
+"""V [P, M], or its factors (left [P, R], right [M, R])."""
 
 SEEN = 64
 """Queries whose variances say which directions matter, at least: blocks need not be exactly the best."""
@@ -67,6 +70,10 @@ class Side:
         """[..., r] of x [..., n] in the standard basis."""
         return x[..., self.places] if self.vectors is None else x @ self.vectors
 
+    def part(self, x: Tensor, inside: bool) -> Tensor:
+        """[r, m] of x [n, m] in the eigenbasis (``inside``) or in the standard one."""
+        return x[self.places] if inside or self.vectors is None else self.vectors.T @ x
+
 
 @dataclass(frozen=True)
 class Survey:
@@ -87,19 +94,22 @@ class Survey:
     variances: np.ndarray
 
     @classmethod
-    def of(cls, queries: Tensor, curvature: Spectral, inside: bool) -> Survey:
-        """From some queries V [q, P, M], which lie in the eigenbasis (``inside``) or in the standard one."""
+    def of(cls, queries: Iterable[Tensor], curvature: Spectral, inside: bool) -> Survey:
+        """From some queries V [P, M], which lie in the eigenbasis (``inside``) or in the standard one."""
         assert curvature.values is not None
-        energy = (queries if inside else curvature.into(queries)).square() * curvature.values
-        variances = energy.sum((1, 2)).double().cpu().numpy()
-        mean = (energy / energy.sum((1, 2), keepdim=True).clamp_min(_tiny(energy))).mean(0).double()
+        total, variances = torch.zeros_like(curvature.values, dtype=torch.float64), []
+        for v in queries:
+            energy = (v if inside else curvature.into(v)).square() * curvature.values
+            variances.append(float(energy.sum(dtype=torch.float64)))
+            total += energy / max(variances[-1], _tiny(energy))
+        mean = total / len(variances)
         columns = _largest(mean.sum(0))
         rows, held, outputs = [], [], counts(len(mean))
         for count in counts(mean.shape[1]):
             within = mean[:, columns[:count]].sum(1)
             rows.append(_largest(within))
             held.append(within[rows[-1]].cumsum(0)[[number - 1 for number in outputs]].cpu().numpy())
-        return cls((mean.shape[0], mean.shape[1]), columns, rows, np.stack(held), variances)
+        return cls((mean.shape[0], mean.shape[1]), columns, rows, np.stack(held), np.array(variances))
 
     def cut(self, columns: int, rows: int) -> Cut:
         """The ``columns``-th of ``counts(M)`` and the ``rows``-th of ``counts(P)``."""
@@ -164,14 +174,15 @@ class Block:
             formed = torch.bmm(self.outputs.project(g).mT, self.inputs.project(a))
         return formed.flatten(1)
 
-    def query(self, v: Tensor, inside: bool) -> Tensor:
-        """[r·c] of V [P, M], in the eigenbasis (``inside``) or in the standard one."""
-        if inside or self.outputs.vectors is None or self.inputs.vectors is None:
-            return v[self.outputs.places][:, self.inputs.places].flatten()
+    def query(self, v: Query, inside: bool) -> Tensor:
+        """[r·c] of V [P, M], or its factors, in the eigenbasis (``inside``) or in the standard one."""
+        if not isinstance(v, Tensor):
+            left, right = v
+            return (self.outputs.part(left, inside) @ self.inputs.part(right, inside).T).flatten()
         rows, columns = self.values.shape
         if columns <= rows:
-            return (self.outputs.vectors.T @ (v @ self.inputs.vectors)).flatten()
-        return ((self.outputs.vectors.T @ v) @ self.inputs.vectors).flatten()
+            return self.outputs.part(self.inputs.part(v.T, inside).T, inside).flatten()
+        return self.inputs.part(self.outputs.part(v, inside).T, inside).T.flatten()
 
 
 def counts(width: int) -> list[int]:
@@ -234,9 +245,9 @@ class LayerEstimates:
 
     @classmethod
     def build(
-        cls, block: Block, queries: Sequence[Tensor], inside: bool, hold: Callable[[Tensor], Held] = in_memory
+        cls, block: Block, queries: Sequence[Query], inside: bool, hold: Callable[[Tensor], Held] = in_memory
     ) -> LayerEstimates:
-        """Of V, dense [P, M] each, in the eigenbasis or not; ``hold`` puts what is made of them where it rests."""
+        """Of V, in the eigenbasis or not; ``hold`` puts what is made of them where it rests."""
         found = torch.stack([block.query(v, inside) for v in queries])
         values = block.values.flatten()
         missed = block.beyond * (found.square() @ values)
@@ -263,13 +274,15 @@ class LayerEstimates:
         return found, torch.outer(sizes, self.missed)
 
 
-def principal(queries: Tensor) -> Spectral:
-    """The directions of some queries V [q, P, M], and their mean squares, where nothing else was fitted."""
-    weighed = queries / queries.square().sum((1, 2), keepdim=True).sqrt().clamp_min(_tiny(queries))
-    q_a = torch.linalg.eigh(torch.einsum("qpm,qpn->mn", weighed, weighed))[1]
-    q_s = torch.linalg.eigh(torch.einsum("qpm,qrm->pr", weighed, weighed))[1]
-    found = Spectral(None, q_a, q_s)
-    found.values = found.into(queries).square().mean(0)
+def principal(queries: Callable[[], Iterable[Tensor]]) -> Spectral:
+    """The directions of some queries V [P, M], which are gone through twice, and their mean squares along them."""
+    inputs = outputs = torch.zeros(())
+    for v in queries():
+        weighed = v / v.norm().clamp_min(_tiny(v))
+        inputs, outputs = inputs.to(v) + weighed.T @ weighed, outputs.to(v) + weighed @ weighed.T
+    found = Spectral(None, torch.linalg.eigh(inputs)[1], torch.linalg.eigh(outputs)[1])
+    squares = [found.into(v).square() for v in queries()]
+    found.values = sum(squares[1:], squares[0]) / len(squares)
     return found
 
 

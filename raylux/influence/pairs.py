@@ -2,14 +2,14 @@
 
 Gradients are formed as for all pairs, T·P·M per sequence. They and dense queries lie in pieces of a thousand entries:
 those of all gradients stay in the processor's cache while each query in turn takes its chosen products, so that a pair
-costs about five times what it does in a matrix product. Low-rank queries are put against the tokens of each
-sequence that wants them, T·R·(P + M) a pair, without a gradient.
+costs about five times what it does in a matrix product. Low-rank queries are read where a sequence wants them, and put
+against its tokens, T·R·(P + M) a pair, without a gradient.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -34,7 +34,7 @@ class PairQueries:
         dense: places of the dense queries.
         pieces: of these, [n, entries] each; ``spans`` of P.
         spans: see ``pieces``.
-        factors: query -> (left [P, R], right [M, R]) of the others, R never 1.
+        factors: query -> left [P, R] above right [M, R] of the others, R never 1.
     """
 
     shape: tuple[int, int]
@@ -42,7 +42,7 @@ class PairQueries:
     dense: list[int]
     pieces: list[Held] = field(default_factory=list)
     spans: list[slice] = field(default_factory=list)
-    factors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    factors: dict[int, Held] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -57,7 +57,8 @@ class PairQueries:
         found = cls(shape, len(queries), dense)
         for place, query in enumerate(queries):
             if not isinstance(query, Tensor):
-                found.factors[place] = no_vectors(*query)
+                # A GPU is lent those that are wanted: thousands of queries of a large model fit no device.
+                found.factors[place] = hold(torch.cat(no_vectors(*query)).cpu())
         if dense:
             step = max(1, _PIECE // inputs)
             found.spans = [slice(start, min(start + step, outputs)) for start in range(0, outputs, step)]
@@ -83,19 +84,24 @@ class PairQueries:
         if self.dense:
             wanted = None if chosen is None else chosen[:, self.dense]
             result[:, self.dense] = self._of_dense(parts, wanted, rows)
-        with of("dot"):
-            start = 0
-            for a, g in parts:
-                here = slice(start, start + len(a))
-                start += len(a)
-                for query in self.factors:
-                    own = slice(None) if chosen is None else chosen[here, query]
-                    result[here, query][own] = self._of_factors(query, a[own], g[own])
+        for query in self.factors if chosen is None else _any(chosen, self.factors):
+            result[:, query] = self._of_factors(query, parts, None if chosen is None else chosen[:, query])
         return result
 
-    def _of_factors(self, query: int, a: Tensor, g: Tensor) -> Tensor:
-        left, right = self.factors[query]
-        return ((g @ left).to(wide_dtype(a.dtype)) * (a @ right)).sum((1, 2))
+    def _of_factors(self, query: int, parts: Sequence[tuple[Tensor, Tensor]], chosen: Tensor | None) -> Tensor:
+        """Scores [N] of one query, zero where a sequence is not chosen."""
+        with of("read"):
+            left, right = self.factors[query]().to(parts[0][0].device).split(self.shape)
+        with of("dot"):
+            found, start = [], 0
+            for a, g in parts:
+                own = torch.ones(len(a), dtype=torch.bool) if chosen is None else chosen[start : start + len(a)].cpu()
+                start += len(a)
+                scores = a.new_zeros(len(a), dtype=wide_dtype(a.dtype))
+                if bool(own.any()):
+                    scores[own] = ((g[own] @ left).to(scores.dtype) * (a[own] @ right)).sum((1, 2))
+                found.append(scores)
+            return torch.cat(found)
 
     def _of_dense(self, parts: Sequence[tuple[Tensor, Tensor]], chosen: Tensor | None, rows: int) -> Tensor:
         count, inputs = sum(len(a) for a, _ in parts), self.shape[1]
@@ -123,6 +129,12 @@ class PairQueries:
                     else:
                         total = torch.sparse.sampled_addmm(total, queries, own.T)
         return (total[:count] if chosen is None else total.to_dense().T).to(wide_dtype(some.dtype))
+
+
+def _any(chosen: Tensor, queries: Iterable[int]) -> list[int]:
+    """The queries that some sequence has chosen; others are not even read."""
+    some = chosen.any(0).cpu()
+    return [query for query in queries if some[query]]
 
 
 def _form(parts: Sequence[tuple[Tensor, Tensor]], span: slice, filled: int, buffer: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from raylux.cost.two_stage import unit_size
 from raylux.engine.context import Context
 from raylux.engine.quarantine import lost_pairs
 from raylux.engine.records import Contraction, FactorFiles, factor_files, query_files
@@ -49,9 +50,11 @@ def missing_jobs(ctx: Context, keepers: np.ndarray | None = None) -> list[ScoreJ
     """
     wanted = [query.id for query in answerable(ctx)]
     rows = prefilter.union(ctx)
-    units, near = cut(ctx, rows, keepers)
+    best = ctx.config.score.best
+    size = None if best is None or ctx.apart else unit_size(ctx.plan.score_unit_size, len(rows), best)
+    units, near = cut(ctx, rows, keepers, size)
     blocks = [block for block in score_blocks(ctx.folder) if block.layers or not ctx.config.score.layers]
-    if ctx.config.score.best is None:
+    if best is None:
         # Estimates are no scores; what was scored for its own sake is.
         blocks = [block for block in blocks if block.stage in ("", PILOT)]
     absent = np.ones((len(wanted), len(rows)), bool)

@@ -37,8 +37,8 @@ from raylux.layers import TrackedLayer
 from raylux.ledger import SCORE, WAVES
 from raylux.store import CHOSEN, ESTIMATED, PILOT, ScoreBlock, score_blocks
 
-# Where later waves end, as shares of all rows.
-_ENDS = (0.125, 0.5, 1.0)
+# How many times what was before it a wave ends at: thresholds of few sequences let many pairs through.
+_GROWTH = 4
 
 Plain = Callable[[Context, Sequence[ScoreJob]], bool]
 """Scores jobs as ever."""
@@ -127,15 +127,23 @@ def _waves(ctx: Context, jobs: Sequence[ScoreJob]) -> list[list[str]]:
     assert ctx.config.score.best is not None
     first = pilot(rows, ctx.config.score.best)
     if not first:
-        return [[], [], [], [job.name for job in order]]
-    waves: list[list[str]] = [[]]
-    ends, done = [first, *(rows * end for end in _ENDS)], 0
+        return [[], [job.name for job in order]]
+    ends = [first, *sorted(_ends(rows, first))]
+    waves: list[list[str]] = [[] for _ in ends]
+    wave = done = 0
     for job in order:
-        while done >= ends[len(waves) - 1] and len(waves) <= len(_ENDS):
-            waves.append([])
-        waves[-1].append(job.name)
+        while done >= ends[wave] and wave < len(ends) - 1:
+            wave += 1
+        waves[wave].append(job.name)
         done += len(job.rows)
     return waves
+
+
+def _ends(rows: float, first: float) -> Iterator[float]:
+    """Where waves end after a pilot of ``first`` rows, the last one first."""
+    while rows >= 2 * first:
+        yield rows
+        rows /= _GROWTH
 
 
 def _rule(ctx: Context, number: int, wave: int, jobs: Sequence[ScoreJob]) -> Rule | None:

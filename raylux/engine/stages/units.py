@@ -24,15 +24,18 @@ def keepers_of(ctx: Context) -> np.ndarray | None:
     return found
 
 
-def cut(ctx: Context, rows: np.ndarray, keepers: np.ndarray | None = None) -> tuple[np.ndarray, dict[int, int]]:
+def cut(
+    ctx: Context, rows: np.ndarray, keepers: np.ndarray | None = None, size: int | None = None
+) -> tuple[np.ndarray, dict[int, int]]:
     """The score unit of each of some corpus rows [n], and the worker of each unit whose rows are kept by one.
 
     Args:
         ctx: the run.
         rows: [n], ascending.
         keepers: [N] the worker that keeps each corpus row, or −1: what one worker keeps is cut into units of its own.
+        size: rows of a unit; None: as the plan has it.
     """
-    lengths, size = ctx.reader.lengths, ctx.plan.score_unit_size
+    lengths, size = ctx.reader.lengths, size or ctx.plan.score_unit_size
     units = score_units(lengths, size)[rows]
     if keepers is None:
         return units, {}
