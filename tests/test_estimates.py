@@ -16,6 +16,7 @@ from raylux.api import run_stages
 from raylux.engine import estimating
 from raylux.engine.stages import two_stage
 from raylux.errors import UserError
+from raylux.influence.dots import Held
 from raylux.influence.leading import Cut, Survey
 from raylux.influence.pairs import PairQueries
 from raylux.ledger import SCORE, WAVES
@@ -54,6 +55,28 @@ def test_chosen_pairs_have_the_scores_of_all_pairs(layer: tuple, low: bool) -> N
     # Which other pairs are chosen makes no difference.
     more = chosen | (drawn(N, Q, seed=6) > 1)
     assert torch.equal(held.scores(batches, more, 8)[chosen], found[chosen])
+
+
+def test_queries_of_low_rank_that_nobody_wants_are_not_read(layer: tuple) -> None:
+    v, a, g, exact = layer
+    read: list[int] = []
+
+    def hold(x: torch.Tensor) -> Held:
+        own = len(read)
+        read.append(0)
+
+        def lend() -> torch.Tensor:
+            read[own] += 1
+            return x
+
+        return lend
+
+    held = PairQueries.build((P, M), [(q, torch.eye(M, dtype=torch.float64)) for q in v], hold)
+    chosen = torch.zeros(N, Q, dtype=torch.bool)
+    chosen[3, 5] = chosen[20, 5] = chosen[7, 1] = True
+    found = held.scores([(a[:10], g[:10]), (a[10:], g[10:])], chosen, 8)
+    torch.testing.assert_close(found, torch.where(chosen, exact, 0.0), rtol=1e-10, atol=1e-9)
+    assert read == [int(query in (1, 5)) for query in range(Q)]
 
 
 # runs
