@@ -66,7 +66,8 @@ def read_pilot(ctx: Context, ids: Sequence[str]) -> Pilot | None:
             group, places = ctx.folder.group(block.key), [block.queries.index(query) for query in ids]
             for what, held in parts.items():
                 held.append(group.read(what)[places].astype(np.float64))
-            seen = {name: (rows, columns) for name, (rows, columns) in group.attrs["seen"].items()}
+            if "seen" in group.attrs:  # a run of before estimated otherwise
+                seen = {name: (rows, columns) for name, (rows, columns) in group.attrs["seen"].items()}
     if not parts["total"]:
         return None
     return Pilot(**{what: np.concatenate(held, 1) for what, held in parts.items()}, seen=seen)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from raylux.config import ScoreSection
-from raylux.cost.two_stage import block_cost, pilot, relative_cost
+from raylux.cost.two_stage import assumed_block, block_cost, pilot, relative_cost
 from raylux.curvature import Kind
 from raylux.engine.context import Context
 from raylux.engine.estimating import Estimated
@@ -176,7 +176,8 @@ def _new_rule(ctx: Context, wanted: set[str]) -> Rule:
     layers = ctx.coverage.tracked
     shapes = [layer.shape for layer in layers]
     tokens = float(ctx.reader.lengths.mean())
-    estimates = sum(block_cost(layer.shape, tokens, len(ids), found.seen[layer.name]) for layer in layers)
+    blocks = [found.seen.get(layer.name, assumed_block(layer.shape)) for layer in layers]
+    estimates = sum(block_cost(shape, tokens, len(ids), block) for shape, block in zip(shapes, blocks, strict=True))
     formed = float(reach.any(0).mean())
     plain = relative_cost(shapes, tokens, len(ids), float(reach.mean()), estimates=estimates, formed=formed) >= 1
     if plain:
