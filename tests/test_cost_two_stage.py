@@ -51,7 +51,7 @@ def test_the_multiplications_are_those_that_the_engine_decides_by() -> None:
     every = {work.kind: work.flops for work in _score(best=None).works}
     two = {work.kind: work.flops for work in _score().works}
     shapes = [layer.shape for layer in WORK.model.tracked]
-    relative = two_stage.relative_cost(shapes, WORK.tokens, WORK.queries, share, gathered=1.0)
+    relative = two_stage.relative_cost(shapes, WORK.tokens, WORK.queries, share, gathered=1.0, narrow=1.0)
     contraction = every["forming"] + every["dots"]
     assert two["forming"] + two["estimates"] + two["chosen pairs"] == pytest.approx(relative * contraction, rel=1e-9)
     assert two["forward"] == every["forward"] and "dots" not in two

@@ -9,12 +9,14 @@ from jobs.twostage import page
 from jobs.twostage.cases import prepare
 from jobs.twostage.measured import measure
 from raylux.errors import UserError
+from tests.test_estimates import sees_most
 
 # Several waves of a small corpus.
 UNITS = ("score.unit_size=16",)
 
 
 def test_both_ways_on_the_smallest_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raylux.engine.estimating.choose", sees_most)
     monkeypatch.setattr("raylux.cost.two_stage.PILOT_LEAST", 32)
     monkeypatch.setattr("raylux.engine.stages.two_stage.relative_cost", lambda *_, **__: 0.0)
     found = measure(prepare("tiny", 160, 40), tmp_path, 32, 5, UNITS)

@@ -13,7 +13,7 @@ import numpy as np
 from jobs.twostage.cases import Case
 from raylux import api
 from raylux.config import Config
-from raylux.cost.two_stage import GATHERED, block_cost, relative_cost
+from raylux.cost.two_stage import GATHERED, NARROW, block_cost, relative_cost
 from raylux.results import Run
 from raylux.store import ESTIMATED, PILOT, CorpusReader
 
@@ -37,7 +37,7 @@ class Point:
         share: of all pairs, that would be.
         formed: of all sequences, with such a pair.
         cost: multiplications, of those of all pairs' contraction.
-        time: the same with a pair by itself at ``GATHERED`` pairs.
+        time: the same with a pair by itself at ``GATHERED`` pairs, and estimates' multiplications at ``NARROW``.
     """
 
     margin: float
@@ -127,20 +127,20 @@ def _curve(run: Run, exact: np.ndarray, kth: np.ndarray, tokens: float) -> list[
         among = there & (exact >= kth)
         recall, share = float(chosen[among].mean()), float(chosen[there].mean())
         formed = float((chosen & there).any(0)[there.any(0)].mean())
-        costs = (_cost(run, tokens, len(exact), share, formed, weight) for weight in (1.0, GATHERED))
+        costs = (_cost(run, tokens, len(exact), share, formed, weights) for weights in ((1.0, 1.0), (GATHERED, NARROW)))
         points.append(Point(margin, recall, share, formed, *costs))
     return points
 
 
 def _of_run(run: Run, there: np.ndarray, tokens: float) -> float:
     """Multiplications of the run, its pilot among them; those of a run that gave two stages up are of no meaning."""
-    return _cost(run, tokens, len(there), float(there.mean()), float(there.any(0).mean()), 1.0)
+    return _cost(run, tokens, len(there), float(there.mean()), float(there.any(0).mean()), (1.0, 1.0))
 
 
-def _cost(run: Run, tokens: float, queries: int, share: float, formed: float, weight: float) -> float:
+def _cost(run: Run, tokens: float, queries: int, share: float, formed: float, weights: tuple[float, float]) -> float:
     shapes, seen = _shapes(run), _seen(run)
     estimates = sum(block_cost(shape, tokens, queries, seen[name]) for name, shape in shapes.items())
-    return relative_cost(list(shapes.values()), tokens, queries, share, weight, estimates, formed)
+    return relative_cost(list(shapes.values()), tokens, queries, share, *weights, estimates, formed)
 
 
 def _shapes(run: Run) -> dict[str, tuple[int, int]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jobs.plots import pyplot
 from jobs.twostage.cases import CASES
-from raylux.cost.two_stage import GATHERED
+from raylux.cost.two_stage import GATHERED, NARROW
 
 Figures = Mapping[str, dict[str, Any]]
 _WANTED, _FLOOR = 0.99, 0.15
@@ -31,8 +31,9 @@ factors and queries: recall is the share of the pairs that are truly among their
 *Multiplications*: of the contraction Σ (T + Q)·P·M of all pairs, forward and backward passes and the query stage apart;
 in two stages tokens are projected and put against all queries in a block of each layer, gradients with a chosen pair
 are formed, and put against the chosen queries. *By time*: a pair by itself at {GATHERED:.0f} pairs of a matrix
-product, by which a run decides whether two stages pay. *CPU*: measured, of the same stages. The curve is that of the
-estimates, the run itself has a pilot beside, whose pairs are all scored, and what its thresholds leave for safety.
+product and an estimate's multiplications at {NARROW:g}, by which a run decides whether two stages pay. *CPU*: measured,
+of the same stages. The curve is that of the estimates; the run itself has a pilot beside, whose pairs are all scored,
+and what its thresholds leave for safety.
 {sections}"""
 
 

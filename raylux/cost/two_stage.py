@@ -15,8 +15,9 @@ from raylux.cost.workload import Workload
 # Rows and columns of a layer's block that estimates are taken to see where a run has yet to find out
 # (docs/results/two-stage.md); of either side, the fewer on inputs.
 _BLOCK = 256, 16
-# A pair that is scored by itself, in pairs of a matrix product: measured on a CPU in float32.
-GATHERED = 5.0
+# A pair that is scored by itself, in pairs of a matrix product, and a multiplication of an estimate, whose products are
+# narrow: measured on a CPU in float32.
+GATHERED, NARROW = 5.0, 2.5
 # Sequences of the pilot: a share of all, between two bounds.
 _PILOT_SHARE, PILOT_LEAST, _PILOT_MOST = 1 / 64, 128, 512
 _PILOT_UNITS = 4
@@ -52,6 +53,7 @@ def relative_cost(
     queries: int,
     share: float,
     gathered: float = GATHERED,
+    narrow: float = NARROW,
     estimates: float | None = None,
     formed: float | None = None,
 ) -> float:
@@ -63,6 +65,7 @@ def relative_cost(
         queries: Q.
         share: of all pairs, that are chosen.
         gathered: of a pair by itself, in pairs of a matrix product.
+        narrow: likewise of a multiplication of an estimate.
         estimates: multiplications of one sequence's; None: of the blocks that are taken for granted.
         formed: share of the sequences with a chosen pair, whose gradients are formed; None: as if queries chose
             independently.
@@ -70,7 +73,7 @@ def relative_cost(
     entries = sum(outputs * inputs for outputs, inputs in shapes)
     estimates = _estimating(shapes, tokens, queries) if estimates is None else estimates
     formed = reached(share, queries) if formed is None else formed
-    stages = estimates + (formed * tokens + gathered * share * queries) * entries
+    stages = narrow * estimates + (formed * tokens + gathered * share * queries) * entries
     return stages / ((tokens + queries) * entries)
 
 
@@ -84,10 +87,15 @@ def block_cost(shape: tuple[int, int], tokens: float, queries: int, block: tuple
         block: (r, c), rows and columns that are seen.
     """
     (outputs, inputs), (rows, columns) = shape, block
-    both = tokens * (outputs * rows + inputs * columns + rows * columns)
-    few = tokens * (inputs * columns + outputs * columns) + outputs * rows * columns
-    other = tokens * (outputs * rows + inputs * rows) + inputs * rows * columns
-    forming = few if rows > 2 * columns else other if columns > 2 * rows else both
+    # A side that is seen whole is not projected.
+    along = tokens * inputs * columns if columns < inputs else 0.0
+    across = tokens * outputs * rows if rows < outputs else 0.0
+    if rows > 2 * columns:
+        forming = along + tokens * outputs * columns + (outputs * rows * columns if rows < outputs else 0.0)
+    elif columns > 2 * rows:
+        forming = across + tokens * inputs * rows + (inputs * rows * columns if columns < inputs else 0.0)
+    else:
+        forming = along + across + tokens * rows * columns
     return forming + queries * rows * columns
 
 
@@ -148,7 +156,7 @@ def works(work: Workload, cluster: Cluster, forms: Sequence[Form], meeting: Sequ
     alone = device.seconds(GATHERED * dense, work.contraction, width) + device.seconds(low, work.contraction, work.rank)
     return [
         *(Work(one.kind, formed * one.flops, formed * one.bytes, formed * one.seconds) for one in meeting),
-        Work("estimates", estimates, 0.0, device.seconds(estimates, work.contraction, width)),
+        Work("estimates", estimates, 0.0, device.seconds(NARROW * estimates, work.contraction, width)),
         Work("chosen pairs", low + dense, 0.0, alone),
         _loading(work, cluster, forms, share),
     ]

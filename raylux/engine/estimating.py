@@ -116,12 +116,13 @@ class Sieve:
         return found
 
     def estimates(self, pack: Pack) -> tuple[Tensor, Tensor]:
-        """Estimated scores [rows, Q] over all layers, and their standard errors, float64."""
+        """Estimated scores [rows, Q] over all layers, and their standard errors [Q], float64."""
         total = variance = torch.zeros((), dtype=torch.float64)
         for layer, batches in self._tokens(pack, turned=False):
-            part, error = self._blocks[layer].estimates(batches, pack.rows)
-            total, variance = total + part.cpu().double(), variance + error.cpu().double()
-        return total, variance.clamp_min(0.0).sqrt()
+            own = self._blocks[layer]
+            total = total + own.estimates(batches, pack.rows).cpu().double()
+            variance = variance + own.missed.cpu().double()
+        return total, variance.sqrt()
 
     def scores(self, pack: Pack, chosen: Tensor | None) -> Tensor:
         """Exact scores [rows, Q] of the pairs that are ``chosen`` [rows, Q], or of all; float64."""
@@ -212,6 +213,7 @@ class EstimatedScores(WorkerPart):
             counted = torch.tensor(pack.counted)
             if chosen is None:
                 estimate, error = sieve.estimates(pack)
+                error = error.expand_as(estimate)
                 arrays["estimate"][:, places] = _kept(estimate, counted, columns)
                 arrays["error"][:, places] = _kept(error, counted, columns)
                 wanted = self._wanted(estimate, error, how, counted, columns)

@@ -7,7 +7,8 @@ and 1 / (Λ + λ) keeps V small along the rest. An estimate is the sum over such
 
 - tokens are projected, T·(P·r + M·c) at most, and a gradient of r × c numbers is formed, never one of P × M;
 - queries are cut to their blocks once, and put against it, Q·r·c;
-- what is left out has a variance that Λ tells beforehand. So the blocks of all layers are chosen together, such that
+- what is left out has a variance that Λ tells beforehand, the same for all sequences: a sequence with larger gradients
+  has larger errors, but the best are all of that kind. So the blocks of all layers are chosen together, such that
   estimates and the pairs that they leave open cost least (``raylux.cost.two_stage``).
 
 A curvature without a basis has its Λ in the coordinates themselves; where nothing was fitted, directions and mean
@@ -51,28 +52,34 @@ class Side:
     Attributes:
         places: [r] of the eigenvectors, or of the coordinates themselves.
         vectors: [n, r]; None: coordinates are chosen.
+        whole: all are chosen: tokens stay in the standard basis, into which queries are brought back.
     """
 
     places: Tensor
     vectors: Tensor | None
+    whole: bool
 
     @classmethod
-    def of(cls, places: Tensor, basis: Square | None) -> Side:
+    def of(cls, places: Tensor, basis: Square | None, width: int) -> Side:
         if isinstance(basis, Blocks):
             like = basis.parts[0]
-            basis = basis @ torch.eye(sum(basis.sizes), dtype=like.dtype, device=like.device)
-        return cls(places, None if basis is None else basis[:, places].contiguous())
-
-    def __len__(self) -> int:
-        return len(self.places)
+            basis = basis @ torch.eye(width, dtype=like.dtype, device=like.device)
+        vectors = None if basis is None else basis[:, places].contiguous()
+        return cls(places, vectors, vectors is not None and len(places) == width)
 
     def project(self, x: Tensor) -> Tensor:
-        """[..., r] of x [..., n] in the standard basis."""
+        """x [..., n] in the standard basis, along the directions [..., r]; as it is where they are all."""
+        if self.whole:
+            return x
         return x[..., self.places] if self.vectors is None else x @ self.vectors
 
     def part(self, x: Tensor, inside: bool) -> Tensor:
         """[r, m] of x [n, m] in the eigenbasis (``inside``) or in the standard one."""
         return x[self.places] if inside or self.vectors is None else self.vectors.T @ x
+
+    def back(self, x: Tensor) -> Tensor:
+        """What ``project`` leaves is put against: x [..., r, m] along the directions, or in the standard basis."""
+        return self.vectors @ x if self.whole and self.vectors is not None else x
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,7 @@ class Block:
     Attributes:
         outputs: r directions of g.
         inputs: c of a.
-        values: Λ of them [r, c], above zero.
+        values: Λ of them [r, c].
         beyond: see ``Cut``.
     """
 
@@ -159,30 +166,33 @@ class Block:
     def of(cls, cut: Cut, curvature: Spectral) -> Block:
         whole = curvature.values
         assert whole is not None
-        values = whole[cut.rows][:, cut.columns].clamp_min(1e-12 * float(whole.max()) + _tiny(whole))
-        return cls(Side.of(cut.rows, curvature.q_s), Side.of(cut.columns, curvature.q_a), values, cut.beyond)
+        values = whole[cut.rows][:, cut.columns]
+        sides = (Side.of(cut.rows, curvature.q_s, whole.shape[0]), Side.of(cut.columns, curvature.q_a, whole.shape[1]))
+        return cls(*sides, values, cut.beyond)
 
     def gradients(self, a: Tensor, g: Tensor) -> Tensor:
         """[N, r·c] of a [N, T, M] and g [N, T, P] in the standard basis."""
         rows, columns = self.values.shape
         # Many directions are cheaper taken of what few directions of the other side have left of a gradient.
-        if self.outputs.vectors is not None and rows > 2 * columns:
-            formed = self.outputs.vectors.T @ torch.bmm(g.mT, self.inputs.project(a))
-        elif self.inputs.vectors is not None and columns > 2 * rows:
-            formed = torch.bmm(self.outputs.project(g).mT, a) @ self.inputs.vectors
-        else:
-            formed = torch.bmm(self.outputs.project(g).mT, self.inputs.project(a))
-        return formed.flatten(1)
+        if rows > 2 * columns:
+            return self.outputs.project(torch.bmm(self.inputs.project(a).mT, g)).mT.flatten(1)
+        if columns > 2 * rows:
+            return self.inputs.project(torch.bmm(self.outputs.project(g).mT, a)).flatten(1)
+        return torch.bmm(self.outputs.project(g).mT, self.inputs.project(a)).flatten(1)
 
     def query(self, v: Query, inside: bool) -> Tensor:
-        """[r·c] of V [P, M], or its factors, in the eigenbasis (``inside``) or in the standard one."""
+        """[r, c] of V [P, M], or its factors, in the eigenbasis (``inside``) or in the standard one."""
         if not isinstance(v, Tensor):
             left, right = v
-            return (self.outputs.part(left, inside) @ self.inputs.part(right, inside).T).flatten()
+            return self.outputs.part(left, inside) @ self.inputs.part(right, inside).T
         rows, columns = self.values.shape
         if columns <= rows:
-            return self.outputs.part(self.inputs.part(v.T, inside).T, inside).flatten()
-        return self.inputs.part(self.outputs.part(v, inside).T, inside).T.flatten()
+            return self.outputs.part(self.inputs.part(v.T, inside).T, inside)
+        return self.inputs.part(self.outputs.part(v, inside).T, inside).T
+
+    def back(self, queries: Tensor) -> Tensor:
+        """What ``gradients`` are put against, [Q, r·c] of [Q, r, c]."""
+        return self.inputs.back(self.outputs.back(queries).mT).mT.flatten(1)
 
 
 def counts(width: int) -> list[int]:
@@ -234,14 +244,12 @@ class LayerEstimates:
     Attributes:
         block: which.
         queries: [Q, r·c].
-        missed: [Q] variance of what is left out of a query's scores, for a sequence whose gradient has mean squares Λ.
-        weights: [r·c] by which the squares of a sequence's gradient add up to 1 where they are Λ.
+        missed: [Q] variance of what is left out of a query's scores.
     """
 
     block: Block
     queries: Held
     missed: Tensor
-    weights: Tensor
 
     @classmethod
     def build(
@@ -249,19 +257,15 @@ class LayerEstimates:
     ) -> LayerEstimates:
         """Of V, in the eigenbasis or not; ``hold`` puts what is made of them where it rests."""
         found = torch.stack([block.query(v, inside) for v in queries])
-        values = block.values.flatten()
-        missed = block.beyond * (found.square() @ values)
-        return cls(block, hold(found), missed, 1 / (values * len(values)))
+        missed = block.beyond * (found.square() * block.values).sum((1, 2))
+        return cls(block, hold(block.back(found)), missed)
 
-    def estimates(self, batches: Sequence[tuple[Tensor, Tensor]], rows: int) -> tuple[Tensor, Tensor]:
-        """What the scores of some batches may be.
+    def estimates(self, batches: Sequence[tuple[Tensor, Tensor]], rows: int) -> Tensor:
+        """What the scores [N, Q] of some batches may be.
 
         Args:
             batches: a [N, T, M] and g [N, T, P] of each, in the standard basis.
             rows: of each product, so that an estimate does not depend on how many there are.
-
-        Returns:
-            Estimates [N, Q] over all batches, and their variances [N, Q].
         """
         with of("form"):
             formed = torch.cat([self.block.gradients(a, g) for a, g in batches])
@@ -269,9 +273,7 @@ class LayerEstimates:
             formed = torch.nn.functional.pad(formed, (0, 0, 0, -count % rows))
         with of("dot"):
             queries = self.queries()
-            found = torch.cat([part @ queries.T for part in formed.split(rows)])[:count]
-            sizes = formed[:count].square() @ self.weights
-        return found, torch.outer(sizes, self.missed)
+            return torch.cat([part @ queries.T for part in formed.split(rows)])[:count]
 
 
 def principal(queries: Callable[[], Iterable[Tensor]]) -> Spectral:

@@ -37,7 +37,7 @@ def loaded_queries(ctx: Context, wanted: set[str], contraction: Contraction) -> 
     return LoadedQueries(tuple(query_files(ctx.folder)), ids, contraction, basis)
 
 
-def missing_jobs(ctx: Context, keepers: np.ndarray | None = None) -> list[ScoreJob]:
+def missing_jobs(ctx: Context, keepers: np.ndarray | None = None, waves: bool = False) -> list[ScoreJob]:
     """The jobs that the present queries and candidates still need, in the order of their units.
 
     Within a unit the rows are parted by the set of queries that miss them, so each row runs once. Where queries stand
@@ -47,11 +47,12 @@ def missing_jobs(ctx: Context, keepers: np.ndarray | None = None) -> list[ScoreJ
     Args:
         ctx: the run.
         keepers: [N] the worker that keeps each corpus row, or −1: what one worker keeps is cut into units of its own.
+        waves: units are as small as those of two stages.
     """
     wanted = [query.id for query in answerable(ctx)]
     rows = prefilter.union(ctx)
     best = ctx.config.score.best
-    size = None if best is None or ctx.apart else unit_size(ctx.plan.score_unit_size, len(rows), best)
+    size = None if best is None or not waves else unit_size(ctx.plan.score_unit_size, len(rows), best)
     units, near = cut(ctx, rows, keepers, size)
     blocks = [block for block in score_blocks(ctx.folder) if block.layers or not ctx.config.score.layers]
     if best is None:
