@@ -178,7 +178,7 @@ GFLOP per token at {SIZES.tokens} tokens a sequence, by the formulas below.
 ## A million candidates, a thousand queries
 
 Fit on {FITTED:,} sequences, score {SIZES.sequences:,} candidates of {SIZES.tokens} tokens against {SIZES.queries:,}
-queries. Device-hours by stage.
+queries, the {BEST} best of each wanted (`score.best={BEST}`). Device-hours by stage.
 
 {summary()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raylux.cost import contraction, costs, projecting, two_stage
 from raylux.cost.contraction import Form
@@ -37,6 +37,8 @@ def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     """All queries against all candidates."""
     device, model = cluster.worker, work.model
     share = two_stage.chosen_share(work)
+    if share is not None:  # products of single pairs know no bf16
+        work = replace(work, contraction="float64" if work.contraction == "float64" else "float32")
     chosen = choose_scoring(work, device, can) if share is None else _of_pairs(work, device)
     layers, tokens = model.tracked, work.candidates * work.tokens * work.padding
     batch = chosen.batch

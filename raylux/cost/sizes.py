@@ -28,6 +28,8 @@ _ONCE = 384 << 20
 # Bytes of kept sequences in a layer, and of what is formed of them, that are held at a time; of the others, in all
 # layers, as they were captured.
 _TOGETHER, _CAPTURED_TOGETHER = 192 << 20, 512 << 20
+# The latter on a GPU that is lent queries for each company of sequences.
+_LENT_TOGETHER = 8 << 30
 # Entries of a gradient that are formed and multiplied at a time: the buffer stays small however large the layer, and
 # what is rounded to bf16 is a part of a sum, not the whole. A GPU wants large products, and rounds no sum.
 SLICE, GPU_SLICE = 1 << 19, 1 << 22
@@ -181,12 +183,21 @@ def products_together(layers: Sequence[TrackedLayer], tokens: float, rows: int, 
 
 
 def captured_together(
-    layers: Sequence[TrackedLayer], groups: Mapping[str, str], tokens: float, rows: int, itemsize: int
+    layers: Sequence[TrackedLayer],
+    groups: Mapping[str, str],
+    tokens: float,
+    rows: int,
+    itemsize: int,
+    lent: bool = False,
 ) -> int:
-    """``products_together`` of sequences that are not kept: all their a and g are held."""
+    """``products_together`` of sequences that are not kept: all their a and g are held.
+
+    ``lent``: on a GPU, which is lent queries for them.
+    """
     widths = {groups[layer.name]: layer.inputs for layer in layers}
     entries = tokens * (sum(widths.values()) + sum(layer.outputs for layer in layers))
-    return max(1, int(_CAPTURED_TOGETHER // (entries * itemsize * rows)))
+    most = _LENT_TOGETHER if lent else _CAPTURED_TOGETHER
+    return max(1, int(most // (entries * itemsize * rows)))
 
 
 def probe_count(setting: int | str, parameters: int) -> int:

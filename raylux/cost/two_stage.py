@@ -14,7 +14,7 @@ from raylux.cost.workload import Workload
 
 # Rows and columns of a layer's block that estimates are taken to see where a run has yet to find out
 # (docs/results/two-stage.md); of either side, the fewer on inputs.
-_BLOCK = 256, 16
+_BLOCK = 1024, 16
 # A pair that is scored by itself, in pairs of a matrix product, and a multiplication of an estimate, whose products are
 # narrow: measured on a CPU in float32.
 GATHERED, NARROW = 5.0, 2.5
@@ -24,8 +24,8 @@ _PILOT_UNITS = 4
 # Fewer sequences than this for each of the best that are wanted are scored as ever.
 _WORTH = 8
 # Pairs that may be among the best by their estimates, for each that is wanted, beyond the pilot: on workload A of the
-# benchmark 3.2 (docs/results/two-stage.md). A run finds out; the plan assumes it.
-_REACHED = 3.2
+# benchmark 3.0 (docs/results/two-stage.md). A run finds out; the plan assumes it.
+_REACHED = 3.0
 # Passes through memory that was not in use before, by which a worker's queries are laid out for both stages: 7.5 s per
 # GB were measured where such a pass took 0.38 (the same page).
 _LAYING_PASSES = 20
@@ -180,7 +180,7 @@ def _loading(work: Workload, cluster: Cluster, forms: Sequence[Form], share: flo
     assert work.best is not None
     device = cluster.worker
     low = sum(form.held for form in forms if form.name == TOKENS)
-    together, first = min(unit_of(work), company(work)), pilot(work.candidates, work.best)
+    together, first = min(unit_of(work), company(work, device.gpu)), pilot(work.candidates, work.best)
     lent = low * (first / together + max(0.0, share * work.candidates - first))
     if device.gpu:
         return Work("queries loaded", 0.0, lent, lent / (device.host_gb_s * 1e9))
@@ -190,21 +190,21 @@ def _loading(work: Workload, cluster: Cluster, forms: Sequence[Form], share: flo
     return Work("queries loaded", 0.0, laid + read, device.renewing(laid) + device.touching(read))
 
 
-def company(work: Workload) -> float:
-    """Sequences that are taken together."""
+def company(work: Workload, lent: bool = False) -> float:
+    """Sequences that are taken together; ``lent``: on a GPU that is lent queries for them."""
     shape = work.tokens * work.padding, work.rows, work.operand
-    return work.rows * captured_together(work.model.tracked, work.model.groups, *shape) / work.padding
+    return work.rows * captured_together(work.model.tracked, work.model.groups, *shape, lent) / work.padding
 
 
-def company_bytes(work: Workload, most: float) -> float:
+def company_bytes(work: Workload, most: float, lent: bool = False) -> float:
     """What a company of sequences captured, of ``most`` at most."""
     widths = sum(captured_width(layer, work.model.groups) for layer in work.model.tracked)
-    return min(most, company(work)) * work.tokens * work.padding * widths * work.operand
+    return min(most, company(work, lent)) * work.tokens * work.padding * widths * work.operand
 
 
 def held(work: Workload, device: Device, forms: Sequence[Form]) -> float:
     """Bytes of a worker: a layer's queries as they are laid out, and a company; a GPU holds dense ones, and blocks."""
-    captured, largest = company_bytes(work, unit_of(work)), max(form.held for form in forms)
+    captured, largest = company_bytes(work, unit_of(work), device.gpu), max(form.held for form in forms)
     if device.gpu:
         return captured + largest + _blocks(work) + sum(form.held for form in forms if form.name != TOKENS)
     return captured + 2 * largest

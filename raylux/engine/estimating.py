@@ -207,7 +207,8 @@ class EstimatedScores(WorkerPart):
             what: np.full((len(ids), len(rows)), np.nan, np.float64 if self.compute == torch.float64 else np.float32)
             for what in ("total", "estimate", "error")
         }
-        fresh = self._captured_together(loaded.contraction.torch_dtype)  # all queries are read for each such company
+        # Queries are read for each such company.
+        fresh = self._captured_together(loaded.contraction.torch_dtype, lent=self.device != "cpu")
         for pack in self._packs(rows, loaded.contraction, fresh=fresh):
             places = [place for part in pack.parts for place in part.places]
             counted = torch.tensor(pack.counted)

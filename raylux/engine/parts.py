@@ -45,8 +45,8 @@ class WorkerPart(ABC):
         """Captured sequences, as many together as a product takes."""
 
     @abstractmethod
-    def _captured_together(self, dtype: torch.dtype) -> int:
-        """Of how many products sequences are taken together that are not kept."""
+    def _captured_together(self, dtype: torch.dtype, lent: bool = False) -> int:
+        """Of how many products sequences are taken together that are not kept; ``lent``: on a GPU lent queries."""
 
     @abstractmethod
     def _release(self) -> None:

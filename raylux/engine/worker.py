@@ -345,10 +345,9 @@ class GradientWorker(ProjectedSums, GaussNewtonProducts, ProximalMeasurements, S
         yield from packs(parts(here, GIVEN), plan.rows, products)
         yield from packs(parts(rest, None), plan.rows, fresh)
 
-    def _captured_together(self, dtype: torch.dtype) -> int:
-        """Of how many products sequences are taken together that are not kept."""
+    def _captured_together(self, dtype: torch.dtype, lent: bool = False) -> int:
         spec, itemsize = self.spec, torch.empty(0, dtype=dtype).element_size()
-        return captured_together(matrices(spec.layers), spec.groups, spec.plan.longest, spec.plan.rows, itemsize)
+        return captured_together(matrices(spec.layers), spec.groups, spec.plan.longest, spec.plan.rows, itemsize, lent)
 
     def _captured(
         self, batch: Batch, dtype: torch.dtype, wanted: Collection[str] | None
