@@ -65,6 +65,19 @@ def test_an_estimate_is_the_sum_over_a_block_of_the_eigenbasis(layer: tuple, nam
         torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(P, 5), (30, 5), (5, 18), (9, 8)], ids=str)
+def test_an_estimate_has_the_same_bits_in_any_company(layer: tuple, shape: tuple[int, int]) -> None:
+    v, a, g, _ = (x.float() if isinstance(x, torch.Tensor) else [q.float() for q in x] for x in layer)
+    curvature = Spectral(falling(P, M).float(), basis(M).float(), basis(P).float())
+    cut = Cut(torch.randperm(P)[: shape[0]], torch.randperm(M)[: shape[1]], 0.5)
+    held = LayerEstimates.build(Block.of(cut, curvature), v, False)
+    whole = held.estimates([(a, g)], 8)
+    assert torch.equal(held.estimates([(a[:7], g[:7]), (a[7:8], g[7:8]), (a[8:], g[8:])], 8), whole)
+    # Nor does padding change them.
+    longer = [torch.nn.functional.pad(x, (0, 0, 0, 5)) for x in (a, g)]
+    assert torch.equal(held.estimates([(longer[0], longer[1])], 8), whole)
+
+
 def test_an_estimate_errs_as_much_as_it_says() -> None:
     """Gradients whose entries have mean squares Λ."""
     curvature, v = CURVATURES["whole"], drawn(6, P, M)

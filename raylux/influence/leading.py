@@ -28,7 +28,7 @@ from torch import Tensor
 from raylux.blocks import Blocks, Square
 from raylux.cost.two_stage import block_cost, relative_cost, share_within
 from raylux.curvature.spectral import Spectral
-from raylux.influence.dots import Held, in_memory
+from raylux.influence.dots import Held, in_memory, whole_blocks
 from raylux.profiling import of
 
 Query = Tensor | tuple[Tensor, Tensor]
@@ -171,7 +171,16 @@ class Block:
         return cls(*sides, values, cut.beyond)
 
     def gradients(self, a: Tensor, g: Tensor) -> Tensor:
-        """[N, r·c] of a [N, T, M] and g [N, T, P] in the standard basis."""
+        """[N, r·c] of a [N, T, M] and g [N, T, P] in the standard basis.
+
+        On a CPU one by one, since they would depend on how many stand in a batch (``products.gradients_into``).
+        """
+        a, g = whole_blocks(a), whole_blocks(g)
+        if a.is_cuda:
+            return self._of(a, g)
+        return torch.cat([self._of(own_a, own_g) for own_a, own_g in zip(a.split(1), g.split(1), strict=True)])
+
+    def _of(self, a: Tensor, g: Tensor) -> Tensor:
         rows, columns = self.values.shape
         # Many directions are cheaper taken of what few directions of the other side have left of a gradient.
         if rows > 2 * columns:
