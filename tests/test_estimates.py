@@ -183,6 +183,35 @@ def test_where_estimates_say_little_every_pair_is_scored(
     np.testing.assert_allclose(run.scores().to_numpy(), every, rtol=1e-3, atol=1e-4 * every.std())
 
 
+def test_who_gave_up_goes_on_without_another_pilot(
+    inputs: Inputs, tmp_path: Path, every: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And in units of the usual size, which no wave has."""
+    monkeypatch.setattr(two_stage, "relative_cost", lambda *_, **__: 1.0)
+    monkeypatch.setattr("raylux.cost.two_stage.PILOT_LEAST", 8)
+    usual = RunFolder.commit
+
+    def until_plain(folder: RunFolder, stage: str, *args: object, **meta: object) -> object:
+        done = usual(folder, stage, *args, **meta)  # type: ignore[arg-type]
+        if stage == SCORE and "two_stage" not in meta:
+            raise KeyboardInterrupt
+        return done
+
+    larger = (*TWO, "score.unit_size=16")
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "commit", until_plain)
+        with pytest.raises(KeyboardInterrupt):
+            inputs.run(tmp_path / "two", *larger)
+    pilots = len(estimated(tmp_path / "two")["pilot"])
+    run = inputs.run(tmp_path / "two", *larger)
+    np.testing.assert_allclose(run.scores().to_numpy(), every, rtol=1e-3, atol=1e-4 * every.std())
+    blocks = estimated(tmp_path / "two")
+    assert set(blocks) == {"pilot", ""} and len(blocks["pilot"]) == pilots
+    inputs.run(tmp_path / "plain", *larger, "score.best=null")
+    sizes = [max(len(x.meta["rows"]) for x in found[""]) for found in (blocks, estimated(tmp_path / "plain"))]
+    assert sizes[0] == sizes[1]
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

@@ -57,8 +57,8 @@ def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
         works += [reading(work, cluster, spared)] if spared else []
     if work.projection:
         works.append(projecting.lengths(work, device))
-    # Estimates and their errors beside scores.
-    disk = float(work.queries * work.candidates * work.stored) * (1 if share is None else 3)
+    # Estimates beside scores.
+    disk = float(work.queries * work.candidates * work.stored) * (1 if share is None else 2)
     read = cluster.workers * work.queries * work.query_bytes() / max(1, cluster.workers / cluster.nodes)
     if any(form.name == contraction.EIGENBASIS for form in chosen.forms):
         read += cluster.nodes * covariance_bytes(layers, model.groups, work.stored, work.blocks)

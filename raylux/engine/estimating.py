@@ -56,6 +56,7 @@ class Sieve:
         loaded: which.
         sequences: that estimates are meant for (``Estimated``).
         seen: (r, c) of each layer, rows and columns of its gradients that estimates see.
+        errors: [Q] standard errors of a query's estimates, over all layers.
     """
 
     def __init__(
@@ -84,6 +85,8 @@ class Sieve:
             block = Block.of(cuts[name], self._curvature(layer, how))
             self._blocks[name] = LayerEstimates.build(block, queries, self._inside, self._resting.hold)
             self._bases[name] = read_rotation(folder, loaded.basis, name, group, self._dtype, device)
+        variances = [held.missed.cpu().double() for held in self._blocks.values()]
+        self.errors = torch.stack(variances).sum(0).sqrt()
 
     def _cuts(self, how: Estimated) -> dict[str, Cut]:
         surveys = {}
@@ -115,14 +118,12 @@ class Sieve:
             return principal(lambda: _dense(some))
         return found
 
-    def estimates(self, pack: Pack) -> tuple[Tensor, Tensor]:
-        """Estimated scores [rows, Q] over all layers, and their standard errors [Q], float64."""
-        total = variance = torch.zeros((), dtype=torch.float64)
+    def estimates(self, pack: Pack) -> Tensor:
+        """Estimated scores [rows, Q] over all layers, float64."""
+        total = torch.zeros((), dtype=torch.float64)
         for layer, batches in self._tokens(pack, turned=False):
-            own = self._blocks[layer]
-            total = total + own.estimates(batches, pack.rows).cpu().double()
-            variance = variance + own.missed.cpu().double()
-        return total, variance.sqrt()
+            total = total + self._blocks[layer].estimates(batches, pack.rows).cpu().double()
+        return total
 
     def scores(self, pack: Pack, chosen: Tensor | None) -> Tensor:
         """Exact scores [rows, Q] of the pairs that are ``chosen`` [rows, Q], or of all; float64."""
@@ -185,7 +186,7 @@ class EstimatedScores(WorkerPart):
         how: Estimated,
         chosen: np.ndarray | None = None,
     ) -> tuple[str, dict[str, tuple[int, str]]]:
-        """Write ``total`` [Q, n], NaN where a pair is not exactly scored, ``estimate`` and its ``error`` [Q, n].
+        """Write ``total`` [Q, n], NaN where a pair is not exactly scored, ``estimate`` [Q, n], ``error`` [Q, 1].
 
         Args:
             name: the unit's, for the object's key.
@@ -203,21 +204,18 @@ class EstimatedScores(WorkerPart):
         """
         sieve = self._sieve_of(loaded, how)
         columns = torch.tensor([loaded.ids.index(query) for query in ids])
-        arrays = {
-            what: np.full((len(ids), len(rows)), np.nan, np.float64 if self.compute == torch.float64 else np.float32)
-            for what in ("total", "estimate", "error")
-        }
+        kind = np.float64 if self.compute == torch.float64 else np.float32
+        arrays = {what: np.full((len(ids), len(rows)), np.nan, kind) for what in ("total", "estimate")}
+        arrays["error"] = sieve.errors[columns, None].numpy().astype(kind)
         # Queries are read for each such company.
         fresh = self._captured_together(loaded.contraction.torch_dtype, lent=self.device != "cpu")
         for pack in self._packs(rows, loaded.contraction, fresh=fresh):
             places = [place for part in pack.parts for place in part.places]
             counted = torch.tensor(pack.counted)
             if chosen is None:
-                estimate, error = sieve.estimates(pack)
-                error = error.expand_as(estimate)
+                estimate = sieve.estimates(pack)
                 arrays["estimate"][:, places] = _kept(estimate, counted, columns)
-                arrays["error"][:, places] = _kept(error, counted, columns)
-                wanted = self._wanted(estimate, error, how, counted, columns)
+                wanted = self._wanted(estimate, sieve.errors, how, counted, columns)
             else:
                 wanted = torch.zeros(sum(map(len, pack.parts)), len(loaded.ids), dtype=torch.bool)
                 wanted[counted[:, None], columns] = torch.from_numpy(chosen[:, places].T.copy())

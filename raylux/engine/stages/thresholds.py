@@ -64,8 +64,9 @@ def read_pilot(ctx: Context, ids: Sequence[str]) -> Pilot | None:
     for block in score_blocks(ctx.folder):
         if block.stage == PILOT and set(ids) <= set(block.queries):
             group, places = ctx.folder.group(block.key), [block.queries.index(query) for query in ids]
-            for what, held in parts.items():
-                held.append(group.read(what)[places].astype(np.float64))
+            shape = len(ids), len(block.rows)
+            for what, held in parts.items():  # an error is of a query, and once was of each pair
+                held.append(np.broadcast_to(group.read(what)[places].astype(np.float64), shape))
             if "seen" in group.attrs:  # a run of before estimated otherwise
                 seen = {name: (rows, columns) for name, (rows, columns) in group.attrs["seen"].items()}
     if not parts["total"]:

@@ -91,9 +91,6 @@ def run(ctx: Context, plain: Plain) -> None:
         plain: scores jobs without any estimate, for what is better off without.
     """
     while jobs := {job.name: job for job in missing_jobs(ctx, waves=True)}:
-        if _given_up(ctx, {query for job in jobs.values() for query in job.queries}):
-            plain(ctx, missing_jobs(ctx))
-            continue
         number, waves = _round(ctx, jobs)
         for wave, names in enumerate(waves):
             left = [jobs[name] for name in names if name in jobs]
@@ -105,12 +102,6 @@ def run(ctx: Context, plain: Plain) -> None:
                 break
             _run(ctx, left, rule)
     _reach(ctx)
-
-
-def _given_up(ctx: Context, queries: set[str]) -> bool:
-    """Whether a pilot of these queries found that all their pairs had better be scored."""
-    rules = [m.meta for m in ctx.folder.units(WAVES).values() if m.meta.get("plain")]
-    return any(queries <= set(rule.get("asked", ())) for rule in rules)
 
 
 def missing(ctx: Context) -> bool:
@@ -162,9 +153,8 @@ def _rule(ctx: Context, number: int, wave: int, jobs: Sequence[ScoreJob]) -> Rul
     name = f"r{number:04d}.{wave}"
     known = ctx.folder.units(WAVES).get(name)
     if known is None:
-        asked = {query for job in jobs for query in job.queries}
-        rule = _new_rule(ctx, asked)
-        known = ctx.folder.commit(WAVES, name, {}, **vars(rule), asked=sorted(asked))
+        rule = _new_rule(ctx, {query for job in jobs for query in job.queries})
+        known = ctx.folder.commit(WAVES, name, {}, **vars(rule))
     return Rule(known.meta["thresholds"], known.meta["margin"], known.meta["plain"])
 
 
