@@ -3,7 +3,7 @@
 Writes docs/results/two-stage.md and .png: recall of each query's best 100 against the share of pairs that are scored,
 multiplications, and seconds of CPU.
 
-    python jobs/two_stage.py --cases A,demo --folder FOLDER --write
+    python jobs/two_stage.py --cases A,A:16384,demo --folder FOLDER --write
 
 The folder holds runs (A: 9 GB of preconditioned queries); the same command goes on with what is there.
 """
@@ -29,9 +29,9 @@ NAME = "two-stage"
 
 @dataclass(frozen=True)
 class Settings:
-    """Of the study; ``cases``: names, with commas between them."""
+    """Of the study; ``cases``: names, with commas between them; after a colon a number of candidates of its own."""
 
-    cases: str = "A,demo"
+    cases: str = "A,A:16384,demo"
     sequences: int = 4096
     queries: int = 1000
     fitted: int = 512
@@ -46,16 +46,21 @@ def study(options: dict[str, Any], command: str) -> pages.Page:
     """
     folder: Path = options.pop("folder")
     settings = Settings(**options)
-    names = settings.cases.split(",")
-    unknown = [name for name in names if name not in CASES]
-    if unknown:
-        raise UserError(f"--cases: unknown case '{unknown[0]}'; known: {', '.join(CASES)}")
     found = {}
-    for name in names:
-        case = prepare(name, settings.sequences, settings.queries)
-        place = folder / f"{name}-{settings.sequences}-{settings.queries}"
-        found[name] = measure(case, place, settings.fitted, settings.best)
+    for own, name, sequences in [(own, *_case(own, settings.sequences)) for own in settings.cases.split(",")]:
+        place = folder / f"{name}-{sequences}-{settings.queries}"
+        found[own] = measure(prepare(name, sequences, settings.queries), place, settings.fitted, settings.best)
     return pages.Page(page.text(found, command), lambda path: page.plot(found, path))
+
+
+def _case(text: str, sequences: int) -> tuple[str, int]:
+    """Its name and the number of its candidates, by default ``sequences``."""
+    name, _, count = text.partition(":")
+    if name not in CASES:
+        raise UserError(f"--cases: unknown case '{name}'; known: {', '.join(CASES)}")
+    if count and not count.isdecimal():
+        raise UserError(f"--cases: '{text}': after the colon stands the number of candidates, as in {name}:16384")
+    return name, int(count or sequences)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

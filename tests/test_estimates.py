@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import raylux
 from raylux.api import run_stages
 from raylux.engine import estimating
 from raylux.engine.stages import two_stage
+from raylux.engine.stages.thresholds import Estimates, Margins, Pilot
 from raylux.errors import UserError
 from raylux.influence.dots import Held
 from raylux.influence.leading import Cut, Survey
@@ -79,6 +81,45 @@ def test_queries_of_low_rank_that_nobody_wants_are_not_read(layer: tuple) -> Non
     assert read == [int(query in (1, 5)) for query in range(Q)]
 
 
+class Written(dict):
+    """Arrays of a unit, as a group has them."""
+
+    def read(self, name: str) -> np.ndarray:
+        return self[name]
+
+
+def test_estimates_reach_as_far_as_their_step_allows() -> None:
+    error, refined = np.array([[0.5, 2.0]]), np.packbits([[True, True, False, False, True]], 1)
+    values = np.array([[1.0, 2.0, 1.0, 2.0, 3.0]])
+    held = Estimates.read(Written(estimate=values, error=error, refined=refined), [0])  # type: ignore[arg-type]
+    assert held.reach(np.array([3.0]), [Margins(2.0, 0.75)]).tolist() == [[False, True, False, True, True]]
+    # Where what comes first leaves nothing out, whatever was not looked at closely may reach.
+    assert held.reach(np.array([90.0]), [Margins(2.0)]).tolist() == [[False, False, True, True, False]]
+    # Of a pilot both are known.
+    both = Estimates.read(Written(estimate=values, error=error, first=values[:, ::-1]), [0])  # type: ignore[arg-type]
+    assert both.reach(np.array([3.0]), [Margins(2.0, 0.25)]).tolist() == [[False, False, False, False, False]]
+    assert both.reach(np.array([3.0]), [Margins(2.0, 1.0)]).tolist() == [[False, True, False, True, True]]
+    assert both.opened(np.array([3.0]), Margins(2.0, 0.5)) == 0.6
+    # Runs of before had one error of each query, or of each pair.
+    for old in (error[:, :1], np.full((1, 5), 0.5)):
+        one = Estimates.read(Written(estimate=values, error=old), [0])  # type: ignore[arg-type]
+        assert one.reach(np.array([3.0]), [Margins(2.0)]).tolist() == [[False, True, False, True, True]]
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_margins_find_the_share_that_is_wanted_of_the_pilot(first: bool) -> None:
+    total, errors = drawn(40, 500).numpy(), np.tile([0.2, 0.6], (40, 1))
+    fine, coarse = (total + size * drawn(40, 500, seed=seed).numpy() for seed, size in ((1, 0.3), (2, 0.5)))
+    held = Estimates(fine, errors, np.ones(total.shape, bool), coarse if first else None)
+    found = Pilot(total, held, {}).margins(50, 500, 0.9)
+    kth = -np.sort(-total, 1)[:, 49]
+    among = total >= kth[:, None]
+    assert held.reach(kth, [found] * 40)[among].mean() == pytest.approx(0.9, abs=0.005)
+    assert math.isinf(found.first) != first
+    if first:
+        assert (coarse + found.first * 0.6 >= kth[:, None])[among].mean() == pytest.approx(0.97, abs=0.005)
+
+
 # runs
 
 BEST = 4
@@ -95,14 +136,21 @@ def sees_most(surveys: Mapping[str, Survey], *_: object) -> dict[str, Cut]:
     found = {}
     for name, survey in surveys.items():
         cuts = [survey.cut(*place) for place in np.argwhere(survey.held >= 0.999)]
-        found[name] = min(cuts, key=lambda cut: math.prod(cut.shape))
+        found[name] = min(cuts, key=lambda cut: math.prod(cut.seen.block))
     return found
+
+
+def sees_little_first(surveys: Mapping[str, Survey], *_: object) -> dict[str, Cut]:
+    """The same, a quarter of it first."""
+    cuts = sees_most(surveys)
+    assert any(min(cut.seen.block) > 4 for cut in cuts.values())
+    return {name: replace(cut, first=max(1, min(cut.seen.block) // 4)) for name, cut in cuts.items()}
 
 
 @pytest.fixture(autouse=True)
 def small_pilots(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small corpus has a pilot, is worth two stages, and is not seen whole."""
-    monkeypatch.setattr(estimating, "choose", sees_most)
+    monkeypatch.setattr(estimating, "choose", sees_little_first)
     monkeypatch.setattr("raylux.cost.two_stage.PILOT_LEAST", 15)
     monkeypatch.setattr(two_stage, "relative_cost", lambda *_, **__: 0.0)
 
@@ -122,7 +170,11 @@ def every(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> np.ndarra
     return inputs.run(tmp_path_factory.mktemp("every") / "run", *more).scores().to_numpy()
 
 
-def test_the_best_have_their_scores_and_others_are_left_out(inputs: Inputs, tmp_path: Path, every: np.ndarray) -> None:
+@pytest.mark.parametrize("choose", [sees_most, sees_little_first])
+def test_the_best_have_their_scores_and_others_are_left_out(
+    inputs: Inputs, tmp_path: Path, every: np.ndarray, monkeypatch: pytest.MonkeyPatch, choose: Callable
+) -> None:
+    monkeypatch.setattr(estimating, "choose", choose)
     run = inputs.run(tmp_path, *TWO)
     blocks = estimated(tmp_path)
     assert set(blocks) >= {"pilot", "estimated"}
@@ -137,12 +189,16 @@ def test_the_best_have_their_scores_and_others_are_left_out(inputs: Inputs, tmp_
     assert facts["share"] == pytest.approx(there.mean())
     for manifest in blocks["estimated"]:
         group = run.store.group(manifest.meta["key"])
-        margins = [m.meta["margin"] for m in run.store.units(WAVES).values() if "margin" in m.meta]
-        high = group.read("estimate") + min(margins) * group.read("error")
+        rules = [m.meta for m in run.store.units(WAVES).values() if "margin" in m.meta]
+        margins = Margins(min(x["margin"] for x in rules), min(x["first"] or 0.0 for x in rules))
+        own_estimates = Estimates.read(group, range(len(manifest.meta["queries"])))
+        assert ("refined" in group) == (choose is sees_little_first)
+        assert 0.05 < own_estimates.refined.mean() < 1 or choose is sees_most
         places = [run.queries.index(query) for query in manifest.meta["queries"]]
         own = scores[np.ix_(places, manifest.meta["rows"])]
         limits = np.sort(np.where(there, scores, -np.inf), 1)[places, -BEST] * run.train_size
-        assert there[np.ix_(places, manifest.meta["rows"])][high >= limits[:, None]].all(), own
+        high = own_estimates.reach(limits, [margins] * len(limits))
+        assert there[np.ix_(places, manifest.meta["rows"])][high].all(), own
     top = run.top("a", BEST)
     assert np.isfinite(top["influence"]).all() and len(top) == BEST
     assert "of the pairs scored" in next(x.detail for x in run.status() if x.name == "score")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from raylux.blocks import Blocks
-from raylux.cost.two_stage import block_cost, reached, relative_cost, share_within
+from raylux.cost.two_stage import Seen, estimates_cost, projecting_cost, reached, relative_cost, share_within
 from raylux.curvature.spectral import Spectral
 from raylux.influence.leading import Block, Cut, LayerEstimates, Survey, choose, counts, principal
 
@@ -27,6 +28,12 @@ def basis(size: int) -> torch.Tensor:
 def falling(outputs: int, inputs: int) -> torch.Tensor:
     """Λ, ascending along both sides as eigenvalues are."""
     return torch.outer(torch.linspace(-4, 0, outputs).exp(), torch.linspace(-6, 0, inputs).exp()).double()
+
+
+def every(held: LayerEstimates, batches: list, rows: int) -> torch.Tensor:
+    """Estimates by all that is seen."""
+    gradients = held.gradients(batches)
+    return held.estimates(gradients, rows) + held.refinements(gradients, None, rows)
 
 
 CURVATURES = {
@@ -58,9 +65,10 @@ def test_an_estimate_is_the_sum_over_a_block_of_the_eigenbasis(layer: tuple, nam
     factors = [(q, torch.eye(M, dtype=torch.float64)) for q in v]
     for given, known in ((factors, False), (list(inside), True), (v, False)):
         held = LayerEstimates.build(block, given, known)
-        found = held.estimates([(a[:10], g[:10]), (a[10:], g[10:])], 16)
+        found = every(held, [(a[:10], g[:10]), (a[10:], g[10:])], 16)
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-9)
-        torch.testing.assert_close(held.missed, 0.5 * (inside.square() * curvature.values * mask).sum((1, 2)))
+        missed = 0.5 * (inside.square() * curvature.values * mask).sum((1, 2))
+        torch.testing.assert_close(held.missed, missed[:, None].expand(Q, 2))
     if shape == (P, M):
         torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-9)
 
@@ -71,11 +79,41 @@ def test_an_estimate_has_the_same_bits_in_any_company(layer: tuple, shape: tuple
     curvature = Spectral(falling(P, M).float(), basis(M).float(), basis(P).float())
     cut = Cut(torch.randperm(P)[: shape[0]], torch.randperm(M)[: shape[1]], 0.5)
     held = LayerEstimates.build(Block.of(cut, curvature), v, False)
-    whole = held.estimates([(a, g)], 8)
-    assert torch.equal(held.estimates([(a[:7], g[:7]), (a[7:8], g[7:8]), (a[8:], g[8:])], 8), whole)
+    whole = every(held, [(a, g)], 8)
+    assert torch.equal(every(held, [(a[:7], g[:7]), (a[7:8], g[7:8]), (a[8:], g[8:])], 8), whole)
     # Nor does padding change them.
     longer = [torch.nn.functional.pad(x, (0, 0, 0, 5)) for x in (a, g)]
-    assert torch.equal(held.estimates([(longer[0], longer[1])], 8), whole)
+    assert torch.equal(every(held, [(longer[0], longer[1])], 8), whole)
+
+
+@pytest.mark.parametrize("shape", [(P, 5), (30, 5), (5, 18), (9, 9)], ids=str)
+@pytest.mark.parametrize("name", CURVATURES)
+def test_what_comes_first_is_a_block_of_its_own(layer: tuple, name: str, shape: tuple[int, int]) -> None:
+    """The narrower side's first few; and the rest adds what is missing, of whichever pairs are chosen."""
+    v, a, g, _ = layer
+    cut = Cut(torch.randperm(P)[: shape[0]], torch.randperm(M)[: shape[1]], 0.5, 3)
+    whole = Block.of(replace(cut, first=None), CURVATURES[name])
+    own = replace(cut, columns=cut.columns[:3]) if shape[1] <= shape[0] else replace(cut, rows=cut.rows[:3])
+    small = Block.of(replace(own, beyond=0.0, first=None), CURVATURES[name])
+    parts = LayerEstimates.build(Block.of(cut, CURVATURES[name]), v, False)
+    gradients = parts.gradients([(a, g)])
+    first, known = parts.estimates(gradients, 8), LayerEstimates.build(small, v, False)
+    torch.testing.assert_close(first, every(known, [(a, g)], 8), rtol=1e-10, atol=1e-9)
+    everything = LayerEstimates.build(whole, v, False)
+    seen = everything.missed[:, 0] / 0.5  # by the block
+    inside = CURVATURES[name].into(torch.stack(v)).square() * CURVATURES[name].values
+    before = inside[:, own.rows][:, :, own.columns].sum((1, 2))
+    torch.testing.assert_close(parts.missed, torch.stack([0.5 * seen, 0.5 * seen + seen - before], 1))
+    exact = every(everything, [(a, g)], 8)
+    torch.testing.assert_close(first + parts.refinements(gradients, None, 8), exact, rtol=1e-10, atol=1e-9)
+    chosen = drawn(N, Q, seed=5) > 1
+    rest = parts.refinements(gradients, chosen, 8)
+    torch.testing.assert_close(torch.where(chosen, first + rest, 0.0), torch.where(chosen, exact, 0.0))
+    assert not rest[~chosen].any()
+    some = chosen.any(1)
+    assert torch.equal(parts.refinements(gradients[some], chosen[some], 8), rest[some])
+    more = chosen | (drawn(N, Q, seed=6) > 1)
+    assert torch.equal(parts.refinements(gradients, more, 8)[chosen], rest[chosen])
 
 
 def test_an_estimate_errs_as_much_as_it_says() -> None:
@@ -87,9 +125,9 @@ def test_an_estimate_errs_as_much_as_it_says() -> None:
     gradients = curvature.back(drawn(2000, P, M, seed=3) * falling(P, M).sqrt())
     # G = Σ_t g_t a_tᵀ with a token for each input.
     held = LayerEstimates.build(block, list(v), False)
-    found = held.estimates([(torch.eye(M, dtype=torch.float64).expand(2000, M, M), gradients.mT)], 8)
+    found = every(held, [(torch.eye(M, dtype=torch.float64).expand(2000, M, M), gradients.mT)], 8)
     off = found - gradients.flatten(1) @ v.flatten(1).T
-    assert float((off.square() / held.missed).mean()) == pytest.approx(1, abs=0.15)
+    assert float((off.square() / held.missed[:, 0]).mean()) == pytest.approx(1, abs=0.15)
     # What is told of the whole: the share of the variance that the block has.
     exact = gradients.flatten(1) @ v.flatten(1).T
     missed = 1 - survey.held[counts(M).index(8), counts(P).index(16)]
@@ -115,7 +153,7 @@ def test_queries_of_no_curvature_are_seen_whole_in_their_own_directions() -> Non
     assert survey.held[counts(M).index(3), counts(P).index(3)] == pytest.approx(1)
     block = Block.of(survey.cut(counts(M).index(3), counts(P).index(3)), curvature)
     a, g = drawn(N, T, M, seed=1), drawn(N, T, P, seed=2)
-    found = LayerEstimates.build(block, list(v), False).estimates([(a, g)], 8)
+    found = every(LayerEstimates.build(block, list(v), False), [(a, g)], 8)
     torch.testing.assert_close(found, torch.einsum("ntp,ntm,qpm->nq", g, a, v), rtol=1e-9, atol=1e-9)
 
 
@@ -123,7 +161,7 @@ def test_blocks_are_larger_where_more_is_missed_or_wanted() -> None:
     def of(values: torch.Tensor, wanted: float = 0.02, queries: int = 1000) -> tuple[int, int]:
         v = drawn(8, 256, 128) / (values + 0.1 * values.mean())
         survey = Survey.of(v * values.sqrt(), Spectral(values), True)
-        return choose({"l": survey}, 128.0, queries, wanted)["l"].shape
+        return choose({"l": survey}, 128.0, queries, wanted)["l"].seen.block
 
     steep, flat = falling(256, 128) ** 4, falling(256, 128) ** 0.5
     few, many = of(steep), of(flat)
@@ -138,19 +176,45 @@ def test_layers_share_what_is_missed() -> None:
     v = drawn(8, 64, 32)
     large, small = (Survey.of(scale * v, Spectral(values), True) for scale in (1.0, 0.01))
     found = choose({"large": large, "small": small}, 128.0, 1000, 0.02)
-    assert found["small"].rows.numel() * found["small"].columns.numel() < np.prod(found["large"].shape)
+    assert found["small"].rows.numel() * found["small"].columns.numel() < np.prod(found["large"].seen.block)
+
+
+def test_most_of_a_block_comes_later_where_that_is_cheaper() -> None:
+    """And nothing does where all is to be put against every query, or where most pairs are wanted anyway."""
+    values = falling(256, 128)
+    v = drawn(8, 256, 128) * values.sqrt() / (values + 0.1 * values.mean())
+    surveys = {name: Survey.of(v, Spectral(values), True) for name in "ab"}
+
+    def of(wanted: float, queries: int = 1000, by_steps: bool = True) -> list[Seen]:
+        return [cut.seen for cut in choose(surveys, 128.0, queries, wanted, by_steps).values()]
+
+    steps = of(0.001)
+    assert all(0 < seen.before < seen.rows * seen.columns and seen.first < min(seen.block) for seen in steps)
+    assert all(seen.after == 0 for seen in of(0.001, by_steps=False))
+    assert all(seen.after == 0 for seen in of(0.9))
+
+
+def test_a_side_that_is_seen_whole_is_not_cut() -> None:
+    """Tokens stay in the standard basis there."""
+    values = torch.ones(6, 4, dtype=torch.float64)
+    survey = Survey.of(drawn(3, 6, 4), Spectral(values, basis(4), basis(6)), True)
+    assert survey.firsts(len(counts(4)) - 1, len(counts(6)) - 1)[0] == [4]
+    assert survey.firsts(counts(4).index(3), len(counts(6)) - 1)[0] == [1, 2, 3]
+    assert survey.firsts(len(counts(4)) - 1, counts(6).index(3))[0] == [1, 2, 3]
 
 
 def test_the_multiplications_of_a_block_are_those_of_its_products() -> None:
-    both = 128 * (1000 * 8 + 500 * 8 + 64) + 1000 * 64
-    assert block_cost((1000, 500), 128, 1000, (8, 8)) == both
-    assert block_cost((1000, 500), 128, 1000, (1000, 8)) == 128 * (500 * 8 + 1000 * 8) + 1000 * 1000 * 8
-    assert block_cost((1000, 500), 128, 1000, (8, 500)) == 128 * (1000 * 8 + 500 * 8) + 1000 * 8 * 500
-    few = 128 * (500 * 8 + 1000 * 8) + 1000 * 200 * 8 + 1000 * 200 * 8
-    assert block_cost((1000, 500), 128, 1000, (200, 8)) == few
-    assert block_cost((500, 1000), 128, 1000, (8, 200)) == few
+    assert projecting_cost((1000, 500), 128, (8, 8)) == 128 * (1000 * 8 + 500 * 8 + 64)
+    assert projecting_cost((1000, 500), 128, (1000, 8)) == 128 * (500 * 8 + 1000 * 8)
+    assert projecting_cost((1000, 500), 128, (8, 500)) == 128 * (1000 * 8 + 500 * 8)
+    few = 128 * (500 * 8 + 1000 * 8) + 1000 * 200 * 8
+    assert projecting_cost((1000, 500), 128, (200, 8)) == projecting_cost((500, 1000), 128, (8, 200)) == few
+    # What comes first is put against every query, the rest against a tenth of them.
+    found = estimates_cost([(1000, 500), (500, 1000)], 128, 1000, [Seen(200, 8, 3), Seen.of((8, 200))], 0.1)
+    assert found == (2 * few + 1000 * 200 * (3 + 8), pytest.approx(100 * 200 * 5))
     # All pairs chosen, every gradient formed, nothing estimated: the contraction itself.
     assert relative_cost([(30, 20)], 128, 1000, 1.0, gathered=1.0, estimates=0.0) == pytest.approx(1)
+    assert relative_cost([(30, 20)], 128, 1000, 0.0, estimates=0.0, formed=0.0, refined=600.0) == 5 * 600 / (1128 * 600)
 
 
 def test_shares_of_a_normal_distribution() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +14,15 @@ import numpy as np
 from jobs.twostage.cases import Case
 from raylux import api
 from raylux.config import Config
-from raylux.cost.two_stage import GATHERED, NARROW, block_cost, relative_cost
+from raylux.cost.two_stage import GATHERED, NARROW, Seen, estimates_cost, relative_cost
+from raylux.engine.stages.thresholds import Estimates, Margins
 from raylux.results import Run
 from raylux.store import ESTIMATED, PILOT, CorpusReader
 
 # What is done whichever way pairs are scored.
 _MODEL = frozenset({"forward", "backward", "load", "other", "write", "label"})
 # Standard errors of the curve, as large as they turned out to be.
-MARGINS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
+MARGINS = (0.0, 0.5, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0)
 _USUAL = (
     "prefilter.kind=none", "query.max_error=0", "score.token_top=0", "engine.backend=local", "engine.threads=1",
     "engine.keep_captured=never",
@@ -88,7 +90,7 @@ def measure(case: Case, folder: Path, fitted: int, best: int, overrides: Sequenc
         "best": best,
         "layers": len(_shapes(runs[1])),
         "entries": sum(outputs * inputs for outputs, inputs in _shapes(runs[1]).values()),
-        "seen": _seen(runs[1]),
+        "seen": {name: (own.rows, own.columns, own.first) for name, own in _seen(runs[1]).items()},
         "share": float(there.mean()),
         "recall": float(there[among].mean()),
         "least": float(min(x[y].mean() for x, y in zip(there, among, strict=True))),
@@ -97,6 +99,7 @@ def measure(case: Case, folder: Path, fitted: int, best: int, overrides: Sequenc
         "plain": all(block.stage != ESTIMATED for block in runs[1].blocks),
         "seconds": {name: _seconds(run) for name, run in zip(("every", "two"), runs, strict=True)},
         "cost": _of_run(runs[1], there, tokens),
+        "opened": _opened(*_estimates(runs[1], kth / runs[1].scale)),
         "curve": [vars(point) for point in _curve(runs[1], exact, kth, tokens)],
     }
 
@@ -109,38 +112,72 @@ def _unlinked(path: Path) -> bytes:
 
 
 def _curve(run: Run, exact: np.ndarray, kth: np.ndarray, tokens: float) -> list[Point]:
-    """By the estimates that the run has: those of all pairs, or where it gave up, of its pilot."""
-    estimate, error = (np.full(exact.shape, np.nan) for _ in range(2))
-    places = {query: place for place, query in enumerate(run.queries)}
-    for block in run.blocks:
-        if block.stage in (PILOT, ESTIMATED):
-            group = run.store.group(block.key)
-            where = np.ix_([places[query] for query in block.queries], block.rows)
-            estimate[where], error[where] = group.read("estimate"), group.read("error")
+    """By the estimates that the run has: those of all pairs, or where it gave up, of its pilot.
+
+    What came first opened as many pairs as it did in the run, whichever margin is allowed afterwards.
+    """
+    estimate, error, refined = _estimates(run, kth / run.scale)
     there, scale = ~np.isnan(estimate), run.scale
     estimate, error = estimate * scale, error * scale
-    error *= np.sqrt(np.nanmean(((exact - estimate) / error) ** 2))
+    known = there & refined
+    error *= np.sqrt(np.mean(((exact - estimate)[known] / np.broadcast_to(error, exact.shape)[known]) ** 2))
+    opened = _opened(estimate, error, refined)
     points = []
     for margin in MARGINS:
         with np.errstate(invalid="ignore"):
-            chosen = estimate + margin * error >= kth
+            chosen = refined & (estimate + margin * error >= kth)
         among = there & (exact >= kth)
         recall, share = float(chosen[among].mean()), float(chosen[there].mean())
         formed = float((chosen & there).any(0)[there.any(0)].mean())
-        costs = (_cost(run, tokens, len(exact), share, formed, weights) for weights in ((1.0, 1.0), (GATHERED, NARROW)))
+        costs = (
+            _cost(run, tokens, len(exact), share, formed, opened, weights)
+            for weights in ((1.0, 1.0), (GATHERED, NARROW))
+        )
         points.append(Point(margin, recall, share, formed, *costs))
     return points
 
 
+def _estimates(run: Run, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Estimates [Q, N], NaN where there is none, standard errors [Q, 1], and which are by all that is seen."""
+    shape = len(run.queries), run.scores().shape[1]
+    estimate, error, refined = np.full(shape, np.nan), np.full((shape[0], 1), np.nan), np.zeros(shape, bool)
+    places = {query: place for place, query in enumerate(run.queries)}
+    # Of the pilot both steps are known, and what would have come first decides here.
+    first = Margins(math.inf, _rule(run).get("first") or math.inf)
+    for block in run.blocks:
+        if block.stage in (PILOT, ESTIMATED):
+            own = [places[query] for query in block.queries]
+            held = Estimates.read(run.store.group(block.key), range(len(own)))
+            where = np.ix_(own, block.rows)
+            estimate[where], error[own, 0] = held.values, held.errors[:, 0]
+            refined[where] = held.reach(limits[own, 0], [first] * len(own)) if held.first is not None else held.refined
+    return estimate, error, refined
+
+
+def _opened(estimate: np.ndarray, error: np.ndarray, refined: np.ndarray) -> float:
+    """Share of the pairs with an estimate that what came first left open."""
+    return float(refined[~np.isnan(estimate)].mean())
+
+
+def _rule(run: Run) -> dict[str, Any]:
+    """What the last wave left out; nothing where there was none."""
+    rules = {name: x.meta for name, x in run.store.units("score.waves").items() if "margin" in x.meta}
+    return rules[max(rules)] if rules else {}
+
+
 def _of_run(run: Run, there: np.ndarray, tokens: float) -> float:
     """Multiplications of the run, its pilot among them; those of a run that gave two stages up are of no meaning."""
-    return _cost(run, tokens, len(there), float(there.mean()), float(there.any(0).mean()), (1.0, 1.0))
+    opened = _opened(*_estimates(run, np.full((len(there), 1), -np.inf)))  # all of the pilot was looked at
+    return _cost(run, tokens, len(there), float(there.mean()), float(there.any(0).mean()), opened, (1.0, 1.0))
 
 
-def _cost(run: Run, tokens: float, queries: int, share: float, formed: float, weights: tuple[float, float]) -> float:
+def _cost(
+    run: Run, tokens: float, queries: int, share: float, formed: float, opened: float, weights: tuple[float, float]
+) -> float:
     shapes, seen = _shapes(run), _seen(run)
-    estimates = sum(block_cost(shape, tokens, queries, seen[name]) for name, shape in shapes.items())
-    return relative_cost(list(shapes.values()), tokens, queries, share, *weights, estimates, formed)
+    layers = list(shapes.values())
+    estimates, refined = estimates_cost(layers, tokens, queries, [seen[name] for name in shapes], opened)
+    return relative_cost(layers, tokens, queries, share, *weights, estimates, formed, refined)
 
 
 def _shapes(run: Run) -> dict[str, tuple[int, int]]:
@@ -151,10 +188,10 @@ def _shapes(run: Run) -> dict[str, tuple[int, int]]:
     }
 
 
-def _seen(run: Run) -> dict[str, tuple[int, int]]:
-    """(r, c) of each layer, what estimates see of it."""
+def _seen(run: Run) -> dict[str, Seen]:
+    """What estimates see of each layer."""
     block = next(block for block in run.blocks if block.stage == PILOT)
-    return {name: (rows, columns) for name, (rows, columns) in run.store.group(block.key).attrs["seen"].items()}
+    return {name: Seen.of(numbers) for name, numbers in run.store.group(block.key).attrs["seen"].items()}
 
 
 def _promised(run: Run) -> float | None:

@@ -29,11 +29,12 @@ factors and queries: recall is the share of the pairs that are truly among their
 ![Recall against cost](two-stage.png)
 
 *Multiplications*: of the contraction Σ (T + Q)·P·M of all pairs, forward and backward passes and the query stage apart;
-in two stages tokens are projected and put against all queries in a block of each layer, gradients with a chosen pair
-are formed, and put against the chosen queries. *By time*: a pair by itself at {GATHERED:.0f} pairs of a matrix
-product and an estimate's multiplications at {NARROW:g}, by which a run decides whether two stages pay. *CPU*: measured,
-of the same stages. The curve is that of the estimates; the run itself has a pilot beside, whose pairs are all scored,
-and what its thresholds leave for safety.
+in two stages tokens are projected and put against all queries in the first part of a block of each layer, what that
+leaves open against the rest of it, gradients with a chosen pair are formed, and put against the chosen queries. *By
+time*: a pair by itself at {GATHERED:.0f} pairs of a matrix product and an estimate's multiplications at {NARROW:g}, by
+which a run decides whether two stages pay. *CPU*: measured, of the same stages. The curve is that of the estimates by
+the whole block, of the pairs that the run's first part had left open; the run itself has a pilot beside, whose pairs
+are all scored, and what its thresholds leave for safety.
 {sections}"""
 
 
@@ -78,14 +79,15 @@ def _section(name: str, case: Mapping[str, Any]) -> str:
     )
     gave_up = " The run itself gave two stages up after its pilot, and scored all pairs." if case["plain"] else ""
     return f"""
-## {CASES[name]}
+## {CASES[name.partition(":")[0]]}
 
 {case["sequences"]:,} candidates of {case["tokens"]:.0f} tokens, {case["queries"]:,} queries; {case["layers"]} layers
 with {case["entries"]:,} entries; curvature of {case["fitted"]:,} sequences. Least recall of a query
 {case["least"]:.2f}; scores of the pairs scored differ from those of the other run by {case["off"]:.1e} of their RMS
 at most.{gave_up}
 
-Estimates see {_seen(case)} of its layers.
+Estimates see {_seen(case)} of its layers (rows × columns, of the fewer in brackets how many come first): these left
+{case["opened"]:.1%} of the pairs open.
 
 | standard errors | recall | pairs | gradients | multiplications | by time |
 | --- | --- | --- | --- | --- | --- |
@@ -101,7 +103,7 @@ Seconds of CPU, one thread:
 
 def _seen(case: Mapping[str, Any]) -> str:
     """Blocks of all layers."""
-    return ", ".join(f"{rows} × {columns}" for rows, columns in case["seen"].values())
+    return ", ".join(f"{rows} × {columns} ({first})" for rows, columns, first in case["seen"].values())
 
 
 def plot(figures: Figures, path: Path) -> None:

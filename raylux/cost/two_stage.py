@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import NormalDist
 
 from raylux.cost.contraction import TOKENS, Form, captured_width
@@ -56,6 +57,7 @@ def relative_cost(
     narrow: float = NARROW,
     estimates: float | None = None,
     formed: float | None = None,
+    refined: float = 0.0,
 ) -> float:
     """Multiplications of estimates and chosen pairs, in those of the contraction of all pairs, Σ (T + Q)·P·M.
 
@@ -67,23 +69,75 @@ def relative_cost(
         gathered: of a pair by itself, in pairs of a matrix product.
         narrow: likewise of a multiplication of an estimate.
         estimates: multiplications of one sequence's; None: of the blocks that are taken for granted.
+        refined: likewise, of those that are taken pair by pair.
         formed: share of the sequences with a chosen pair, whose gradients are formed; None: as if queries chose
             independently.
     """
     entries = sum(outputs * inputs for outputs, inputs in shapes)
     estimates = _estimating(shapes, tokens, queries) if estimates is None else estimates
     formed = reached(share, queries) if formed is None else formed
-    stages = narrow * estimates + (formed * tokens + gathered * share * queries) * entries
+    stages = narrow * estimates + gathered * refined + (formed * tokens + gathered * share * queries) * entries
     return stages / ((tokens + queries) * entries)
 
 
-def block_cost(shape: tuple[int, int], tokens: float, queries: int, block: tuple[int, int]) -> float:
-    """Multiplications of one sequence's estimates in a layer (``raylux.influence.leading``).
+@dataclass(frozen=True)
+class Seen:
+    """What estimates see of a layer.
+
+    Attributes:
+        rows: r, directions of the outputs.
+        columns: c, of the inputs.
+        first: of the fewer of either, how many come first, against every query.
+    """
+
+    rows: int
+    columns: int
+    first: int
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Seen:
+        """Of (r, c) alone, too: all of it came first."""
+        rows, columns, *first = numbers
+        return cls(rows, columns, *(first or [min(rows, columns)]))
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """(r, c)."""
+        return self.rows, self.columns
+
+    @property
+    def before(self) -> int:
+        """Entries that come first."""
+        return self.first * max(self.rows, self.columns)
+
+    @property
+    def after(self) -> int:
+        """Those that are looked at where these leave a pair open."""
+        return self.rows * self.columns - self.before
+
+
+def estimates_cost(
+    shapes: Sequence[tuple[int, int]], tokens: float, queries: int, seen: Sequence[Seen], refined: float
+) -> tuple[float, float]:
+    """Multiplications of one sequence's estimates: for every query, and of the rest of the blocks, pair by pair.
+
+    Args:
+        shapes: (P, M) of each layer.
+        tokens: T.
+        queries: Q.
+        seen: of each layer.
+        refined: share of the pairs that are put against the rest.
+    """
+    of_each = sum(projecting_cost(shape, tokens, own.block) for shape, own in zip(shapes, seen, strict=True))
+    return of_each + queries * sum(own.before for own in seen), refined * queries * sum(own.after for own in seen)
+
+
+def projecting_cost(shape: tuple[int, int], tokens: float, block: tuple[int, int]) -> float:
+    """Multiplications by which the gradient of one sequence is formed in a block (``raylux.influence.leading``).
 
     Args:
         shape: (P, M).
         tokens: T.
-        queries: Q.
         block: (r, c), rows and columns that are seen.
     """
     (outputs, inputs), (rows, columns) = shape, block
@@ -91,12 +145,10 @@ def block_cost(shape: tuple[int, int], tokens: float, queries: int, block: tuple
     along = tokens * inputs * columns if columns < inputs else 0.0
     across = tokens * outputs * rows if rows < outputs else 0.0
     if rows > 2 * columns:
-        forming = along + tokens * outputs * columns + (outputs * rows * columns if rows < outputs else 0.0)
-    elif columns > 2 * rows:
-        forming = across + tokens * inputs * rows + (inputs * rows * columns if columns < inputs else 0.0)
-    else:
-        forming = along + across + tokens * rows * columns
-    return forming + queries * rows * columns
+        return along + tokens * outputs * columns + (outputs * rows * columns if rows < outputs else 0.0)
+    if columns > 2 * rows:
+        return across + tokens * inputs * rows + (inputs * rows * columns if columns < inputs else 0.0)
+    return along + across + tokens * rows * columns
 
 
 def share_within(wanted: float, room: float) -> float:
@@ -119,7 +171,7 @@ def reached(share: float, queries: int) -> float:
 
 def _estimating(shapes: Sequence[tuple[int, int]], tokens: float, queries: int) -> float:
     """Multiplications of one sequence's estimates by the blocks that are taken for granted."""
-    return sum(block_cost(shape, tokens, queries, assumed_block(shape)) for shape in shapes)
+    return estimates_cost(shapes, tokens, queries, [Seen.of(assumed_block(shape)) for shape in shapes], 0.0)[0]
 
 
 def assumed_block(shape: tuple[int, int]) -> tuple[int, int]:

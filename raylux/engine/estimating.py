@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,14 +40,39 @@ class Estimated:
         kind: of curvature.
         sequences: T, tokens of one on average, and the share of them that are among a query's best.
         thresholds: of each loaded query, below which its pairs are not wanted; None: all pairs are.
-        margin: standard errors of an estimate that a pair may lie below its threshold.
+        margins: standard errors that a pair may lie below its threshold, of an estimate by all that is seen, and of one
+            by what comes first; None: that leaves nothing out.
     """
 
     fitted: Fitted
     kind: str
     sequences: tuple[float, float]
     thresholds: tuple[float, ...] | None
-    margin: float
+    margins: tuple[float, float | None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Estimates [rows, Q] of some sequences, float64.
+
+    Attributes:
+        values: by all that is seen where that was looked at, otherwise by what comes first.
+        first: all of them by what comes first; None: that is all there is.
+        refined: where all was looked at; None: everywhere.
+    """
+
+    values: Tensor
+    first: Tensor | None = None
+    refined: Tensor | None = None
+
+    def arrays(self) -> dict[str, Tensor]:
+        """What is written of them."""
+        found = {"estimate": self.values}
+        if self.refined is not None:
+            found["refined"] = self.refined
+        elif self.first is not None:
+            found["first"] = self.first
+        return found
 
 
 class Sieve:
@@ -55,8 +81,8 @@ class Sieve:
     Attributes:
         loaded: which.
         sequences: that estimates are meant for (``Estimated``).
-        seen: (r, c) of each layer, rows and columns of its gradients that estimates see.
-        errors: [Q] standard errors of a query's estimates, over all layers.
+        seen: of each layer's gradients, by estimates.
+        errors: [Q, 2] standard errors of a query's estimates, over all layers; of those by what comes first.
     """
 
     def __init__(
@@ -77,7 +103,8 @@ class Sieve:
         self._blocks: dict[str, LayerEstimates] = {}
         self._pairs: dict[str, PairQueries] = {}
         cuts = self._cuts(how)
-        self.seen = {name: cut.shape for name, cut in cuts.items()}
+        self.seen = {name: cut.seen for name, cut in cuts.items()}
+        self._by_steps = any(seen.after for seen in self.seen.values())
         for layer in layers:
             name, device, group = layer.name, devices[layer.name], groups[layer.name]
             queries = self._read(layer, loaded.ids)
@@ -85,15 +112,16 @@ class Sieve:
             block = Block.of(cuts[name], self._curvature(layer, how))
             self._blocks[name] = LayerEstimates.build(block, queries, self._inside, self._resting.hold)
             self._bases[name] = read_rotation(folder, loaded.basis, name, group, self._dtype, device)
-        variances = [held.missed.cpu().double() for held in self._blocks.values()]
-        self.errors = torch.stack(variances).sum(0).sqrt()
+        self.errors = _sum(held.missed for held in self._blocks.values()).sqrt()
 
     def _cuts(self, how: Estimated) -> dict[str, Cut]:
         surveys = {}
         for layer in self._layers:
             surveys[layer.name] = Survey.of(_dense(self._looked_at(layer)), self._curvature(layer, how), self._inside)
         tokens, wanted = how.sequences
-        return choose(surveys, tokens, len(self.loaded.ids), wanted)
+        # What single pairs cost is known of CPUs.
+        by_steps = all(device == "cpu" for device in self._devices.values())
+        return choose(surveys, tokens, len(self.loaded.ids), wanted, by_steps)
 
     def _some(self) -> list[str]:
         """The queries that are looked at beforehand, of as few files as have them."""
@@ -118,12 +146,35 @@ class Sieve:
             return principal(lambda: _dense(some))
         return found
 
-    def estimates(self, pack: Pack) -> Tensor:
-        """Estimated scores [rows, Q] over all layers, float64."""
-        total = torch.zeros((), dtype=torch.float64)
-        for layer, batches in self._tokens(pack, turned=False):
-            total = total + self._blocks[layer].estimates(batches, pack.rows).cpu().double()
-        return total
+    def estimates(self, pack: Pack, asked: Tensor, how: Estimated) -> Found:
+        """Of the pairs that are ``asked`` [rows, Q], as much as it takes to leave them out; or all there is to see."""
+        tokens = self._tokens(pack, turned=False)
+        formed = [(self._blocks[name], self._blocks[name].gradients(batches)) for name, batches in tokens]
+        first = _sum(layer.estimates(gradients, pack.rows) for layer, gradients in formed)
+        if not self._by_steps:
+            return Found(first)
+        if how.thresholds is None:
+            return Found(first + _sum(layer.refinements(own, None, pack.rows) for layer, own in formed), first)
+        left = asked & self._reaching(first, 1, how)
+        if not bool(left.any()):
+            return Found(first, first, left)
+        some = left.any(1)
+        rest = _sum(layer.refinements(own[some], left[some], pack.rows) for layer, own in formed)
+        values = first.clone()
+        values[some] += rest
+        return Found(values, first, left)
+
+    def wanted(self, found: Found, asked: Tensor, how: Estimated) -> Tensor | None:
+        """The pairs [rows, Q] of those ``asked`` that may reach their query's threshold; None: all."""
+        if how.thresholds is None:
+            return None
+        return (asked if found.refined is None else found.refined) & self._reaching(found.values, 0, how)
+
+    def _reaching(self, values: Tensor, step: int, how: Estimated) -> Tensor:
+        assert how.thresholds is not None
+        margin = how.margins[step]
+        room = math.inf if margin is None else margin * self.errors[:, step]
+        return values + room >= torch.tensor(how.thresholds, dtype=torch.float64)
 
     def scores(self, pack: Pack, chosen: Tensor | None) -> Tensor:
         """Exact scores [rows, Q] of the pairs that are ``chosen`` [rows, Q], or of all; float64."""
@@ -162,6 +213,11 @@ class Sieve:
             yield layer.name, batches
 
 
+def _sum(of_layers: Iterable[Tensor]) -> Tensor:
+    """In float64, on the host."""
+    return sum((own.cpu().double() for own in of_layers), torch.zeros((), dtype=torch.float64))
+
+
 def _rows(x: Tensor, own: Tensor | slice, basis: Rotation | None) -> Tensor:
     found = rotate(x if isinstance(own, slice) or bool(own.all()) else x[own.to(x.device)], basis)
     assert isinstance(found, Tensor)
@@ -186,7 +242,10 @@ class EstimatedScores(WorkerPart):
         how: Estimated,
         chosen: np.ndarray | None = None,
     ) -> tuple[str, dict[str, tuple[int, str]]]:
-        """Write ``total`` [Q, n], NaN where a pair is not exactly scored, ``estimate`` [Q, n], ``error`` [Q, 1].
+        """Write ``total`` [Q, n], NaN where a pair is not exactly scored, ``estimate`` [Q, n], ``error`` [Q, 2].
+
+        Where estimates come in two steps, the pilot has ``first`` [Q, n] as well, and other units have ``refined``,
+        bits of the pairs whose estimate is by all that is seen.
 
         Args:
             name: the unit's, for the object's key.
@@ -205,20 +264,21 @@ class EstimatedScores(WorkerPart):
         sieve = self._sieve_of(loaded, how)
         columns = torch.tensor([loaded.ids.index(query) for query in ids])
         kind = np.float64 if self.compute == torch.float64 else np.float32
-        arrays = {what: np.full((len(ids), len(rows)), np.nan, kind) for what in ("total", "estimate")}
-        arrays["error"] = sieve.errors[columns, None].numpy().astype(kind)
+        arrays = {"total": np.full((len(ids), len(rows)), np.nan, kind)}
         # Queries are read for each such company.
         fresh = self._captured_together(loaded.contraction.torch_dtype, lent=self.device != "cpu")
         for pack in self._packs(rows, loaded.contraction, fresh=fresh):
             places = [place for part in pack.parts for place in part.places]
             counted = torch.tensor(pack.counted)
+            asked = torch.zeros(sum(map(len, pack.parts)), len(loaded.ids), dtype=torch.bool)
+            asked[counted[:, None], columns] = True if chosen is None else torch.from_numpy(chosen[:, places].T.copy())
+            wanted: Tensor | None = asked
             if chosen is None:
-                estimate = sieve.estimates(pack)
-                arrays["estimate"][:, places] = _kept(estimate, counted, columns)
-                wanted = self._wanted(estimate, sieve.errors, how, counted, columns)
-            else:
-                wanted = torch.zeros(sum(map(len, pack.parts)), len(loaded.ids), dtype=torch.bool)
-                wanted[counted[:, None], columns] = torch.from_numpy(chosen[:, places].T.copy())
+                found = sieve.estimates(pack, asked, how)
+                for what, values in found.arrays().items():
+                    own = _kept(values, counted, columns)
+                    arrays.setdefault(what, _nothing((len(ids), len(rows)), own))[:, places] = own
+                wanted = sieve.wanted(found, asked, how)
             exact = sieve.scores(pack, wanted)
             if wanted is not None:
                 exact = torch.where(wanted, exact, torch.nan)
@@ -228,21 +288,14 @@ class EstimatedScores(WorkerPart):
             if bool(bad[counted].any()):
                 raise NumericsError(f"score unit {name}: NaN or infinity in the scores")
             arrays["total"][:, places] = _kept(exact, counted, columns)
-        if chosen is not None:
-            arrays = {"total": arrays["total"]}
-        elif not (np.isfinite(arrays["estimate"]).all() and np.isfinite(arrays["error"]).all()):
-            raise NumericsError(f"score unit {name}: NaN or infinity in the estimated scores")
-        return self.folder.write(f"scores/{name}", arrays, {"seen": sieve.seen})
-
-    @staticmethod
-    def _wanted(estimate: Tensor, error: Tensor, how: Estimated, counted: Tensor, columns: Tensor) -> Tensor | None:
-        """The pairs [rows, Q] that may reach their query's threshold; None: all."""
-        if how.thresholds is None:
-            return None
-        reach = estimate + how.margin * error >= torch.tensor(how.thresholds, dtype=torch.float64)
-        found = torch.zeros_like(reach)
-        found[counted[:, None], columns] = reach[counted[:, None], columns]
-        return found
+        if chosen is None:
+            arrays["error"] = sieve.errors[columns].numpy()
+            if not all(np.isfinite(array).all() for what, array in arrays.items() if what != "total"):
+                raise NumericsError(f"score unit {name}: NaN or infinity in the estimated scores")
+        seen = {layer: (own.rows, own.columns, own.first) for layer, own in sieve.seen.items()}
+        return self.folder.write(
+            f"scores/{name}", {what: _stored(x, kind) for what, x in arrays.items()}, {"seen": seen}
+        )
 
     def _sieve_of(self, loaded: LoadedQueries, how: Estimated) -> Sieve:
         if self._sieve is None or self._sieve.loaded != loaded or self._sieve.sequences != how.sequences:
@@ -250,6 +303,15 @@ class EstimatedScores(WorkerPart):
             spec = self.spec
             self._sieve = Sieve(self.folder, spec.layers, spec.groups, loaded, how, self.devices)
         return self._sieve
+
+
+def _nothing(shape: tuple[int, int], like: np.ndarray) -> np.ndarray:
+    return np.full(shape, False if like.dtype == bool else np.nan, like.dtype)
+
+
+def _stored(x: np.ndarray, kind: type) -> np.ndarray:
+    """Bits of what is true or false, numbers of one kind."""
+    return np.packbits(x, 1) if x.dtype == bool else x.astype(kind)
 
 
 def _kept(x: Tensor, counted: Tensor, columns: Tensor) -> np.ndarray:

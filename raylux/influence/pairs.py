@@ -8,7 +8,6 @@ against its tokens, T·R·(P + M) a pair, without a gradient.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,11 +16,9 @@ from torch import Tensor
 
 from raylux.cost.sizes import SLICE
 from raylux.influence.dots import Held, in_memory, no_vectors, whole_blocks, wide_dtype
+from raylux.influence.sampled import PIECE, no_scores, sampled
 from raylux.products import gradients_into
 from raylux.profiling import of
-
-# Entries of a query that its products take at a time.
-_PIECE = 1024
 
 
 @dataclass
@@ -60,7 +57,7 @@ class PairQueries:
                 # A GPU is lent those that are wanted: thousands of queries of a large model fit no device.
                 found.factors[place] = hold(torch.cat(no_vectors(*query)).cpu())
         if dense:
-            step = max(1, _PIECE // inputs)
+            step = max(1, PIECE // inputs)
             found.spans = [slice(start, min(start + step, outputs)) for start in range(0, outputs, step)]
             for span in found.spans:
                 rows = [query[span].reshape(-1) for query in queries if isinstance(query, Tensor)]
@@ -109,10 +106,7 @@ class PairQueries:
         some = parts[0][0]
         total = torch.zeros(filled, len(self.dense), dtype=some.dtype, device=some.device)
         if chosen is not None:
-            with warnings.catch_warnings():
-                # PyTorch's sparse rows are "in beta state".
-                warnings.simplefilter("ignore", UserWarning)
-                total = chosen.T.to(some.dtype).to_sparse_csr() * 0
+            total = no_scores(chosen, some.dtype)
         together = max(1, SLICE // (inputs * (self.spans[0].stop - self.spans[0].start)))
         buffer = some.new_zeros(filled * together * (self.spans[0].stop - self.spans[0].start) * inputs)
         for first in range(0, len(self.spans), together):
@@ -127,7 +121,7 @@ class PairQueries:
                         for gradients, scores in zip(own.split(rows), total.split(rows), strict=True):
                             scores += gradients @ queries.T
                     else:
-                        total = torch.sparse.sampled_addmm(total, queries, own.T)
+                        total = sampled(total, queries, own)
         return (total[:count] if chosen is None else total.to_dense().T).to(wide_dtype(some.dtype))
 
 

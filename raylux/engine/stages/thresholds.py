@@ -10,13 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from raylux.cost.two_stage import Seen
 from raylux.engine.context import Context
 from raylux.engine.stages import prefilter
 from raylux.engine.stages.query import answerable
 from raylux.store import CHOSEN, PILOT, score_blocks
+from raylux.store.arrays import Group
 
 # Of the pilot's best so many must be missed before their share tells anything.
 _TELLING = 3
+# Of the pairs that may be missed, a share may be so by what comes first: these margins are cheap.
+_FIRST = 0.3
 
 
 def rank_of(expected: float) -> int:
@@ -28,15 +32,70 @@ def rank_of(expected: float) -> int:
 
 
 @dataclass(frozen=True)
+class Margins:
+    """Standard errors that an estimate may lie below a threshold.
+
+    Attributes:
+        fine: of estimates by all that is seen.
+        first: of those by what comes first; infinite: these leave nothing out.
+    """
+
+    fine: float
+    first: float = math.inf
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Of pairs [Q, n].
+
+    Attributes:
+        values: estimates.
+        errors: [Q, 2] standard errors of those by all that is seen, and by what comes first.
+        refined: by which of the two an estimate is.
+        first: by what comes first, where both are known; otherwise None.
+    """
+
+    values: np.ndarray
+    errors: np.ndarray
+    refined: np.ndarray
+    first: np.ndarray | None = None
+
+    @classmethod
+    def read(cls, group: Group, places: Sequence[int]) -> Estimates:
+        """Of some of a unit's queries."""
+        values = group.read("estimate")[places].astype(np.float64)
+        errors, refined = group.read("error")[places].astype(np.float64), np.ones(values.shape, bool)
+        if errors.shape[1] != 2:  # a run of before had one step, and once an error for each pair
+            errors = np.repeat(np.sqrt(np.mean(errors**2, 1, keepdims=True)), 2, 1)
+        if "refined" in group:
+            refined = np.unpackbits(group.read("refined")[places], 1, values.shape[1]).astype(bool)
+        first = group.read("first")[places].astype(np.float64) if "first" in group else None
+        return cls(values, errors, refined, first)
+
+    def reach(self, limits: np.ndarray, margins: Sequence[Margins]) -> np.ndarray:
+        """The pairs that may reach their query's limit [Q], by its margins."""
+        fine, first = (np.array([getattr(own, name) for own in margins])[:, None] for name in ("fine", "first"))
+        with np.errstate(invalid="ignore"):  # an error of nothing, infinitely often
+            room = np.where(np.isinf(first), first, first * self.errors[:, 1:])
+        found = self.values + np.where(self.refined, fine * self.errors[:, :1], room) >= limits[:, None]
+        return found if self.first is None else found & (self.first + room >= limits[:, None])
+
+    def opened(self, limits: np.ndarray, margins: Margins) -> float:
+        """Share of the pairs that what comes first leaves open."""
+        if self.first is None or math.isinf(margins.first):
+            return 1.0
+        return float((self.first + margins.first * self.errors[:, 1:] >= limits[:, None]).mean())
+
+
+@dataclass(frozen=True)
 class Pilot:
-    """Scores, estimates and standard errors [Q, n] of the pilot; of each layer the block (r, c) that estimates see."""
+    """Scores [Q, n] of the pilot, and estimates; what these see of each layer."""
 
     total: np.ndarray
-    estimate: np.ndarray
-    error: np.ndarray
-    seen: dict[str, tuple[int, int]]
+    estimates: Estimates
+    seen: dict[str, Seen]
 
-    def margin(self, best: int, every: int, recall: float) -> float:
+    def margins(self, best: int, every: int, recall: float) -> Margins:
         """Standard errors that find this share of its best.
 
         Args:
@@ -46,36 +105,57 @@ class Pilot:
         """
         rank = max(1, round(best * self.total.shape[1] / every))
         kth = -np.sort(-self.total, 1)[:, rank - 1 : rank]
+        among = self.total >= kth
+        own = self.estimates
+        fine, off = self._needed(own.values, own.errors[:, :1], kth)
+        if own.first is None:
+            return Margins(_told(fine[among], off, recall))
+        needed, off_first = self._needed(own.first, own.errors[:, 1:], kth)
+        kept = 1 - _FIRST * (1 - recall)
+        first = _told(needed[among], off_first, kept)
+        return Margins(_told(fine[among & (needed <= first)], off, recall / kept), first)
+
+    def _needed(self, values: np.ndarray, error: np.ndarray, kth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """In standard errors: how far estimates lie below their thresholds, and off the scores."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            needed = np.where(self.error > 0, (kth - self.estimate) / self.error, 0.0)
-            off = np.where(self.error > 0, (self.total - self.estimate) / self.error, 0.0)
-        among = needed[self.total >= kth]
-        found = float(np.quantile(among, recall))
-        if len(among) * (1 - recall) < _TELLING:
-            # Too few to tell: what errors of a normal distribution need where a score is the threshold itself.
-            found = max(found, float(np.sqrt(np.mean(off**2))) * NormalDist().inv_cdf(recall))
-        return max(found, 0.0)
+            below, off = (np.where(error > 0, (x - values) / error, 0.0) for x in (kth, self.total))
+        return below, off
+
+
+def _told(needed: np.ndarray, off: np.ndarray, recall: float) -> float:
+    """The standard errors that a share of some pairs need."""
+    found = float(np.quantile(needed, recall))
+    if len(needed) * (1 - recall) < _TELLING:
+        # Too few to tell: what errors of a normal distribution need where a score is the threshold itself.
+        found = max(found, float(np.sqrt(np.mean(off**2))) * NormalDist().inv_cdf(recall))
+    return max(found, 0.0)
 
 
 def read_pilot(ctx: Context, ids: Sequence[str]) -> Pilot | None:
     """What pilots have of some queries; None: they have not all been in one."""
-    parts: dict[str, list[np.ndarray]] = {"total": [], "estimate": [], "error": []}
-    seen: dict[str, tuple[int, int]] = {}
+    totals, parts = [], []
+    seen: dict[str, Seen] = {}
     for block in score_blocks(ctx.folder):
         if block.stage == PILOT and set(ids) <= set(block.queries):
             group, places = ctx.folder.group(block.key), [block.queries.index(query) for query in ids]
-            shape = len(ids), len(block.rows)
-            for what, held in parts.items():  # an error is of a query, and once was of each pair
-                held.append(np.broadcast_to(group.read(what)[places].astype(np.float64), shape))
+            totals.append(group.read("total")[places].astype(np.float64))
+            parts.append(Estimates.read(group, places))
             if "seen" in group.attrs:  # a run of before estimated otherwise
-                seen = {name: (rows, columns) for name, (rows, columns) in group.attrs["seen"].items()}
-    if not parts["total"]:
+                seen = {name: Seen.of(numbers) for name, numbers in group.attrs["seen"].items()}
+    if not parts:
         return None
-    return Pilot(**{what: np.concatenate(held, 1) for what, held in parts.items()}, seen=seen)
+    firsts = [part.first for part in parts if part.first is not None]
+    every = Estimates(
+        np.concatenate([part.values for part in parts], 1),
+        np.sqrt(np.mean([part.errors**2 for part in parts], 0)),
+        np.concatenate([part.refined for part in parts], 1),
+        np.concatenate(firsts, 1) if len(firsts) == len(parts) else None,
+    )
+    return Pilot(np.concatenate(totals, 1), every, seen)
 
 
-def margins_of(ctx: Context) -> dict[str, float]:
-    """Query -> the margin for K and recall as they are now, by the pilots that it was in with others."""
+def margins_of(ctx: Context) -> dict[str, Margins]:
+    """Query -> the margins for K and recall as they are now, by the pilots that it was in with others."""
     asked, best = {query.id for query in answerable(ctx)}, ctx.config.score.best
     assert best is not None
     company: dict[str, list[int]] = {}
@@ -85,11 +165,11 @@ def margins_of(ctx: Context) -> dict[str, float]:
     together: dict[tuple[int, ...], list[str]] = {}
     for query, numbers in sorted(company.items()):
         together.setdefault(tuple(numbers), []).append(query)
-    found: dict[str, float] = {}
+    found: dict[str, Margins] = {}
     for ids in together.values():
         pilot = read_pilot(ctx, ids)
         assert pilot is not None, "they were in one"
-        found |= dict.fromkeys(ids, pilot.margin(best, len(prefilter.union(ctx)), ctx.config.score.recall))
+        found |= dict.fromkeys(ids, pilot.margins(best, len(prefilter.union(ctx)), ctx.config.score.recall))
     return found
 
 
@@ -128,10 +208,13 @@ def outcome(ctx: Context) -> dict[str, Any]:
         scored += int((~np.isnan(total)).sum())
         pairs += 0 if block.stage == CHOSEN else total.size
         if block.stage == PILOT:
-            limit, margin = (np.array([of[block.queries[at]] for at in own])[:, None] for of in (kth, margins))
-            best_here = total >= limit
+            limits, rooms = (
+                np.array([kth[block.queries[at]] for at in own]),
+                [margins[block.queries[at]] for at in own],
+            )
+            best_here = total >= limits[:, None]
             among += int(best_here.sum())
-            found += int((best_here & (group.read("estimate")[own] + margin * group.read("error")[own] >= limit)).sum())
+            found += int((best_here & Estimates.read(group, own).reach(limits, rooms)).sum())
     return {
         "best": best, "queries": ids, "share": scored / pairs, "among": among,
         "recall": found / among if among else None,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from raylux.config import ScoreSection
-from raylux.cost.two_stage import assumed_block, block_cost, pilot, relative_cost
+from raylux.cost.two_stage import Seen, assumed_block, estimates_cost, pilot, relative_cost
 from raylux.curvature import Kind
 from raylux.engine.context import Context
 from raylux.engine.estimating import Estimated
@@ -29,7 +29,7 @@ from raylux.engine.stages import prefilter
 from raylux.engine.stages.fit import fitted
 from raylux.engine.stages.pairs import ScoreJob, loaded_queries, missing_jobs
 from raylux.engine.stages.query import answerable
-from raylux.engine.stages.thresholds import largest_scores, margins_of, outcome, rank_of, read_pilot
+from raylux.engine.stages.thresholds import Estimates, largest_scores, margins_of, outcome, rank_of, read_pilot
 from raylux.engine.stages.units import settle
 from raylux.engine.work import Job, results
 from raylux.errors import UserError
@@ -52,11 +52,13 @@ class Rule:
         thresholds: query -> below which a pair is not wanted; those that are not named want all of theirs.
         margin: standard errors that an estimate may lie below.
         plain: nothing: all pairs are scored as ever.
+        first: as ``margin``, of an estimate by what comes first; None: these leave nothing out.
     """
 
     thresholds: dict[str, float]
     margin: float
     plain: bool
+    first: float | None = None
 
 
 def wanted(ctx: Context) -> bool:
@@ -155,7 +157,7 @@ def _rule(ctx: Context, number: int, wave: int, jobs: Sequence[ScoreJob]) -> Rul
     if known is None:
         rule = _new_rule(ctx, {query for job in jobs for query in job.queries})
         known = ctx.folder.commit(WAVES, name, {}, **vars(rule))
-    return Rule(known.meta["thresholds"], known.meta["margin"], known.meta["plain"])
+    return Rule(known.meta["thresholds"], known.meta["margin"], known.meta["plain"], known.meta.get("first"))
 
 
 def _new_rule(ctx: Context, wanted: set[str]) -> Rule:
@@ -169,22 +171,23 @@ def _new_rule(ctx: Context, wanted: set[str]) -> Rule:
     largest, seen = largest_scores(ctx, ids, rank_of(best))
     ranks = [rank_of(best * count / every) for count in seen]
     thresholds = [float(own[rank - 1]) for own, rank in zip(largest, ranks, strict=True)]
-    margin = found.margin(best, every, ctx.config.score.recall)
-    reach = found.estimate + margin * found.error >= np.array(thresholds)[:, None]
+    margins = found.margins(best, every, ctx.config.score.recall)
+    limits = np.array(thresholds)
+    reach = found.estimates.reach(limits, [margins] * len(ids))
     layers = ctx.coverage.tracked
     shapes = [layer.shape for layer in layers]
     tokens = float(ctx.reader.lengths.mean())
-    blocks = [found.seen.get(layer.name, assumed_block(layer.shape)) for layer in layers]
-    estimates = sum(block_cost(shape, tokens, len(ids), block) for shape, block in zip(shapes, blocks, strict=True))
-    formed = float(reach.any(0).mean())
-    plain = relative_cost(shapes, tokens, len(ids), float(reach.mean()), estimates=estimates, formed=formed) >= 1
+    blocks = [found.seen.get(layer.name, Seen.of(assumed_block(layer.shape))) for layer in layers]
+    estimates, refined = estimates_cost(shapes, tokens, len(ids), blocks, found.estimates.opened(limits, margins))
+    formed, share = float(reach.any(0).mean()), float(reach.mean())
+    plain = relative_cost(shapes, tokens, len(ids), share, estimates=estimates, formed=formed, refined=refined) >= 1
     if plain:
         ctx.reporter.say(
             f"score: {reach.mean():.0%} of the pairs may be among the {best} best of their query by what is estimated "
             "of them: all are scored exactly, which costs less"
         )
     named = {query: least for query, least in zip(ids, thresholds, strict=True) if math.isfinite(least)}
-    return Rule(named, margin, plain)
+    return Rule(named, margins.fine, plain, margins.first if math.isfinite(margins.first) else None)
 
 
 def _run(
@@ -196,8 +199,8 @@ def _run(
     best = ctx.config.score.best
     assert best is not None
     sequences = float(ctx.reader.lengths.mean()), min(1.0, best / len(prefilter.union(ctx)))
-    margin = rule.margin if rule else 0.0
-    how = Estimated(fitted(ctx), ctx.config.curvature.kind, sequences, thresholds, margin)
+    margins = (rule.margin, rule.first) if rule else (0.0, None)
+    how = Estimated(fitted(ctx), ctx.config.curvature.kind, sequences, thresholds, margins)
     shared = ctx.backend.share(loaded), ctx.backend.share(how)
     calls = (
         Job(job.name, (job.name, job.rows, job.queries, *shared, *([chosen[job.name]] if chosen else [])), job)
@@ -259,16 +262,15 @@ def _left(ctx: Context) -> Iterator[tuple[ScoreJob, np.ndarray]]:
         group = ctx.folder.group(block.key)
         own = [place for place, query in enumerate(block.queries) if query in kth]
         limits = np.array([kth[block.queries[place]] for place in own])
-        margin = np.array([margins[block.queries[place]] for place in own])[:, None]
         # Where fewer than K are scored at all there is no limit.
-        reach = group.read("estimate")[own] + margin * group.read("error")[own] >= limits[:, None]
+        reach = Estimates.read(group, own).reach(limits, [margins[block.queries[place]] for place in own])
         reach &= np.isnan(group.read("total")[own])
         for place, known in enumerate(done.get(block.queries[at]) for at in own):
             if known is not None:
                 reach[place] &= ~np.isin(block.rows, known)
         rows = reach.any(0)
         if rows.any():
-            queries = tuple(block.queries[place] for place, some in zip(own, reach.any(1), strict=True) if some)
+            queries = tuple(block.queries[own[place]] for place in np.flatnonzero(reach.any(1)))
             pairs = reach[reach.any(1)][:, rows]
             text = f"{queries} {block.rows[rows].tolist()} {pairs.tolist()}"
             yield (
