@@ -41,17 +41,21 @@ def test_few_sequences_have_no_pilot() -> None:
     assert two_stage.pilot(800, 100) == 128 and two_stage.pilot(1_000_000, 100) == 512
     assert [two_stage.unit_size(4096, count, 100) for count in (799, 800, 1_000_000)] == [4096, 128, 128]
     assert two_stage.unit_size(64, 1_000_000, 100) == 64
-    assert two_stage.chosen_share(replace(WORK, best=None)) is None
-    assert two_stage.chosen_share(replace(WORK, candidates=700)) is None
+    assert two_stage.chosen_share(replace(WORK, best=None), False) is None
+    assert two_stage.chosen_share(replace(WORK, candidates=700), False) is None
 
 
 def test_the_multiplications_are_those_that_the_engine_decides_by() -> None:
-    share = two_stage.chosen_share(WORK)
+    share = two_stage.chosen_share(WORK, False)
     assert share is not None and 128 / 4096 + 100 / 4096 < share < 0.2
     every = {work.kind: work.flops for work in _score(best=None).works}
     two = {work.kind: work.flops for work in _score().works}
     shapes = [layer.shape for layer in WORK.model.tracked]
-    relative = two_stage.relative_cost(shapes, WORK.tokens, WORK.queries, share, gathered=1.0, narrow=1.0)
+    size = WORK.tokens, WORK.queries
+    seen = [two_stage.assumed_seen(shape, False) for shape in shapes]
+    assert all(own.after for own in seen) and not any(two_stage.assumed_seen(shape, True).after for shape in shapes)
+    estimates, refined = two_stage.estimates_cost(shapes, *size, seen, two_stage._OPENED)
+    relative = two_stage.relative_cost(shapes, *size, share, 1.0, 1.0, estimates=estimates, refined=refined)
     contraction = every["forming"] + every["dots"]
     assert two["forming"] + two["estimates"] + two["chosen pairs"] == pytest.approx(relative * contraction, rel=1e-9)
     assert two["forward"] == every["forward"] and "dots" not in two
@@ -59,7 +63,7 @@ def test_the_multiplications_are_those_that_the_engine_decides_by() -> None:
 
 def test_where_most_pairs_would_be_chosen_all_are_scored() -> None:
     """And the plan is that of a run which does not ask for the best."""
-    assert two_stage.chosen_share(replace(WORK, best=500)) is None
+    assert two_stage.chosen_share(replace(WORK, best=500), False) is None
     assert _score(best=500).works == _score(best=None).works
 
 

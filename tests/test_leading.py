@@ -179,9 +179,9 @@ def test_layers_share_what_is_missed() -> None:
     assert found["small"].rows.numel() * found["small"].columns.numel() < np.prod(found["large"].seen.block)
 
 
-def test_most_of_a_block_comes_later_where_that_is_cheaper() -> None:
+def test_a_part_of_a_block_comes_first_where_that_is_cheaper() -> None:
     """And nothing does where all is to be put against every query, or where most pairs are wanted anyway."""
-    values = falling(256, 128)
+    values = falling(256, 128) ** 3
     v = drawn(8, 256, 128) * values.sqrt() / (values + 0.1 * values.mean())
     surveys = {name: Survey.of(v, Spectral(values), True) for name in "ab"}
 

@@ -177,7 +177,7 @@ def _cost(
     shapes, seen = _shapes(run), _seen(run)
     layers = list(shapes.values())
     estimates, refined = estimates_cost(layers, tokens, queries, [seen[name] for name in shapes], opened)
-    return relative_cost(layers, tokens, queries, share, *weights, estimates, formed, refined)
+    return relative_cost(layers, tokens, queries, share, *weights, estimates=estimates, refined=refined, formed=formed)
 
 
 def _shapes(run: Run) -> dict[str, tuple[int, int]]:

@@ -36,7 +36,7 @@ class Scoring:
 def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageCost, list[Choice]]:
     """All queries against all candidates."""
     device, model = cluster.worker, work.model
-    share = two_stage.chosen_share(work)
+    share = two_stage.chosen_share(work, cluster.worker.gpu)
     if share is not None:  # products of single pairs know no bf16
         work = replace(work, contraction="float64" if work.contraction == "float64" else "float32")
     chosen = choose_scoring(work, device, can) if share is None else _of_pairs(work, device)

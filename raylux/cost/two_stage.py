@@ -16,6 +16,8 @@ from raylux.cost.workload import Workload
 # Rows and columns of a layer's block that estimates are taken to see where a run has yet to find out
 # (docs/results/two-stage.md); of either side, the fewer on inputs.
 _BLOCK = 1024, 16
+# Of the fewer of them a share comes first on a CPU, and leaves a share of the pairs open (the same page).
+_FIRST, _OPENED = 3 / 8, 0.2
 # A pair that is scored by itself, in pairs of a matrix product, and a multiplication of an estimate, whose products are
 # narrow: measured on a CPU in float32.
 GATHERED, NARROW = 5.0, 2.5
@@ -55,9 +57,10 @@ def relative_cost(
     share: float,
     gathered: float = GATHERED,
     narrow: float = NARROW,
-    estimates: float | None = None,
-    formed: float | None = None,
+    *,
+    estimates: float,
     refined: float = 0.0,
+    formed: float | None = None,
 ) -> float:
     """Multiplications of estimates and chosen pairs, in those of the contraction of all pairs, Σ (T + Q)·P·M.
 
@@ -68,13 +71,12 @@ def relative_cost(
         share: of all pairs, that are chosen.
         gathered: of a pair by itself, in pairs of a matrix product.
         narrow: likewise of a multiplication of an estimate.
-        estimates: multiplications of one sequence's; None: of the blocks that are taken for granted.
+        estimates: multiplications of one sequence's.
         refined: likewise, of those that are taken pair by pair.
         formed: share of the sequences with a chosen pair, whose gradients are formed; None: as if queries chose
             independently.
     """
     entries = sum(outputs * inputs for outputs, inputs in shapes)
-    estimates = _estimating(shapes, tokens, queries) if estimates is None else estimates
     formed = reached(share, queries) if formed is None else formed
     stages = narrow * estimates + gathered * refined + (formed * tokens + gathered * share * queries) * entries
     return stages / ((tokens + queries) * entries)
@@ -169,25 +171,29 @@ def reached(share: float, queries: int) -> float:
     return -math.expm1(queries * math.log1p(-share)) if share < 1 else 1.0
 
 
-def _estimating(shapes: Sequence[tuple[int, int]], tokens: float, queries: int) -> float:
-    """Multiplications of one sequence's estimates by the blocks that are taken for granted."""
-    return estimates_cost(shapes, tokens, queries, [Seen.of(assumed_block(shape)) for shape in shapes], 0.0)[0]
+def assumed_seen(shape: tuple[int, int], gpu: bool) -> Seen:
+    """What estimates are taken to see of a layer; on a GPU all of it comes first."""
+    rows, columns = min(_BLOCK[0], shape[0]), min(_BLOCK[1], shape[1])
+    fewer = min(rows, columns)
+    return Seen(rows, columns, fewer if gpu else max(1, round(_FIRST * fewer)))
 
 
-def assumed_block(shape: tuple[int, int]) -> tuple[int, int]:
-    """(r, c) that estimates are taken to see of a layer."""
-    return min(_BLOCK[0], shape[0]), min(_BLOCK[1], shape[1])
+def _assumed(work: Workload, gpu: bool) -> tuple[float, float]:
+    """Multiplications of one sequence's estimates by what is taken for granted, as ``estimates_cost``."""
+    shapes = [layer.shape for layer in work.model.tracked]
+    seen = [assumed_seen(shape, gpu) for shape in shapes]
+    return estimates_cost(shapes, work.tokens, work.queries, seen, _OPENED)
 
 
-def chosen_share(work: Workload) -> float | None:
+def chosen_share(work: Workload, gpu: bool) -> float | None:
     """Share of the pairs that two stages are taken to score; None: all are scored as ever."""
     if work.best is None:
         return None
     first = pilot(work.candidates, work.best) / work.candidates
     share = first + (1 - first) * min(1.0, _REACHED * work.best / work.candidates)
-    shapes = [layer.shape for layer in work.model.tracked]
-    pays = relative_cost(shapes, work.tokens, work.queries, share) < 1
-    return share if first and pays else None
+    shapes, (estimates, refined) = [layer.shape for layer in work.model.tracked], _assumed(work, gpu)
+    cost = relative_cost(shapes, work.tokens, work.queries, share, estimates=estimates, refined=refined)
+    return share if first and cost < 1 else None
 
 
 def works(work: Workload, cluster: Cluster, forms: Sequence[Form], meeting: Sequence[Work], share: float) -> list[Work]:
@@ -201,14 +207,19 @@ def works(work: Workload, cluster: Cluster, forms: Sequence[Form], meeting: Sequ
         share: of the pairs, that are chosen.
     """
     device, count, width = cluster.worker, float(work.candidates), dot_width(work, cluster.worker)
-    shapes = [layer.shape for layer in work.model.tracked]
-    estimates, formed = 2.0 * count * _estimating(shapes, work.tokens, work.queries), reached(share, work.queries)
+    first, refined = (2.0 * count * own for own in _assumed(work, device.gpu))
+    formed = reached(share, work.queries)
     low = share * count * sum(form.dots for form in forms if form.name == TOKENS)
     dense = share * count * sum(form.dots for form in forms) - low
     alone = device.seconds(GATHERED * dense, work.contraction, width) + device.seconds(low, work.contraction, work.rank)
     return [
         *(Work(one.kind, formed * one.flops, formed * one.bytes, formed * one.seconds) for one in meeting),
-        Work("estimates", estimates, 0.0, device.seconds(NARROW * estimates, work.contraction, width)),
+        Work(
+            "estimates",
+            first + refined,
+            0.0,
+            device.seconds(NARROW * first + GATHERED * refined, work.contraction, width),
+        ),
         Work("chosen pairs", low + dense, 0.0, alone),
         _loading(work, cluster, forms, share),
     ]
@@ -264,7 +275,9 @@ def held(work: Workload, device: Device, forms: Sequence[Form]) -> float:
 
 def _blocks(work: Workload) -> float:
     """Bytes of all queries, cut to the blocks that estimates see."""
-    return float(work.queries * work.operand * sum(math.prod(assumed_block(x.shape)) for x in work.model.tracked))
+    return float(
+        work.queries * work.operand * sum(math.prod(assumed_seen(x.shape, True).block) for x in work.model.tracked)
+    )
 
 
 def choice(work: Workload, share: float | None) -> Choice:

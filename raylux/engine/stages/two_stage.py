@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from raylux.config import ScoreSection
-from raylux.cost.two_stage import Seen, assumed_block, estimates_cost, pilot, relative_cost
+from raylux.cost.two_stage import assumed_seen, estimates_cost, pilot, relative_cost
 from raylux.curvature import Kind
 from raylux.engine.context import Context
 from raylux.engine.estimating import Estimated
@@ -177,7 +177,7 @@ def _new_rule(ctx: Context, wanted: set[str]) -> Rule:
     layers = ctx.coverage.tracked
     shapes = [layer.shape for layer in layers]
     tokens = float(ctx.reader.lengths.mean())
-    blocks = [found.seen.get(layer.name, Seen.of(assumed_block(layer.shape))) for layer in layers]
+    blocks = [found.seen.get(layer.name, assumed_seen(layer.shape, True)) for layer in layers]
     estimates, refined = estimates_cost(shapes, tokens, len(ids), blocks, found.estimates.opened(limits, margins))
     formed, share = float(reach.any(0).mean()), float(reach.mean())
     plain = relative_cost(shapes, tokens, len(ids), share, estimates=estimates, formed=formed, refined=refined) >= 1
