@@ -19,8 +19,8 @@ from raylux.engine.stages import two_stage
 from raylux.engine.stages.thresholds import Estimates, Margins, Pilot
 from raylux.errors import UserError
 from raylux.influence.dots import Held
-from raylux.influence.leading import Cut, Survey
 from raylux.influence.pairs import PairQueries
+from raylux.influence.surveys import Cut, Survey
 from raylux.ledger import SCORE, WAVES
 from raylux.store import RunFolder
 from tests.apart import processes

@@ -12,7 +12,8 @@ import torch
 from raylux.blocks import Blocks
 from raylux.cost.two_stage import Seen, estimates_cost, projecting_cost, reached, relative_cost, share_within
 from raylux.curvature.spectral import Spectral
-from raylux.influence.leading import Block, Cut, LayerEstimates, Survey, choose, counts, principal
+from raylux.influence.leading import Block, LayerEstimates, principal
+from raylux.influence.surveys import Cut, Survey, choose, counts
 
 P, M, N, T, Q = 40, 21, 24, 8, 12
 

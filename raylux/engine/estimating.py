@@ -24,8 +24,9 @@ from raylux.engine.records import (
 )
 from raylux.engine.scorer import LoadedQueries, Pack
 from raylux.errors import NumericsError
-from raylux.influence.leading import SEEN, Block, Cut, LayerEstimates, Query, Survey, choose, principal
+from raylux.influence.leading import Block, LayerEstimates, Query, principal
 from raylux.influence.pairs import PairQueries
+from raylux.influence.surveys import SEEN, Cut, Survey, choose
 from raylux.layers import TrackedLayer
 from raylux.memory import give_back
 from raylux.store import RunFolder

@@ -9,7 +9,7 @@ and 1 / (Λ + λ) keeps V small along the rest. An estimate is the sum over such
 - queries are cut to their blocks once, and put against it, Q·r·c;
 - what is left out has a variance that Λ tells beforehand, the same for all sequences: a sequence with larger gradients
   has larger errors, but the best are all of that kind. So the blocks of all layers are chosen together, such that
-  estimates and the pairs that they leave open cost least (``raylux.cost.two_stage``);
+  estimates and the pairs that they leave open cost least (``raylux.influence.surveys``);
 - most of what that costs are the products with all queries. They take the first few rows or columns of a block, the
   narrower side's; what these leave open is put against the rest of the block, pair by pair, before any gradient is
   formed.
@@ -20,34 +20,22 @@ squares are those of the queries, which are gradients then.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from raylux.blocks import Blocks, Square
-from raylux.cost.two_stage import Seen, projecting_cost, relative_cost, share_within
+from raylux.cost.two_stage import Seen
 from raylux.curvature.spectral import Spectral
 from raylux.influence.dots import Held, in_memory, whole_blocks
 from raylux.influence.sampled import PIECE, no_scores, sampled
+from raylux.influence.surveys import Cut, tiny
 from raylux.profiling import of
 
 Query = Tensor | tuple[Tensor, Tensor]
 """V [P, M], or its factors (left [P, R], right [M, R])."""
-
-SEEN = 64
-"""Queries whose variances say which directions matter, at least: blocks need not be exactly the best."""
-
-# Standard errors that the choice of blocks allows for, as were taken on workload A of the benchmark: 2 to 3.4, and of
-# what comes first 3 to 6.5, more for rarer pairs. Errors of sequences among the best are larger than most.
-_ALLOWED, _ALLOWED_FIRST = 3.0, 5.0
-# How much a variance left out counts for against a multiplication, from little to much.
-_WEIGHTS = np.logspace(-5, 3, 65)
-# Of a layer's variance: what rounding may change, where nothing is left out.
-_ROUNDING = 1e-8
 
 
 @dataclass(frozen=True)
@@ -85,85 +73,6 @@ class Side:
     def back(self, x: Tensor) -> Tensor:
         """What ``project`` leaves is put against: x [..., r, m] along the directions, or in the standard basis."""
         return self.vectors @ x if self.whole and self.vectors is not None else x
-
-
-@dataclass(frozen=True)
-class Survey:
-    """Where the variance of a layer's scores stands.
-
-    Attributes:
-        shape: (P, M).
-        columns: [M] places, those of the largest variance first.
-        rows: [P] likewise, for each of ``counts(M)`` columns; of the variance within these.
-        held: [counts(M), counts(P)] share of a query's variance within so many columns and rows, a mean over queries.
-        variances: [q] Σ V² Λ of each query that was seen.
-    """
-
-    shape: tuple[int, int]
-    columns: Tensor
-    rows: list[Tensor]
-    held: np.ndarray
-    variances: np.ndarray
-
-    @classmethod
-    def of(cls, queries: Iterable[Tensor], curvature: Spectral, inside: bool) -> Survey:
-        """From some queries V [P, M], which lie in the eigenbasis (``inside``) or in the standard one."""
-        assert curvature.values is not None
-        total, variances = torch.zeros_like(curvature.values, dtype=torch.float64), []
-        for v in queries:
-            energy = (v if inside else curvature.into(v)).square() * curvature.values
-            variances.append(float(energy.sum(dtype=torch.float64)))
-            total += energy / max(variances[-1], _tiny(energy))
-        mean = total / len(variances)
-        columns = _largest(mean.sum(0))
-        rows, held, outputs = [], [], counts(len(mean))
-        for count in counts(mean.shape[1]):
-            within = mean[:, columns[:count]].sum(1)
-            rows.append(_largest(within))
-            held.append(within[rows[-1]].cumsum(0)[[number - 1 for number in outputs]].cpu().numpy())
-        return cls((mean.shape[0], mean.shape[1]), columns, rows, np.stack(held), np.array(variances))
-
-    def cut(self, columns: int, rows: int, first: int | None = None) -> Cut:
-        """The ``columns``-th of ``counts(M)`` and the ``rows``-th of ``counts(P)``; ``first``: as ``Cut`` has it."""
-        outputs, inputs = self.shape
-        beyond = max(1 / max(self.held[columns, rows], _ROUNDING) - 1, _ROUNDING)
-        found = Cut(self.rows[columns][: counts(outputs)[rows]], self.columns[: counts(inputs)[columns]], beyond)
-        return found if first is None else replace(found, first=first)
-
-    def firsts(self, columns: int, rows: int) -> tuple[list[int], np.ndarray]:
-        """How many of the narrower side's directions may come first, all of them last; and what each has ``held``."""
-        outputs, inputs = (counts(width) for width in self.shape)
-        numbers, held = (
-            (inputs[: columns + 1], self.held[: columns + 1, rows])
-            if inputs[columns] <= outputs[rows]
-            else (outputs[: rows + 1], self.held[columns, : rows + 1])
-        )
-        # Tokens of a side that is seen whole are not along its directions.
-        whole = numbers[-1] == self.shape[1 if inputs[columns] <= outputs[rows] else 0]
-        return (numbers[-1:], held[-1:]) if whole else (numbers, held)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Which rows and columns of a layer an estimate sees.
-
-    Attributes:
-        rows: [r] places.
-        columns: [c].
-        beyond: variance of what is left out, in that of the block.
-        first: of the narrower side's directions, those that are put against every query; None: all.
-    """
-
-    rows: Tensor
-    columns: Tensor
-    beyond: float
-    first: int | None = None
-
-    @property
-    def seen(self) -> Seen:
-        """In numbers."""
-        rows, columns = len(self.rows), len(self.columns)
-        return Seen(rows, columns, min(rows, columns) if self.first is None else self.first)
 
 
 @dataclass(frozen=True)
@@ -234,99 +143,6 @@ class Block:
         return self.flat(self.inputs.back(self.outputs.back(queries).mT).mT)
 
 
-def counts(width: int) -> list[int]:
-    """Numbers of directions of a side that are looked at: powers of two and the means between them, and all."""
-    found = {width}
-    for power in range(width.bit_length()):
-        found |= {1 << power, 3 << power}
-    return sorted(number for number in found if number <= width)
-
-
-def choose(
-    surveys: Mapping[str, Survey], tokens: float, queries: int, wanted: float, by_steps: bool = True
-) -> dict[str, Cut]:
-    """What estimates see of each layer, such that all of two-stage scoring is cheapest.
-
-    Args:
-        surveys: of every layer.
-        tokens: T, of a sequence.
-        queries: Q.
-        wanted: share of a query's sequences that are among its best.
-        by_steps: some of a block may come first; otherwise all of it is put against every query.
-    """
-    layers = list(surveys.values())
-    shapes = [survey.shape for survey in layers]
-    whole = (tokens + queries) * sum(outputs * inputs for outputs, inputs in shapes)
-    total = np.maximum(sum(survey.variances for survey in layers), np.finfo(np.float64).tiny)
-    parts = [float((survey.variances / total).mean()) for survey in layers]
-    costs, missed = [], []
-    for survey, part in zip(layers, parts, strict=True):
-        outputs, inputs = map(counts, survey.shape)
-        cost = [[projecting_cost(survey.shape, tokens, (r, c)) + queries * r * c for r in outputs] for c in inputs]
-        costs.append(np.array(cost) / whole)
-        missed.append(part * np.maximum(1 - survey.held, 0.0))
-    least, best = math.inf, {}
-    for weight in _WEIGHTS:
-        picked = [
-            divmod(int(np.argmin(cost + weight * lost)), cost.shape[1])
-            for cost, lost in zip(costs, missed, strict=True)
-        ]
-        error = _error(sum(lost[place] for lost, place in zip(missed, picked, strict=True)))
-        share = share_within(wanted, _ALLOWED * error)
-        for found in _firsts(layers, parts, picked, queries / whole, by_steps):
-            estimates = sum(
-                projecting_cost(x.shape, tokens, y.block) + queries * y.before
-                for x, y in zip(layers, found.seen, strict=True)
-            )
-            refined = queries * sum(y.after for y in found.seen) * share_within(wanted, _ALLOWED_FIRST * found.error)
-            expected = relative_cost(shapes, tokens, queries, share, estimates=estimates, refined=refined)
-            if expected < least:
-                least = expected
-                best = dict(
-                    zip(surveys, ((*place, y.first) for place, y in zip(picked, found.seen, strict=True)), strict=True)
-                )
-    return {name: survey.cut(*best[name]) for name, survey in surveys.items()}
-
-
-@dataclass(frozen=True)
-class _Firsts:
-    """What comes first of each layer, and the error of what is estimated by it, in spreads of a query's scores."""
-
-    seen: list[Seen]
-    error: float
-
-
-def _firsts(
-    layers: Sequence[Survey], parts: Sequence[float], picked: Sequence[tuple[int, int]], each: float, by_steps: bool
-) -> Iterator[_Firsts]:
-    """From all of each block to little of it.
-
-    Args:
-        layers: what is known of them.
-        parts: of a query's variance, a layer's.
-        picked: its columns and rows, as ``Survey.cut`` takes them.
-        each: cost of an entry.
-        by_steps: as ``choose`` has it.
-    """
-    seen, costs, missed = [], [], []
-    for survey, part, (columns, rows) in zip(layers, parts, picked, strict=True):
-        numbers, held = survey.firsts(columns, rows)
-        block = counts(survey.shape[0])[rows], counts(survey.shape[1])[columns]
-        seen.append([Seen(*block, number) for number in numbers])
-        costs.append(np.array([each * own.before for own in seen[-1]]))
-        missed.append(part * np.maximum(1 - held, 0.0))
-    known = set()
-    for weight in (math.inf, *_WEIGHTS[::2]) if by_steps else (math.inf,):
-        places = tuple(
-            len(cost) - 1 if weight == math.inf else int(np.argmin(cost + weight * lost))
-            for cost, lost in zip(costs, missed, strict=True)
-        )
-        if places not in known:
-            known.add(places)
-            error = _error(sum(lost[place] for lost, place in zip(missed, places, strict=True)))
-            yield _Firsts([own[place] for own, place in zip(seen, places, strict=True)], error)
-
-
 @dataclass(frozen=True)
 class LayerEstimates:
     """The queries of a layer, cut to its block.
@@ -394,26 +210,9 @@ def principal(queries: Callable[[], Iterable[Tensor]]) -> Spectral:
     """The directions of some queries V [P, M], which are gone through twice, and their mean squares along them."""
     inputs = outputs = torch.zeros(())
     for v in queries():
-        weighed = v / v.norm().clamp_min(_tiny(v))
+        weighed = v / v.norm().clamp_min(tiny(v))
         inputs, outputs = inputs.to(v) + weighed.T @ weighed, outputs.to(v) + weighed @ weighed.T
     found = Spectral(None, torch.linalg.eigh(inputs)[1], torch.linalg.eigh(outputs)[1])
     squares = [found.into(v).square() for v in queries()]
     found.values = sum(squares[1:], squares[0]) / len(squares)
     return found
-
-
-def _error(missed: float) -> float:
-    """Of an estimate that a share of the variance is missing from, in spreads of a query's scores.
-
-    Were entries independent it would be the root. They are not: the leading ones add up more than the others do. On
-    workload A of the benchmark 0.48, 0.21, 0.11 and 0.054 were found for shares of 0.31, 0.10, 0.055 and 0.030.
-    """
-    return min(math.sqrt(missed), 2 * missed)
-
-
-def _largest(x: Tensor) -> Tensor:
-    return torch.sort(x, descending=True, stable=True)[1]
-
-
-def _tiny(x: Tensor) -> float:
-    return torch.finfo(x.dtype).tiny
