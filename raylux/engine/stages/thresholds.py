@@ -19,7 +19,8 @@ from raylux.store.arrays import Group
 
 # Of the pilot's best so many must be missed before their share tells anything.
 _TELLING = 3
-# Of the pairs that may be missed, a share may be so by what comes first: these margins are cheap.
+# Of the pairs that may be missed, the share that may be so by what comes first: a pair that this leaves open costs less
+# than one that is scored, so that its margin is the wider one.
 _FIRST = 0.3
 
 
