@@ -112,12 +112,13 @@ def test_margins_find_the_share_that_is_wanted_of_the_pilot(first: bool) -> None
     fine, coarse = (total + size * drawn(40, 500, seed=seed).numpy() for seed, size in ((1, 0.3), (2, 0.5)))
     held = Estimates(fine, errors, np.ones(total.shape, bool), coarse if first else None)
     found = Pilot(total, held, {}).margins(50, 500, 0.9)
-    kth = -np.sort(-total, 1)[:, 49]
+    kth = -np.sort(-total, 1)[:, 49:51].mean(1)
     among = total >= kth[:, None]
-    assert held.reach(kth, [found] * 40)[among].mean() == pytest.approx(0.9, abs=0.005)
+    # Of 2,000 that are wanted 200 may be missed, a standard error of which is left for chance.
+    assert held.reach(kth, [found] * 40)[among].mean() == pytest.approx(1 - (200 - math.sqrt(200)) / 2000, abs=0.001)
     assert math.isinf(found.first) != first
     if first:
-        assert (coarse + found.first * 0.6 >= kth[:, None])[among].mean() == pytest.approx(0.97, abs=0.005)
+        assert (coarse + found.first * 0.6 >= kth[:, None])[among].mean() == pytest.approx(0.97, abs=0.001)
 
 
 # runs

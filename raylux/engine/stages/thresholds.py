@@ -105,22 +105,29 @@ class Pilot:
             recall: the share.
         """
         rank = max(1, round(best * self.total.shape[1] / every))
-        kth = -np.sort(-self.total, 1)[:, rank - 1 : rank]
+        # Halfway to the next: of few, one that stood at the threshold itself would be far from what most are.
+        kth = -np.sort(-self.total, 1)[:, rank - 1 : rank + 1].mean(1, keepdims=True)
         among = self.total >= kth
         own = self.estimates
         fine, off = self._needed(own.values, own.errors[:, :1], kth)
         if own.first is None:
-            return Margins(_told(fine[among], off, recall))
+            return Margins(_told(fine[among], off, _surely(recall, among)))
         needed, off_first = self._needed(own.first, own.errors[:, 1:], kth)
         kept = 1 - _FIRST * (1 - recall)
         first = _told(needed[among], off_first, kept)
-        return Margins(_told(fine[among & (needed <= first)], off, recall / kept), first)
+        return Margins(_told(fine[among & (needed <= first)], off, min(1.0, _surely(recall, among) / kept)), first)
 
     def _needed(self, values: np.ndarray, error: np.ndarray, kth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """In standard errors: how far estimates lie below their thresholds, and off the scores."""
         with np.errstate(divide="ignore", invalid="ignore"):
             below, off = (np.where(error > 0, (x - values) / error, 0.0) for x in (kth, self.total))
         return below, off
+
+
+def _surely(recall: float, among: np.ndarray) -> float:
+    """A share of these pairs that leaves a standard error of what may be missed for chance."""
+    missed = float(among.sum()) * (1 - recall)
+    return recall if missed < _TELLING else 1 - (missed - math.sqrt(missed)) / float(among.sum())
 
 
 def _told(needed: np.ndarray, off: np.ndarray, recall: float) -> float:
