@@ -33,9 +33,9 @@ factors and queries: recall is the share of the pairs that are truly among their
 in two stages tokens are projected and put against all queries in the first part of a block of each layer, what that
 leaves open against the rest of it, gradients with a chosen pair are formed, and put against the chosen queries. *By
 time*: a pair by itself at {GATHERED:.0f} pairs of a matrix product and an estimate's multiplications at {NARROW:g}, by
-which a run decides whether two stages pay. *CPU*: measured, of the same stages, laying out queries among it. The curve is that of the estimates by
-the whole block, of the pairs that the run's first part had left open; the run itself has a pilot beside, whose pairs
-are all scored, and what its thresholds leave for safety.
+which a run decides whether two stages pay. *CPU*: measured, of the same stages, laying out queries among it. The curve
+is that of the estimates by the whole block, of the pairs that the run's first part had left open; the run itself has a
+pilot beside, whose pairs are all scored, and what its thresholds leave for safety.
 {sections}"""
 
 
