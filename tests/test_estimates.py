@@ -15,8 +15,9 @@ import torch
 import raylux
 from raylux.api import run_stages
 from raylux.engine import estimating
+from raylux.engine.estimating import Margins
 from raylux.engine.stages import two_stage
-from raylux.engine.stages.thresholds import Estimates, Margins, Pilot
+from raylux.engine.stages.thresholds import Estimates, Pilot
 from raylux.errors import UserError
 from raylux.influence.dots import Held
 from raylux.influence.pairs import PairQueries
@@ -99,7 +100,7 @@ def test_estimates_reach_as_far_as_their_step_allows() -> None:
     both = Estimates.read(Written(estimate=values, error=error, first=values[:, ::-1]), [0])  # type: ignore[arg-type]
     assert both.reach(np.array([3.0]), [Margins(2.0, 0.25)]).tolist() == [[False, False, False, False, False]]
     assert both.reach(np.array([3.0]), [Margins(2.0, 1.0)]).tolist() == [[False, True, False, True, True]]
-    assert both.opened(np.array([3.0]), Margins(2.0, 0.5)) == 0.6
+    assert both.opened(np.array([3.0]), Margins(2.0, 0.5)) == 0.6 and both.opened(np.array([9.0]), Margins(2.0)) == 1
     # Runs of before had one error of each query, or of each pair.
     for old in (error[:, :1], np.full((1, 5), 0.5)):
         one = Estimates.read(Written(estimate=values, error=old), [0])  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,20 @@ from jobs.twostage import page
 from jobs.twostage.cases import Case, prepare
 from jobs.twostage.measured import measure
 from raylux.errors import UserError
-from tests.test_estimates import sees_little_first, sees_most
+from raylux.influence.surveys import Cut, Survey
+from tests.test_estimates import sees_most
 
 # Several waves of a small corpus.
 UNITS = ("score.unit_size=16",)
 
 
-@pytest.mark.parametrize("choose", [sees_most, sees_little_first])
+def sees_much_first(surveys: Mapping[str, Survey], *more: object) -> dict[str, Cut]:
+    """Of the smallest blocks that have most of the variance, nine tenths: little says nothing of so small a model."""
+    cuts = sees_most(surveys, *more)
+    return {name: replace(cut, first=min(cut.seen.block) * 9 // 10) for name, cut in cuts.items()}
+
+
+@pytest.mark.parametrize("choose", [sees_most, sees_much_first])
 def test_both_ways_on_the_smallest_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choose: Callable) -> None:
     monkeypatch.setattr("raylux.engine.estimating.choose", choose)
     monkeypatch.setattr("raylux.cost.two_stage.PILOT_LEAST", 32)
@@ -29,7 +37,7 @@ def test_both_ways_on_the_smallest_case(tmp_path: Path, monkeypatch: pytest.Monk
     curve = found["curve"]
     assert [x["recall"] for x in curve] == sorted(x["recall"] for x in curve)
     assert curve[-1]["recall"] > 0.97 and all(0 < x["cost"] <= x["time"] for x in curve)
-    assert found["opened"] == 1, "little says nothing of so small a model, and most is all there is"
+    assert (0.1 < found["opened"] < 0.9) if choose is sees_much_first else found["opened"] == 1
     assert found["seconds"]["every"]["contraction"] > 0 and found["seconds"]["two"]["contraction"] > 0
     # Every pair scored twice over costs more than once.
     assert curve[-1]["cost"] > curve[0]["cost"]

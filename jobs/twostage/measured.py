@@ -15,7 +15,8 @@ from jobs.twostage.cases import Case
 from raylux import api
 from raylux.config import Config
 from raylux.cost.two_stage import GATHERED, NARROW, Seen, estimates_cost, relative_cost
-from raylux.engine.stages.thresholds import Estimates, Margins
+from raylux.engine.estimating import Margins
+from raylux.engine.stages.thresholds import Estimates
 from raylux.results import Run
 from raylux.store import ESTIMATED, PILOT, CorpusReader
 

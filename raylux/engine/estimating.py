@@ -33,6 +33,19 @@ from raylux.store import RunFolder
 
 
 @dataclass(frozen=True)
+class Margins:
+    """Standard errors that an estimate may lie below a threshold.
+
+    Attributes:
+        fine: of estimates by all that is seen.
+        first: of those by what comes first; infinite: these leave nothing out.
+    """
+
+    fine: float
+    first: float = math.inf
+
+
+@dataclass(frozen=True)
 class Estimated:
     """How a unit's pairs are told apart.
 
@@ -41,15 +54,14 @@ class Estimated:
         kind: of curvature.
         sequences: T, tokens of one on average, and the share of them that are among a query's best.
         thresholds: of each loaded query, below which its pairs are not wanted; None: all pairs are.
-        margins: standard errors that a pair may lie below its threshold, of an estimate by all that is seen, and of one
-            by what comes first; None: that leaves nothing out.
+        margins: how far below its threshold a pair may lie.
     """
 
     fitted: Fitted
     kind: str
     sequences: tuple[float, float]
     thresholds: tuple[float, ...] | None
-    margins: tuple[float, float | None]
+    margins: Margins
 
 
 @dataclass(frozen=True)
@@ -156,7 +168,7 @@ class Sieve:
             return Found(first)
         if how.thresholds is None:
             return Found(first + _sum(layer.refinements(own, None, pack.rows) for layer, own in formed), first)
-        left = asked & self._reaching(first, 1, how)
+        left = asked & self._reaching(first, how, how.margins.first, 1)
         if not bool(left.any()):
             return Found(first, first, left)
         some = left.any(1)
@@ -169,12 +181,13 @@ class Sieve:
         """The pairs [rows, Q] of those ``asked`` that may reach their query's threshold; None: all."""
         if how.thresholds is None:
             return None
-        return (asked if found.refined is None else found.refined) & self._reaching(found.values, 0, how)
+        return (asked if found.refined is None else found.refined) & self._reaching(
+            found.values, how, how.margins.fine, 0
+        )
 
-    def _reaching(self, values: Tensor, step: int, how: Estimated) -> Tensor:
+    def _reaching(self, values: Tensor, how: Estimated, margin: float, step: int) -> Tensor:
         assert how.thresholds is not None
-        margin = how.margins[step]
-        room = math.inf if margin is None else margin * self.errors[:, step]
+        room = math.inf if math.isinf(margin) else margin * self.errors[:, step]
         return values + room >= torch.tensor(how.thresholds, dtype=torch.float64)
 
     def scores(self, pack: Pack, chosen: Tensor | None) -> Tensor:

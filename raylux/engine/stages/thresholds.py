@@ -12,6 +12,7 @@ import numpy as np
 
 from raylux.cost.two_stage import Seen
 from raylux.engine.context import Context
+from raylux.engine.estimating import Margins
 from raylux.engine.stages import prefilter
 from raylux.engine.stages.query import answerable
 from raylux.store import CHOSEN, PILOT, score_blocks
@@ -30,19 +31,6 @@ def rank_of(expected: float) -> int:
     A threshold that is too high costs more than one that is too low: what it left out runs through the model again.
     """
     return math.ceil(expected + 3 * math.sqrt(expected)) if expected else 1
-
-
-@dataclass(frozen=True)
-class Margins:
-    """Standard errors that an estimate may lie below a threshold.
-
-    Attributes:
-        fine: of estimates by all that is seen.
-        first: of those by what comes first; infinite: these leave nothing out.
-    """
-
-    fine: float
-    first: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -66,7 +54,7 @@ class Estimates:
         """Of some of a unit's queries."""
         values = group.read("estimate")[places].astype(np.float64)
         errors, refined = group.read("error")[places].astype(np.float64), np.ones(values.shape, bool)
-        if errors.shape[1] != 2:  # a run of before had one step, and once an error for each pair
+        if "first" not in group and "refined" not in group:  # one step: an error of each query, or once of each pair
             errors = np.repeat(np.sqrt(np.mean(errors**2, 1, keepdims=True)), 2, 1)
         if "refined" in group:
             refined = np.unpackbits(group.read("refined")[places], 1, values.shape[1]).astype(bool)
@@ -77,15 +65,19 @@ class Estimates:
         """The pairs that may reach their query's limit [Q], by its margins."""
         fine, first = (np.array([getattr(own, name) for own in margins])[:, None] for name in ("fine", "first"))
         with np.errstate(invalid="ignore"):  # an error of nothing, infinitely often
-            room = np.where(np.isinf(first), first, first * self.errors[:, 1:])
-        found = self.values + np.where(self.refined, fine * self.errors[:, :1], room) >= limits[:, None]
+            near, room = (
+                np.where(np.isinf(x), x, x * error[:, None])
+                for x, error in zip((fine, first), self.errors.T, strict=True)
+            )
+        found = self.values + np.where(self.refined, near, room) >= limits[:, None]
         return found if self.first is None else found & (self.first + room >= limits[:, None])
 
     def opened(self, limits: np.ndarray, margins: Margins) -> float:
         """Share of the pairs that what comes first leaves open."""
-        if self.first is None or math.isinf(margins.first):
+        if self.first is None:
             return 1.0
-        return float((self.first + margins.first * self.errors[:, 1:] >= limits[:, None]).mean())
+        by_first = Estimates(self.first, self.errors, np.zeros(self.first.shape, bool))
+        return float(by_first.reach(limits, [margins] * len(limits)).mean())
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from raylux.config import ScoreSection
 from raylux.cost.two_stage import assumed_seen, estimates_cost, pilot, relative_cost
 from raylux.curvature import Kind
 from raylux.engine.context import Context
-from raylux.engine.estimating import Estimated
+from raylux.engine.estimating import Estimated, Margins
 from raylux.engine.quarantine import lost_pairs
 from raylux.engine.records import Contraction
 from raylux.engine.stages import prefilter
@@ -199,7 +199,7 @@ def _run(
     best = ctx.config.score.best
     assert best is not None
     sequences = float(ctx.reader.lengths.mean()), min(1.0, best / len(prefilter.union(ctx)))
-    margins = (rule.margin, rule.first) if rule else (0.0, None)
+    margins = Margins(rule.margin, math.inf if rule.first is None else rule.first) if rule else Margins(0.0)
     how = Estimated(fitted(ctx), ctx.config.curvature.kind, sequences, thresholds, margins)
     shared = ctx.backend.share(loaded), ctx.backend.share(how)
     calls = (
