@@ -11,6 +11,8 @@ from scipy.linalg import LinAlgError, blas, eigh
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from torch import Tensor
 
+from raylux import processor
+
 
 def add_gram(total: Tensor, rows: Tensor) -> None:
     """Add xᵀx of rows x [·, n] on a CPU: the lower triangle of ``total`` [n, n] alone, which is half the work."""
@@ -23,13 +25,14 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
 def eigendecomposition(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and eigenvectors in columns of a symmetric matrix, by the library that is quicker.
 
-    torch has Intel's library, whose LAPACK takes its plainest path on other processors: of n = 2,000 in float32, on a
-    Zen with AVX2, 0.9 s where OpenBLAS takes 0.75; of n = 1,000 in float64 0.29 s and 0.20.
+    torch has Intel's library, whose LAPACK takes its plainest path on other makers' processors: of n = 2,049 in
+    float32, 0.66 s where OpenBLAS takes 0.57; of n = 1,025 in float64 0.19 s and 0.14 (a Zen with AVX-512; with AVX2 it
+    is much the same).
 
     Raises:
         torch.linalg.LinAlgError: it does not converge.
     """
-    if matrix.device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX2":
+    if matrix.device.type != "cpu" or not torch.backends.mkl.is_available() or processor.is_intel():
         return torch.linalg.eigh(matrix)
     try:
         with _as_many_threads():

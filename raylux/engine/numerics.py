@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import platform
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from raylux import processor
 
 Numerics = dict[str, Any]
 """torch (version), device (hardware, as far as libraries choose their kernels by it), threads."""
@@ -29,8 +29,4 @@ def _cpu() -> str:
     """Vector instructions and the processor's name as the system gives it."""
     import torch
 
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        named = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-        name = named[0] if named else name
-    return f"{torch.backends.cpu.get_cpu_capability()} {name}"
+    return f"{torch.backends.cpu.get_cpu_capability()} {processor.name()}"
