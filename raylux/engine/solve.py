@@ -20,7 +20,8 @@ from raylux.routed import whole_blocks
 from raylux.scratch import Scratch
 
 # Scores that are taken both ways: of a block's first query on the sequences of so many queries after it, of so many
-# tokens of each.
+# tokens of each: of all of these and of halves of them, since an error that is seen at three scores alone may be five
+# times as large at others.
 _PAIRS, _CHECKED = 3, 32
 # Token rows of a product with a basis; the last one of a block is filled up with zeros. A token's bits depend on the
 # product's shape: so it is the same however many queries stand in the block. Where whole blocks of queries are sure to
@@ -59,9 +60,9 @@ class Solved:
     Attributes:
         s_test: [Q, P, M], in the precision of the products.
         squares: ‖∇f‖² of each.
-        pairs: [2, n] scores of some tokens of the first query on some of the next ones (of its own where it is alone):
-            in full precision from the tokens as they came, and by s_test and products as they are taken; n = 0 where
-            nobody asked.
+        pairs: [2, n] scores of some tokens of the first query on samples of those of some of the next ones (of its own
+            where it is alone): in full precision from the tokens as they came, and by s_test and products as they are
+            taken; n = 0 where nobody asked.
     """
 
     s_test: Tensor
@@ -139,7 +140,8 @@ def solve_words(tokens: Sequence[Tokens], dtype: torch.dtype, checked: bool) -> 
     gradients = [WordGradient.of(ids, g) for ids, g in tokens]
     rounded = [gradient.to(dtype) for gradient in gradients]
     places = _compared(len(tokens)) if checked else ()
-    pairs = [[each[0].dot(each[place]) for place in places] for each in (gradients, rounded)]
+    samples = [WordGradient.of(*some) for place in places for some in _samples(_spread(tokens[place]))]
+    pairs = [[gradients[0].dot(some) for some in samples], [rounded[0].dot(some.to(dtype)) for some in samples]]
     return SolvedWords(rounded, [gradient.dot(gradient) for gradient in gradients], np.array(pairs))
 
 
@@ -167,19 +169,20 @@ def _both_ways(
     places = _compared(len(tokens))
     some = {place: _spread(tokens[place]) for place in {0, *places}}
 
-    def exact(place: int) -> Tensor:
+    def turned(place: int) -> Tokens:
         a, g = (_wide(x) for x in some[place])
-        turned = (x if q is None else rotated(x, q) for x, q in ((a, curvature.q_a), (g, curvature.q_s)))
-        own_a, own_g = turned
-        return own_g.T @ own_a
+        own_a, own_g = (x if q is None else rotated(x, q) for x, q in ((a, curvature.q_a), (g, curvature.q_s)))
+        return own_a, own_g
 
-    first = curvature.divide(exact(0), damping) if given is None else curvature.into(given)
-    wanted = [float((first * exact(place)).sum(dtype=torch.float64)) for place in places]
+    own_a, own_g = turned(0)
+    first = curvature.divide(own_g.T @ own_a, damping) if given is None else curvature.into(given)
+    wanted = [float(_summed(first, g.T @ a)) for place in places for a, g in _samples(turned(place))]
     if given is None:
         (gradient,) = _gradients(curvature, [some[0]], bases, _CHECKED, Scratch())
         first = curvature.divide(gradient[:, : some[0][0].shape[1]], damping)
     s_test = (first if form.eigen else curvature.back(first)).to(form.dtype)
-    return np.array([wanted, [_score(s_test, some[place], bases if form.eigen else None) for place in places]])
+    inside = bases if form.eigen else None
+    return np.array([wanted, [score for place in places for score in _scores(s_test, some[place], inside)]])
 
 
 def _spread(tokens: Tokens) -> Tokens:
@@ -189,16 +192,33 @@ def _spread(tokens: Tokens) -> Tokens:
     return a[rows], g[rows]
 
 
+def _samples(tokens: Tokens) -> Iterator[Tokens]:
+    """Of the tokens of a query all, either half, and every other one; some of these may have none."""
+    half = len(tokens[0]) // 2
+    for rows in (slice(None), slice(half), slice(half, None), slice(0, None, 2), slice(1, None, 2)):
+        yield tokens[0][rows], tokens[1][rows]
+
+
 def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
-def _score(s_test: Tensor, tokens: Tokens, bases: Bases | None) -> float:
-    """⟨s_test, G⟩ of operands that are rounded as those of the score stage are; s_test may be in an eigenbasis."""
-    a, g = (x.to(s_test.dtype).unsqueeze(0) for x in tokens)
+def _scores(s_test: Tensor, tokens: Tokens, bases: Bases | None) -> Iterator[float]:
+    """⟨s_test, G⟩ of samples, of operands that are rounded as those of the score stage are.
+
+    ``bases``: s_test is in these eigenbases; None: in the standard one.
+    """
+    a, g = (x.to(s_test.dtype) for x in tokens)
     if bases is not None:
-        a, g = rotate(a, bases[0]), rotate(g, bases[1])
-    return float((sequence_gradients(a, g)[0].float() * s_test.float()).sum(dtype=torch.float64))
+        a, g = rotate(a[None], bases[0])[0], rotate(g[None], bases[1])[0]
+    wide = _wide(s_test)
+    for own_a, own_g in _samples((a, g)):
+        yield float(_summed(wide, _wide(sequence_gradients(own_a[None], own_g[None])[0])))
+
+
+def _summed(x: Tensor, y: Tensor) -> Tensor:
+    """Σ x y [P, M]; a sum that is in float64 throughout takes fifteen times as long."""
+    return (x * y).sum(1).sum(dtype=torch.float64)
 
 
 def _gradients(
