@@ -55,7 +55,7 @@ def test_the_multiplications_are_those_that_the_engine_decides_by() -> None:
     seen = [two_stage.assumed_seen(shape, False) for shape in shapes]
     assert all(own.after for own in seen) and not any(two_stage.assumed_seen(shape, True).after for shape in shapes)
     estimates, refined = two_stage.estimates_cost(shapes, *size, seen, two_stage._OPENED)
-    relative = two_stage.relative_cost(shapes, *size, share, 1.0, 1.0, estimates=estimates, refined=refined)
+    relative = two_stage.relative_cost(shapes, *size, share, two_stage.COUNTED, estimates=estimates, refined=refined)
     contraction = every["forming"] + every["dots"]
     assert two["forming"] + two["estimates"] + two["chosen pairs"] == pytest.approx(relative * contraction, rel=1e-9)
     assert two["forward"] == every["forward"] and "dots" not in two

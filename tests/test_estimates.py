@@ -15,7 +15,9 @@ import torch
 import raylux
 from raylux.api import run_stages
 from raylux.engine import estimating
+from raylux.engine.captures import GIVEN, CapturedSequences
 from raylux.engine.estimating import Margins
+from raylux.engine.records import Contraction
 from raylux.engine.stages import two_stage
 from raylux.engine.stages.thresholds import Estimates, Pilot
 from raylux.errors import UserError
@@ -208,6 +210,32 @@ def test_the_best_have_their_scores_and_others_are_left_out(
         run.top("a", 5)
     with pytest.raises(UserError, match="documents sum up"):
         run.top("a", 2, by="document")
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["on a CPU", "as on a GPU"])
+def test_products_in_bf16(
+    inputs: Inputs, tmp_path: Path, every: np.ndarray, monkeypatch: pytest.MonkeyPatch, single: bool
+) -> None:
+    """What the fit has kept in bf16 serves both stages, unless they want float32."""
+    how = ("engine.contraction_dtype=bfloat16", "prefilter.kind=none", "engine.batch_tokens=8")
+    whole = inputs.run(tmp_path / "every", *how, "score.layers=false").scores().to_numpy()
+    if single:
+        monkeypatch.setattr(two_stage, "_contraction", lambda _: Contraction("float32"))
+    served, usual = [], CapturedSequences.batch
+
+    def watched(self: CapturedSequences, *call: object) -> object:
+        found = usual(self, *call)  # type: ignore[arg-type]
+        served.extend([call[2]] * (found is not None))
+        return found
+
+    monkeypatch.setattr(CapturedSequences, "batch", watched)
+    scores = inputs.run(tmp_path / "two", *TWO, *how, "score.token_top=0").scores().to_numpy()
+    assert {"pilot", "estimated"} <= set(estimated(tmp_path / "two")) and (GIVEN in served) != single
+    there = ~np.isnan(scores)
+    assert 0.1 < there.mean() < 0.8
+    assert np.abs((scores - whole)[there]).max() < (0.05 if single else 0.02) * every.std()
+    kth = np.sort(every, 1)[:, -BEST]
+    assert there[every >= kth[:, None]].mean() >= 0.9
 
 
 def test_what_was_left_out_is_scored_when_it_is_asked_for(inputs: Inputs, tmp_path: Path, every: np.ndarray) -> None:

@@ -36,6 +36,13 @@ def test_what_was_put_comes_back(dtype: torch.dtype) -> None:
     assert ("fit", 5) not in kept and not kept.read(("fit", 5), {})
 
 
+def test_what_is_kept_in_one_precision_is_not_there_in_another() -> None:
+    kept = Kept(1 << 20)
+    kept.put(0, {**tensors(0, torch.bfloat16), "a": tensors(0)["a"]})
+    assert kept.names(0, torch.bfloat16) == ["g"] and kept.names(0, torch.float32) == ["a"]
+    assert not kept.names(0, torch.float64) and not kept.names(1, torch.float32)
+
+
 def test_up_to_the_limit() -> None:
     one = sum(x.numel() * x.element_size() for x in tensors(0).values())
     kept = Kept(2 * one + 1)

@@ -189,7 +189,7 @@ def test_what_is_kept_of_all_passes_serves_the_scores(
     monkeypatch.setattr(GradientWorker, "prepare", lambda self: workers.append(self) or usual(self))
 
     def kept(which: str) -> set[int]:
-        return {row for row in range(SEQUENCES) if workers[-1]._kept.has(row, which)}
+        return {row for row in range(SEQUENCES) if workers[-1]._kept.has(row, which, torch.float32)}
 
     # Sequences by themselves: some fitted ones are padded as scored ones are.
     how = (*PLAIN, "engine.batch_tokens=8")

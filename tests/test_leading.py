@@ -10,12 +10,23 @@ import pytest
 import torch
 
 from raylux.blocks import Blocks
-from raylux.cost.two_stage import Seen, estimates_cost, projecting_cost, reached, relative_cost, share_within
+from raylux.cost.two_stage import (
+    COUNTED,
+    Pace,
+    Seen,
+    estimates_cost,
+    pace,
+    projecting_cost,
+    reached,
+    relative_cost,
+    share_within,
+)
 from raylux.curvature.spectral import Spectral
 from raylux.influence.leading import Block, LayerEstimates, principal
 from raylux.influence.surveys import Cut, Survey, choose, counts
 
 P, M, N, T, Q = 40, 21, 24, 8, 12
+PACE = pace("float32")
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -162,7 +173,7 @@ def test_blocks_are_larger_where_more_is_missed_or_wanted() -> None:
     def of(values: torch.Tensor, wanted: float = 0.02, queries: int = 1000) -> tuple[int, int]:
         v = drawn(8, 256, 128) / (values + 0.1 * values.mean())
         survey = Survey.of(v * values.sqrt(), Spectral(values), True)
-        return choose({"l": survey}, 128.0, queries, wanted)["l"].seen.block
+        return choose({"l": survey}, 128.0, queries, wanted, PACE)["l"].seen.block
 
     steep, flat = falling(256, 128) ** 4, falling(256, 128) ** 0.5
     few, many = of(steep), of(flat)
@@ -176,7 +187,7 @@ def test_layers_share_what_is_missed() -> None:
     values = falling(64, 32)
     v = drawn(8, 64, 32)
     large, small = (Survey.of(scale * v, Spectral(values), True) for scale in (1.0, 0.01))
-    found = choose({"large": large, "small": small}, 128.0, 1000, 0.02)
+    found = choose({"large": large, "small": small}, 128.0, 1000, 0.02, PACE)
     assert found["small"].rows.numel() * found["small"].columns.numel() < np.prod(found["large"].seen.block)
 
 
@@ -187,7 +198,7 @@ def test_a_part_of_a_block_comes_first_where_that_is_cheaper() -> None:
     surveys = {name: Survey.of(v, Spectral(values), True) for name in "ab"}
 
     def of(wanted: float, queries: int = 1000, by_steps: bool = True) -> list[Seen]:
-        return [cut.seen for cut in choose(surveys, 128.0, queries, wanted, by_steps).values()]
+        return [cut.seen for cut in choose(surveys, 128.0, queries, wanted, PACE, by_steps).values()]
 
     steps = of(0.001)
     assert all(0 < seen.before < seen.rows * seen.columns and seen.first < min(seen.block) for seen in steps)
@@ -214,8 +225,11 @@ def test_the_multiplications_of_a_block_are_those_of_its_products() -> None:
     found = estimates_cost([(1000, 500), (500, 1000)], 128, 1000, [Seen(200, 8, 3), Seen.of((8, 200))], 0.1)
     assert found == (2 * few + 1000 * 200 * (3 + 8), pytest.approx(100 * 200 * 5))
     # All pairs chosen, every gradient formed, nothing estimated: the contraction itself.
-    assert relative_cost([(30, 20)], 128, 1000, 1.0, gathered=1.0, estimates=0.0) == pytest.approx(1)
-    assert relative_cost([(30, 20)], 128, 1000, 0.0, estimates=0.0, formed=0.0, refined=600.0) == 5 * 600 / (1128 * 600)
+    assert relative_cost([(30, 20)], 128, 1000, 1.0, COUNTED, estimates=0.0) == pytest.approx(1)
+    for own in (Pace(5.0, 2.5), Pace(11.0, 5.5)):
+        found = relative_cost([(30, 20)], 128, 1000, 0.1, own, estimates=1200.0, formed=0.0, refined=600.0)
+        assert found == pytest.approx((own.narrow * 2 + own.gathered * (1 + 100)) / 1128)
+    assert pace("float64") == pace("float32") != pace("bfloat16")
 
 
 def test_shares_of_a_normal_distribution() -> None:

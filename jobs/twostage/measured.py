@@ -14,9 +14,10 @@ import numpy as np
 from jobs.twostage.cases import Case
 from raylux import api
 from raylux.config import Config
-from raylux.cost.two_stage import GATHERED, NARROW, Seen, estimates_cost, relative_cost
+from raylux.cost.two_stage import COUNTED, Pace, Seen, estimates_cost, pace, relative_cost
 from raylux.engine.estimating import Margins
 from raylux.engine.stages.thresholds import Estimates
+from raylux.ledger import CONTRACTION
 from raylux.results import Run
 from raylux.store import ESTIMATED, PILOT, CorpusReader
 
@@ -42,7 +43,7 @@ class Point:
         share: of all pairs, that would be.
         formed: of all sequences, with such a pair.
         cost: multiplications, of those of all pairs' contraction.
-        time: the same with a pair by itself at ``GATHERED`` pairs, and estimates' multiplications at ``NARROW``.
+        time: the same by the ``pace`` of the run's products.
     """
 
     margin: float
@@ -133,8 +134,7 @@ def _curve(run: Run, exact: np.ndarray, kth: np.ndarray, tokens: float) -> list[
         recall, share = float(chosen[among].mean()), float(chosen[there].mean())
         formed = float((chosen & there).any(0)[there.any(0)].mean())
         costs = (
-            _cost(run, tokens, len(exact), share, formed, opened, weights)
-            for weights in ((1.0, 1.0), (GATHERED, NARROW))
+            _cost(run, tokens, len(exact), share, formed, opened, each) for each in (COUNTED, pace(_products(run)))
         )
         points.append(Point(margin, recall, share, formed, *costs))
     return points
@@ -179,16 +179,20 @@ def _rule(run: Run) -> dict[str, Any]:
 def _of_run(run: Run, there: np.ndarray, tokens: float) -> float:
     """Multiplications of the run, its pilot among them; those of a run that gave two stages up are of no meaning."""
     opened = _opened(*_estimates(run, np.full((len(there), 1), -np.inf)))  # all of the pilot was looked at
-    return _cost(run, tokens, len(there), float(there.mean()), float(there.any(0).mean()), opened, (1.0, 1.0))
+    return _cost(run, tokens, len(there), float(there.mean()), float(there.any(0).mean()), opened, COUNTED)
 
 
-def _cost(
-    run: Run, tokens: float, queries: int, share: float, formed: float, opened: float, weights: tuple[float, float]
-) -> float:
+def _cost(run: Run, tokens: float, queries: int, share: float, formed: float, opened: float, own: Pace) -> float:
     shapes, seen = _shapes(run), _seen(run)
     layers = list(shapes.values())
     estimates, refined = estimates_cost(layers, tokens, queries, [seen[name] for name in shapes], opened)
-    return relative_cost(layers, tokens, queries, share, *weights, estimates=estimates, refined=refined, formed=formed)
+    return relative_cost(layers, tokens, queries, share, own, estimates=estimates, refined=refined, formed=formed)
+
+
+def _products(run: Run) -> str:
+    """The precision of products of all pairs."""
+    known = run.store.units(CONTRACTION).get("products")
+    return str(known.meta["dtype"] if known else run.settings["plan"]["contraction"])
 
 
 def _shapes(run: Run) -> dict[str, tuple[int, int]]:

@@ -9,7 +9,7 @@ from typing import Any
 from jobs.plots import pyplot
 from jobs.twostage.cases import CASES
 from jobs.twostage.measured import WANTED
-from raylux.cost.two_stage import GATHERED, NARROW
+from raylux.cost.two_stage import pace
 
 Figures = Mapping[str, dict[str, Any]]
 _FLOOR = 0.15
@@ -18,6 +18,7 @@ _FLOOR = 0.15
 def text(figures: Figures, command: str) -> str:
     """The page."""
     sections = "\n".join(_section(name, case) for name, case in figures.items())
+    usual, halved = pace("float32"), pace("bfloat16")
     return f"""# Two-stage scoring: the best of each query at a part of the cost
 
     {command}
@@ -32,7 +33,8 @@ factors and queries: recall is the share of the pairs that are truly among their
 *Multiplications*: of the contraction Σ (T + Q)·P·M of all pairs, forward and backward passes and the query stage apart;
 in two stages tokens are projected and put against all queries in the first part of a block of each layer, what that
 leaves open against the rest of it, gradients with a chosen pair are formed, and put against the chosen queries. *By
-time*: a pair by itself at {GATHERED:.0f} pairs of a matrix product and an estimate's multiplications at {NARROW:g}, by
+time*: a pair by itself at {usual.gathered:g} pairs of a matrix product and an estimate's multiplications at
+{usual.narrow:g} ({halved.gathered:g} and {halved.narrow:g} where matrix products are in bf16, which neither knows), by
 which a run decides whether two stages pay. *CPU*: measured, of the same stages, laying out queries among it. The curve
 is that of the estimates by the whole block, of the pairs that the run's first part had left open; the run itself has a
 pilot beside, whose pairs are all scored, and what its thresholds leave for safety.

@@ -18,9 +18,6 @@ from raylux.cost.workload import Workload
 _BLOCK = 1024, 16
 # Of the fewer of them a share comes first on a CPU, and leaves a share of the pairs open (the same page).
 _FIRST, _OPENED = 3 / 8, 0.2
-# A pair that is scored by itself, in pairs of a matrix product, and a multiplication of an estimate, whose products are
-# narrow: measured on a CPU in float32.
-GATHERED, NARROW = 5.0, 2.5
 # Sequences of the pilot: a share of all, between two bounds.
 _PILOT_SHARE, PILOT_LEAST, _PILOT_MOST = 1 / 64, 128, 512
 _PILOT_UNITS = 4
@@ -32,6 +29,37 @@ _REACHED = 3.0
 # Passes through memory that was not in use before, by which a worker's queries are laid out for both stages: 7.5 s per
 # GB were measured where such a pass took 0.38 (the same page).
 _LAYING_PASSES = 20
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a multiplication takes elsewhere, in those of a product of all pairs.
+
+    Attributes:
+        gathered: of a pair that is scored by itself.
+        narrow: of an estimate, whose products are narrow.
+    """
+
+    gathered: float
+    narrow: float
+
+
+COUNTED = Pace(1.0, 1.0)
+"""Multiplications alone."""
+
+# Measured on CPUs. Of single pairs and of estimates float32 is the least there is, in which they take as long as ever.
+_ALONE = Pace(5.0, 2.5)
+_BESIDE_BF16 = Pace(11.0, 5.5)
+
+
+def pace(contraction: str) -> Pace:
+    """Where products of all pairs are in the precision ``contraction``."""
+    return _BESIDE_BF16 if contraction == "bfloat16" else _ALONE
+
+
+def alone(contraction: str) -> str:
+    """The precision of single pairs and of estimates."""
+    return "float64" if contraction == "float64" else "float32"
 
 
 def pilot(sequences: float, best: int) -> float:
@@ -55,8 +83,7 @@ def relative_cost(
     tokens: float,
     queries: int,
     share: float,
-    gathered: float = GATHERED,
-    narrow: float = NARROW,
+    pace: Pace,
     *,
     estimates: float,
     refined: float = 0.0,
@@ -69,8 +96,7 @@ def relative_cost(
         tokens: T, of a sequence.
         queries: Q.
         share: of all pairs, that are chosen.
-        gathered: of a pair by itself, in pairs of a matrix product.
-        narrow: likewise of a multiplication of an estimate.
+        pace: what they take; ``COUNTED``: each counts for one.
         estimates: multiplications of one sequence's.
         refined: likewise, of those that are taken pair by pair.
         formed: share of the sequences with a chosen pair, whose gradients are formed; None: as if queries chose
@@ -78,7 +104,8 @@ def relative_cost(
     """
     entries = sum(outputs * inputs for outputs, inputs in shapes)
     formed = reached(share, queries) if formed is None else formed
-    stages = narrow * estimates + gathered * refined + (formed * tokens + gathered * share * queries) * entries
+    stages = pace.narrow * estimates + pace.gathered * refined
+    stages += (formed * tokens + pace.gathered * share * queries) * entries
     return stages / ((tokens + queries) * entries)
 
 
@@ -192,7 +219,8 @@ def chosen_share(work: Workload, gpu: bool) -> float | None:
     first = pilot(work.candidates, work.best) / work.candidates
     share = first + (1 - first) * min(1.0, _REACHED * work.best / work.candidates)
     shapes, (estimates, refined) = [layer.shape for layer in work.model.tracked], _assumed(work, gpu)
-    cost = relative_cost(shapes, work.tokens, work.queries, share, estimates=estimates, refined=refined)
+    own = pace(work.contraction)
+    cost = relative_cost(shapes, work.tokens, work.queries, share, own, estimates=estimates, refined=refined)
     return share if first and cost < 1 else None
 
 
@@ -211,16 +239,17 @@ def works(work: Workload, cluster: Cluster, forms: Sequence[Form], meeting: Sequ
     formed = reached(share, work.queries)
     low = share * count * sum(form.dots for form in forms if form.name == TOKENS)
     dense = share * count * sum(form.dots for form in forms) - low
-    alone = device.seconds(GATHERED * dense, work.contraction, width) + device.seconds(low, work.contraction, work.rank)
+    single = alone(work.contraction)
+    pairs = device.seconds(_ALONE.gathered * dense, single, width) + device.seconds(low, work.contraction, work.rank)
     return [
         *(Work(one.kind, formed * one.flops, formed * one.bytes, formed * one.seconds) for one in meeting),
         Work(
             "estimates",
             first + refined,
             0.0,
-            device.seconds(NARROW * first + GATHERED * refined, work.contraction, width),
+            device.seconds(_ALONE.narrow * first + _ALONE.gathered * refined, single, width),
         ),
-        Work("chosen pairs", low + dense, 0.0, alone),
+        Work("chosen pairs", low + dense, 0.0, pairs),
         _loading(work, cluster, forms, share),
     ]
 
@@ -274,9 +303,11 @@ def held(work: Workload, device: Device, forms: Sequence[Form]) -> float:
 
 
 def _blocks(work: Workload) -> float:
-    """Bytes of all queries, cut to the blocks that estimates see."""
+    """Bytes of all queries, cut to the blocks that estimates see; never rounded."""
     return float(
-        work.queries * work.operand * sum(math.prod(assumed_seen(x.shape, True).block) for x in work.model.tracked)
+        work.queries
+        * max(work.operand, 4)
+        * sum(math.prod(assumed_seen(x.shape, True).block) for x in work.model.tracked)
     )
 
 

@@ -89,10 +89,10 @@ class CapturedSequences:
                 if found:
                     self._kept.put((what, int(rows[at])), {name: x[place] for name, x in found.items()}, share)
 
-    def has(self, row: int, which: str, wanted: Collection[str] | None = None) -> bool:
-        """Whether a and g of a corpus row are there, of all layers or of those that are wanted."""
+    def has(self, row: int, which: str, dtype: torch.dtype, wanted: Collection[str] | None = None) -> bool:
+        """Whether a and g of a corpus row are there in a precision, of all layers or of those that are wanted."""
         inputs, grads = self._names(wanted)
-        there = self._kept.names((INPUTS, row)), self._kept.names((which, row))
+        there = self._kept.names((INPUTS, row), dtype), self._kept.names((which, row), dtype)
         return all(name in there[0] for name in inputs) and all(name in there[1] for name in grads)
 
     def keep_turned(self, rows: np.ndarray, batch: Batch, basis: FactorFiles, turned: Captures) -> None:
@@ -127,7 +127,7 @@ class CapturedSequences:
         Rows beyond the sequences repeat the first, as the batch's tokens do. ``again`` runs the batch, should the disk
         fail.
         """
-        if not all(self.has(int(rows[at]), which, wanted) for at in batch.rows):
+        if not all(self.has(int(rows[at]), which, dtype, wanted) for at in batch.rows):
             return None
         filled, computed = self._filled(rows, batch), cache(again)
         inputs, grads = self._names(wanted)
@@ -139,7 +139,7 @@ class CapturedSequences:
     def turned(self, rows: np.ndarray, batch: Batch, dtype: torch.dtype, name: str, basis: FactorFiles) -> Rows | None:
         """Inputs of a batch in the eigenbases, where all of its sequences' are kept so."""
         filled = self._filled(rows, batch)
-        if basis != self._basis or not all(name in self._kept.names((TURNED, row)) for row in filled):
+        if basis != self._basis or not all(name in self._kept.names((TURNED, row), dtype) for row in filled):
             return None
         return self._read(TURNED, filled, name, dtype)
 

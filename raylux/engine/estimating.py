@@ -12,6 +12,7 @@ from torch import Tensor
 
 from raylux import gpu
 from raylux.blocks import Rotation
+from raylux.cost.two_stage import pace
 from raylux.curvature import rotate
 from raylux.curvature.spectral import Spectral
 from raylux.engine.kept import Resting
@@ -24,6 +25,7 @@ from raylux.engine.records import (
 )
 from raylux.engine.scorer import LoadedQueries, Pack
 from raylux.errors import NumericsError
+from raylux.influence.dots import wide_dtype
 from raylux.influence.leading import Block, LayerEstimates, Query, principal
 from raylux.influence.pairs import PairQueries
 from raylux.influence.surveys import SEEN, Cut, Survey, choose
@@ -111,6 +113,7 @@ class Sieve:
         self.loaded, self.sequences = loaded, how.sequences
         self._layers, self._groups, self._resting = layers, groups, Resting()
         self._folder, self._devices, self._dtype = folder, devices, loaded.contraction.torch_dtype
+        self._wide = wide_dtype(self._dtype)
         self._inside = bool(loaded.basis.eigen)
         self._bases: dict[str, tuple[Rotation | None, Rotation | None]] = {}
         self._blocks: dict[str, LayerEstimates] = {}
@@ -120,7 +123,7 @@ class Sieve:
         self._by_steps = any(seen.after for seen in self.seen.values())
         for layer in layers:
             name, device, group = layer.name, devices[layer.name], groups[layer.name]
-            queries = self._read(layer, loaded.ids)
+            queries = self._read(layer, loaded.ids, self._dtype)
             self._pairs[name] = PairQueries.build(layer.shape, queries, self._resting.hold)
             block = Block.of(cuts[name], self._curvature(layer, how))
             self._blocks[name] = LayerEstimates.build(block, queries, self._inside, self._resting.hold)
@@ -134,7 +137,7 @@ class Sieve:
         tokens, wanted = how.sequences
         # What single pairs cost is known of CPUs.
         by_steps = all(device == "cpu" for device in self._devices.values())
-        return choose(surveys, tokens, len(self.loaded.ids), wanted, by_steps)
+        return choose(surveys, tokens, len(self.loaded.ids), wanted, pace(self.loaded.contraction.dtype), by_steps)
 
     def _some(self) -> list[str]:
         """The queries that are looked at beforehand, of as few files as have them."""
@@ -145,15 +148,15 @@ class Sieve:
         return [query for held in files[::step] for query in held]
 
     def _looked_at(self, layer: TrackedLayer) -> list[Query]:
-        return self._read(layer, self._some())
+        return self._read(layer, self._some(), self._wide)
 
-    def _read(self, layer: TrackedLayer, ids: Sequence[str]) -> list[Query]:
+    def _read(self, layer: TrackedLayer, ids: Sequence[str], dtype: torch.dtype) -> list[Query]:
         device = self._devices[layer.name]
-        return read_layer_queries(self._folder, self.loaded.files, layer.name, ids, self._dtype, device)
+        return read_layer_queries(self._folder, self.loaded.files, layer.name, ids, dtype, device)
 
     def _curvature(self, layer: TrackedLayer, how: Estimated) -> Spectral:
         name, device = layer.name, self._devices[layer.name]
-        found = read_curvature(self._folder, how.fitted, how.kind, name, self._groups[name], self._dtype, device)
+        found = read_curvature(self._folder, how.fitted, how.kind, name, self._groups[name], self._wide, device)
         if found.values is None:
             some = self._looked_at(layer)
             return principal(lambda: _dense(some))

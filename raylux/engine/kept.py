@@ -70,9 +70,9 @@ class Kept:
             return
         self._places[key] = known | places
 
-    def names(self, key: Hashable) -> Collection[str]:
-        """Of the tensors under a key."""
-        return self._places.get(key, {}).keys()
+    def names(self, key: Hashable, dtype: torch.dtype) -> Collection[str]:
+        """Of the tensors under a key that are in a precision."""
+        return [name for name, (_, _, kind) in self._places.get(key, {}).items() if kind == dtype]
 
     def read(self, key: Hashable, into: Mapping[str, Tensor]) -> bool:
         """Fill tensors of the shapes that were kept, on the CPU; whether that could be done."""

@@ -327,7 +327,7 @@ class GradientWorker(ProjectedSums, GaussNewtonProducts, ProximalMeasurements, S
         """
         plan, dtype = self.spec.plan, contraction.torch_dtype
         sequences = self.reader.rows(rows)
-        here = [at for at, row in enumerate(rows) if kept and self._kept.has(int(row), GIVEN, wanted)]
+        here = [at for at, row in enumerate(rows) if kept and self._kept.has(int(row), GIVEN, dtype, wanted)]
         rest = sorted(set(range(len(rows))) - set(here))
 
         def parts(chosen: list[int], which: str | None) -> Iterator[PackPart]:

@@ -104,12 +104,14 @@ class Block:
     def gradients(self, a: Tensor, g: Tensor) -> Tensor:
         """[N, r·c], laid out as ``flat`` has it, of a [N, T, M] and g [N, T, P] in the standard basis.
 
+        Tokens in bf16 are widened: what is narrow gains nothing by it, and bases rounded to it would leak.
         On a CPU one by one, since they would depend on how many stand in a batch (``products.gradients_into``).
         """
         a, g = whole_blocks(a), whole_blocks(g)
         if a.is_cuda:
             return self._of(a, g)
-        return torch.cat([self._of(own_a, own_g) for own_a, own_g in zip(a.split(1), g.split(1), strict=True)])
+        pairs = zip(a.split(1), g.split(1), strict=True)
+        return torch.cat([self._of(own_a.to(self.values), own_g.to(self.values)) for own_a, own_g in pairs])
 
     def _of(self, a: Tensor, g: Tensor) -> Tensor:
         rows, columns = self.values.shape
@@ -131,9 +133,10 @@ class Block:
     def query(self, v: Query, inside: bool) -> Tensor:
         """[r, c] of V [P, M], or its factors, in the eigenbasis (``inside``) or in the standard one."""
         if not isinstance(v, Tensor):
-            left, right = v
+            left, right = (x.to(self.values) for x in v)
             return self.outputs.part(left, inside) @ self.inputs.part(right, inside).T
         rows, columns = self.values.shape
+        v = v.to(self.values)
         if columns <= rows:
             return self.outputs.part(self.inputs.part(v.T, inside).T, inside)
         return self.inputs.part(self.outputs.part(v, inside).T, inside).T

@@ -2,7 +2,8 @@
 
 Gradients are formed as for all pairs, T·P·M per sequence. They and dense queries lie in pieces of a thousand entries:
 those of all gradients stay in the processor's cache while each query in turn takes its chosen products, so that a pair
-costs about five times what it does in a matrix product. Low-rank queries are read where a sequence wants them, and put
+costs about five times what it does in a matrix product. Of bf16 operands gradients are formed as ever, and such a
+product is in float32, which knows none of bf16. Low-rank queries are read where a sequence wants them, and put
 against its tokens, T·R·(P + M) a pair, without a gradient.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from raylux.cost.sizes import SLICE
 from raylux.influence.dots import Held, in_memory, no_vectors, whole_blocks, wide_dtype
 from raylux.influence.sampled import PIECE, no_scores, sampled
-from raylux.products import gradients_into
+from raylux.products import gradients_into, wide_product
 from raylux.profiling import of
 
 
@@ -104,9 +105,10 @@ class PairQueries:
         count, inputs = sum(len(a) for a, _ in parts), self.shape[1]
         filled = count if chosen is not None else -(-count // rows) * rows
         some = parts[0][0]
-        total = torch.zeros(filled, len(self.dense), dtype=some.dtype, device=some.device)
+        wide = wide_dtype(some.dtype)
+        total = torch.zeros(filled, len(self.dense), dtype=wide, device=some.device)
         if chosen is not None:
-            total = no_scores(chosen, some.dtype)
+            total = no_scores(chosen, wide)
         together = max(1, SLICE // (inputs * (self.spans[0].stop - self.spans[0].start)))
         buffer = some.new_zeros(filled * together * (self.spans[0].stop - self.spans[0].start) * inputs)
         for first in range(0, len(self.spans), together):
@@ -119,10 +121,10 @@ class PairQueries:
                 with of("dot"):
                     if chosen is None:
                         for gradients, scores in zip(own.split(rows), total.split(rows), strict=True):
-                            scores += gradients @ queries.T
+                            scores += wide_product(gradients, queries.T)
                     else:
-                        total = sampled(total, queries, own)
-        return (total[:count] if chosen is None else total.to_dense().T).to(wide_dtype(some.dtype))
+                        total = sampled(total, queries.to(wide), own.to(wide))
+        return total[:count] if chosen is None else total.to_dense().T
 
 
 def _any(chosen: Tensor, queries: Iterable[int]) -> list[int]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raylux.cost.two_stage import Seen, estimates_cost, projecting_cost, relative_cost, share_within
+from raylux.cost.two_stage import Pace, Seen, estimates_cost, projecting_cost, relative_cost, share_within
 from raylux.curvature.spectral import Spectral
 
 SEEN = 64
@@ -117,7 +117,7 @@ def counts(width: int) -> list[int]:
 
 
 def choose(
-    surveys: Mapping[str, Survey], tokens: float, queries: int, wanted: float, by_steps: bool = True
+    surveys: Mapping[str, Survey], tokens: float, queries: int, wanted: float, pace: Pace, by_steps: bool = True
 ) -> dict[str, Cut]:
     """What estimates see of each layer, such that all of two-stage scoring is cheapest.
 
@@ -126,6 +126,7 @@ def choose(
         tokens: T, of a sequence.
         queries: Q.
         wanted: share of a query's sequences that are among its best.
+        pace: of what two stages take, in products of all pairs.
         by_steps: some of a block may come first; otherwise all of it is put against every query.
     """
     layers = list(surveys.values())
@@ -138,7 +139,7 @@ def choose(
         share = share_within(wanted, _ALLOWED * _error(blocks))
         opened = share_within(wanted, _ALLOWED_FIRST * _error(firsts))
         estimates, refined = estimates_cost(shapes, tokens, queries, [own.seen for own in firsts], opened)
-        return relative_cost(shapes, tokens, queries, share, estimates=estimates, refined=refined)
+        return relative_cost(shapes, tokens, queries, share, pace, estimates=estimates, refined=refined)
 
     found = (
         (blocks, firsts)

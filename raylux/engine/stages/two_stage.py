@@ -19,13 +19,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from raylux.config import ScoreSection
-from raylux.cost.two_stage import assumed_seen, estimates_cost, pilot, relative_cost
+from raylux.cost.two_stage import alone, assumed_seen, estimates_cost, pace, pilot, relative_cost
 from raylux.curvature import Kind
 from raylux.engine.context import Context
 from raylux.engine.estimating import Estimated, Margins
 from raylux.engine.quarantine import lost_pairs
 from raylux.engine.records import Contraction
-from raylux.engine.stages import prefilter
+from raylux.engine.stages import precision, prefilter
 from raylux.engine.stages.fit import fitted
 from raylux.engine.stages.pairs import ScoreJob, loaded_queries, missing_jobs
 from raylux.engine.stages.query import answerable
@@ -180,7 +180,13 @@ def _new_rule(ctx: Context, wanted: set[str]) -> Rule:
     blocks = [found.seen.get(layer.name, assumed_seen(layer.shape, True)) for layer in layers]
     estimates, refined = estimates_cost(shapes, tokens, len(ids), blocks, found.estimates.opened(limits, margins))
     formed, share = float(reach.any(0).mean()), float(reach.mean())
-    plain = relative_cost(shapes, tokens, len(ids), share, estimates=estimates, formed=formed, refined=refined) >= 1
+    plain = (
+        relative_cost(
+            shapes, tokens, len(ids), share, pace(_contraction(ctx).dtype),
+            estimates=estimates, formed=formed, refined=refined,
+        )
+        >= 1
+    )  # fmt: skip
     if plain:
         ctx.reporter.say(
             f"score: {reach.mean():.0%} of the pairs may be among the {best} best of their query by what is estimated "
@@ -217,8 +223,9 @@ def _run(
 
 
 def _contraction(ctx: Context) -> Contraction:
-    """Products of single pairs know no bf16."""
-    return Contraction("float64" if ctx.plan.dtype == "float64" else "float32")
+    """On a GPU all products are taken as those of single pairs."""
+    dtype = precision.resolve(ctx).dtype
+    return Contraction(dtype if ctx.plan.device == "cpu" else alone(dtype))
 
 
 # what was left out
