@@ -293,4 +293,5 @@ def _bar(axes: Any, x: float, runs: Sequence[Measured], size: int, clock: str, c
         height = spread.median if spread else 0.0
         axes.bar(x, height, 0.8, bottom=base, color=colour)
         base += height
-    axes.text(x, base, f"{base:.1f}", ha="center", va="bottom", fontsize=8)
+    whole = Spread.of(job(run, size, clock) for run in runs)  # not the sum of its stages' medians
+    axes.text(x, base, f"{whole.median:.2f}" if whole else "", ha="center", va="bottom", fontsize=8)
