@@ -61,6 +61,22 @@ def test_the_multiplications_are_those_that_the_engine_decides_by() -> None:
     assert two["forward"] == every["forward"] and "dots" not in two
 
 
+def test_single_pairs_and_estimates_are_in_float32_beside_products_in_bf16() -> None:
+    """On a GPU all of two stages is; where bf16 makes all pairs cheaper than these, they are scored."""
+    more = {"candidates": 65_536, "corpus": 65_536}
+    usual, halved = (
+        {work.kind: work for work in _score(contraction=contraction, **more).works}
+        for contraction in ("float32", "bfloat16")
+    )
+    for kind in ("estimates", "chosen pairs"):
+        assert halved[kind] == usual[kind]
+    assert halved["forming"].flops == usual["forming"].flops
+    assert halved["forming"].seconds < usual["forming"].seconds
+    rounded = replace(WORK, contraction="bfloat16")
+    assert two_stage.chosen_share(rounded, False) is None, "ten per cent of the pairs, at eleven times their cost"
+    assert two_stage.chosen_share(rounded, True) == two_stage.chosen_share(WORK, True) is not None
+
+
 def test_where_most_pairs_would_be_chosen_all_are_scored() -> None:
     """And the plan is that of a run which does not ask for the best."""
     assert two_stage.chosen_share(replace(WORK, best=500), False) is None

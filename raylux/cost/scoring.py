@@ -37,8 +37,8 @@ def score(work: Workload, cluster: Cluster, can: frozenset[str]) -> tuple[StageC
     """All queries against all candidates."""
     device, model = cluster.worker, work.model
     share = two_stage.chosen_share(work, cluster.worker.gpu)
-    if share is not None and device.gpu:  # all products as those of single pairs
-        work = replace(work, contraction=two_stage.alone(work.contraction))
+    if share is not None:
+        work = replace(work, contraction=two_stage.products(work.contraction, device.gpu))
     chosen = choose_scoring(work, device, can) if share is None else _of_pairs(work, device)
     layers, tokens = model.tracked, work.candidates * work.tokens * work.padding
     batch = chosen.batch

@@ -62,6 +62,11 @@ def alone(contraction: str) -> str:
     return "float64" if contraction == "float64" else "float32"
 
 
+def products(contraction: str, gpu: bool) -> str:
+    """The precision of what else two stages take products of: on a GPU that of single pairs."""
+    return alone(contraction) if gpu else contraction
+
+
 def pilot(sequences: float, best: int) -> float:
     """Sequences all of whose pairs are scored before any is estimated; 0: there are too few for two stages."""
     if sequences < _WORTH * best or sequences < 2 * PILOT_LEAST:
@@ -219,7 +224,7 @@ def chosen_share(work: Workload, gpu: bool) -> float | None:
     first = pilot(work.candidates, work.best) / work.candidates
     share = first + (1 - first) * min(1.0, _REACHED * work.best / work.candidates)
     shapes, (estimates, refined) = [layer.shape for layer in work.model.tracked], _assumed(work, gpu)
-    own = pace(work.contraction)
+    own = pace(products(work.contraction, gpu))
     cost = relative_cost(shapes, work.tokens, work.queries, share, own, estimates=estimates, refined=refined)
     return share if first and cost < 1 else None
 

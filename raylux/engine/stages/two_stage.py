@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from raylux.config import ScoreSection
-from raylux.cost.two_stage import alone, assumed_seen, estimates_cost, pace, pilot, relative_cost
+from raylux.cost.two_stage import assumed_seen, estimates_cost, pace, pilot, products, relative_cost
 from raylux.curvature import Kind
 from raylux.engine.context import Context
 from raylux.engine.estimating import Estimated, Margins
@@ -223,9 +223,8 @@ def _run(
 
 
 def _contraction(ctx: Context) -> Contraction:
-    """On a GPU all products are taken as those of single pairs."""
-    dtype = precision.resolve(ctx).dtype
-    return Contraction(dtype if ctx.plan.device == "cpu" else alone(dtype))
+    """How both stages take products; single pairs and estimates are never rounded."""
+    return Contraction(products(precision.resolve(ctx).dtype, ctx.plan.device != "cpu"))
 
 
 # what was left out
