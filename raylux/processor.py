@@ -16,7 +16,7 @@ def name() -> str:
 
 def is_intel() -> bool:
     """Whether Intel made it, whose library takes its plainest path on any other."""
-    return _facts().get("vendor_id", _INTEL if _INTEL in platform.processor() else "") == _INTEL
+    return _INTEL in (_facts().get("vendor_id") or platform.processor())
 
 
 @cache

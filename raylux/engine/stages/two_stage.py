@@ -180,13 +180,9 @@ def _new_rule(ctx: Context, wanted: set[str]) -> Rule:
     blocks = [found.seen.get(layer.name, assumed_seen(layer.shape, True)) for layer in layers]
     estimates, refined = estimates_cost(shapes, tokens, len(ids), blocks, found.estimates.opened(limits, margins))
     formed, share = float(reach.any(0).mean()), float(reach.mean())
-    plain = (
-        relative_cost(
-            shapes, tokens, len(ids), share, pace(_contraction(ctx).dtype),
-            estimates=estimates, formed=formed, refined=refined,
-        )
-        >= 1
-    )  # fmt: skip
+    own = pace(_contraction(ctx).dtype)
+    cost = relative_cost(shapes, tokens, len(ids), share, own, estimates=estimates, formed=formed, refined=refined)
+    plain = cost >= 1
     if plain:
         ctx.reporter.say(
             f"score: {reach.mean():.0%} of the pairs may be among the {best} best of their query by what is estimated "
