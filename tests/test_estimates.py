@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -15,11 +16,11 @@ import torch
 import raylux
 from raylux.api import run_stages
 from raylux.engine import estimating
+from raylux.engine.bars import Bars
 from raylux.engine.captures import GIVEN, CapturedSequences
-from raylux.engine.estimating import Margins
 from raylux.engine.records import Contraction
 from raylux.engine.stages import two_stage
-from raylux.engine.stages.thresholds import Estimates, Pilot
+from raylux.engine.stages.thresholds import Estimates, Pilot, read_pilot
 from raylux.errors import UserError
 from raylux.influence.dots import Held
 from raylux.influence.pairs import PairQueries
@@ -91,37 +92,78 @@ class Written(dict):
         return self[name]
 
 
+def bars(fine: tuple[float, float], first: tuple[float, float] = (-math.inf, 0.0)) -> Bars:
+    """Limit and room of one query's steps."""
+    return Bars(np.array([[fine[0], first[0]]]), np.array([[fine[1], first[1]]]))
+
+
 def test_estimates_reach_as_far_as_their_step_allows() -> None:
-    error, refined = np.array([[0.5, 2.0]]), np.packbits([[True, True, False, False, True]], 1)
+    refined, sizes = np.packbits([[True, True, False, False, True]], 1), np.array([1.0, 1.0, 1.0, 1.0, 0.0])
     values = np.array([[1.0, 2.0, 1.0, 2.0, 3.0]])
-    held = Estimates.read(Written(estimate=values, error=error, refined=refined), [0])  # type: ignore[arg-type]
-    assert held.reach(np.array([3.0]), [Margins(2.0, 0.75)]).tolist() == [[False, True, False, True, True]]
+    held = Estimates.read(Written(estimate=values, size=sizes, refined=refined), [0])  # type: ignore[arg-type]
+    assert held.reach(bars((3.0, 1.0), (3.0, 1.5))).tolist() == [[False, True, False, True, True]]
+    # Room is in proportion to the size of the sequence.
+    assert held.reach(bars((3.5, 1.5), (3.0, 1.5))).tolist() == [[False, True, False, True, False]]
     # Where what comes first leaves nothing out, whatever was not looked at closely may reach.
-    assert held.reach(np.array([90.0]), [Margins(2.0)]).tolist() == [[False, False, True, True, False]]
+    assert held.reach(bars((90.0, 1.0))).tolist() == [[False, False, True, True, False]]
     # Of a pilot both are known.
-    both = Estimates.read(Written(estimate=values, error=error, first=values[:, ::-1]), [0])  # type: ignore[arg-type]
-    assert both.reach(np.array([3.0]), [Margins(2.0, 0.25)]).tolist() == [[False, False, False, False, False]]
-    assert both.reach(np.array([3.0]), [Margins(2.0, 1.0)]).tolist() == [[False, True, False, True, True]]
-    assert both.opened(np.array([3.0]), Margins(2.0, 0.5)) == 0.6 and both.opened(np.array([9.0]), Margins(2.0)) == 1
-    # Runs of before had one error of each query, or of each pair.
-    for old in (error[:, :1], np.full((1, 5), 0.5)):
-        one = Estimates.read(Written(estimate=values, error=old), [0])  # type: ignore[arg-type]
-        assert one.reach(np.array([3.0]), [Margins(2.0)]).tolist() == [[False, True, False, True, True]]
+    both = Written(estimate=values, size=np.ones(5), first=values[:, ::-1])
+    held = Estimates.read(both, [0])  # type: ignore[arg-type]
+    assert held.reach(bars((3.0, 1.0), (3.0, 0.5))).tolist() == [[False, False, False, False, False]]
+    assert held.reach(bars((3.0, 1.0), (3.0, 2.0))).tolist() == [[False, True, False, True, True]]
+    assert held.opened(bars((3.0, 1.0), (3.0, 1.0))).mean() == 0.6 and held.opened(bars((9.0, 1.0))).all()
+    # Runs of before had no sizes.
+    old = Estimates.read(Written(estimate=values, error=np.array([[0.5]])), [0])  # type: ignore[arg-type]
+    assert old.reach(bars((3.0, 1.0))).tolist() == [[False, True, False, True, True]]
+
+
+def test_bars_are_written_and_read() -> None:
+    limits = np.array([[1.5, 2.0], [0.1 + 0.2, -math.inf], [-math.inf, -math.inf]])
+    named = json.loads(json.dumps(Bars(limits, np.array([[1.0, 3.0], [0.1, 0.0], [0.0, 0.0]])).named("abc")))
+    assert named.keys() == {"a", "b"}
+    again = Bars.of("cab", named)
+    np.testing.assert_array_equal(again.limits, limits[[2, 0, 1]])
+    np.testing.assert_array_equal(again.rooms, [[0, 0], [1, 3], [0.1, 0]])
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_margins_find_the_share_that_is_wanted_of_the_pilot(first: bool) -> None:
-    total, errors = drawn(40, 500).numpy(), np.tile([0.2, 0.6], (40, 1))
-    fine, coarse = (total + size * drawn(40, 500, seed=seed).numpy() for seed, size in ((1, 0.3), (2, 0.5)))
-    held = Estimates(fine, errors, np.ones(total.shape, bool), coarse if first else None)
-    found = Pilot(total, held, {}).margins(50, 500, 0.9)
+def test_bars_find_the_share_that_is_wanted_of_the_pilot(first: bool) -> None:
+    """Of estimates that are off by an offset, a slope and an error in proportion to the size of a sequence."""
+    total, sizes = drawn(40, 500).numpy(), 0.5 + drawn(500, seed=3).abs().numpy()
+    slopes = np.array([1.0, 0.7])[:, None, None]
+    errors = sizes * np.array([0.2, 0.4])[:, None, None] * drawn(2, 40, 500, seed=1).numpy()
+    fine, coarse = (total - 3 + errors) / slopes
+    pilot = Pilot(total, Estimates(fine, sizes, np.ones(total.shape, bool), coarse if first else None), {})
+    for step, fit in enumerate(pilot.fits):
+        # Least squares of scores to what has errors: slopes as covariances say.
+        np.testing.assert_allclose(fit.slopes, slopes[step, 0, 0], rtol=0.25)
+        np.testing.assert_allclose(fit.errors, [0.2, 0.4][step], rtol=0.25)
+        weighed = (total - fit.scores((fine, coarse)[step])) / sizes**2
+        assert np.abs(weighed.sum(1)).max() < 1e-8
+    found = pilot.trust(50, 500, 0.9)
     kth = -np.sort(-total, 1)[:, 49:51].mean(1)
     among = total >= kth[:, None]
+    reach = pilot.estimates.reach(found.bars(kth))
     # Of 2,000 that are wanted 200 may be missed, a standard error of which is left for chance.
-    assert held.reach(kth, [found] * 40)[among].mean() == pytest.approx(1 - (200 - math.sqrt(200)) / 2000, abs=0.001)
-    assert math.isinf(found.first) != first
+    assert reach[among].mean() == pytest.approx(1 - (200 - math.sqrt(200)) / 2000, abs=0.001)
+    assert reach.mean() < 0.25
+    assert np.isfinite(found.bars(kth).limits[:, 1]).all() == first
     if first:
-        assert (coarse + found.first * 0.6 >= kth[:, None])[among].mean() == pytest.approx(0.97, abs=0.001)
+        assert pilot.estimates.opened(found.bars(kth))[among].mean() == pytest.approx(0.97, abs=0.001)
+
+
+def test_estimates_that_say_nothing_leave_nothing_out() -> None:
+    total, nothing = drawn(3, 50).numpy(), np.zeros((3, 50))
+    pilot = Pilot(total, Estimates(nothing, np.ones(50), np.ones((3, 50), bool)), {})
+    kth = np.sort(total, 1)[:, -5]
+    assert pilot.estimates.reach(pilot.trust(5, 50, 0.99).bars(kth)).all()
+    # Nor do those that go against the scores.
+    pilot = Pilot(total, Estimates(-total, np.ones(50), np.ones((3, 50), bool)), {})
+    assert pilot.estimates.reach(pilot.trust(5, 50, 0.99).bars(kth))[total >= kth[:, None]].all()
+    # What is estimated exactly is left out below the limit alone, whichever sizes there are.
+    pilot = Pilot(total, Estimates(2 * total + 1, np.zeros(50), np.ones((3, 50), bool)), {})
+    reach = pilot.estimates.reach(pilot.trust(5, 50, 0.99).bars(kth - 1e-9))
+    np.testing.assert_array_equal(reach, total >= kth[:, None])
 
 
 # runs
@@ -193,15 +235,15 @@ def test_the_best_have_their_scores_and_others_are_left_out(
     assert facts["share"] == pytest.approx(there.mean())
     for manifest in blocks["estimated"]:
         group = run.store.group(manifest.meta["key"])
-        rules = [m.meta for m in run.store.units(WAVES).values() if "margin" in m.meta]
-        margins = Margins(min(x["margin"] for x in rules), min(x["first"] or 0.0 for x in rules))
+        pilot = read_pilot(run.store, manifest.meta["queries"])
+        assert pilot is not None
         own_estimates = Estimates.read(group, range(len(manifest.meta["queries"])))
         assert ("refined" in group) == (choose is sees_little_first)
         assert 0.05 < own_estimates.refined.mean() < 1 or choose is sees_most
         places = [run.queries.index(query) for query in manifest.meta["queries"]]
         own = scores[np.ix_(places, manifest.meta["rows"])]
         limits = np.sort(np.where(there, scores, -np.inf), 1)[places, -BEST] * run.train_size
-        high = own_estimates.reach(limits, [margins] * len(limits))
+        high = own_estimates.reach(pilot.trust(BEST, every.shape[1], 0.99).bars(limits))
         assert there[np.ix_(places, manifest.meta["rows"])][high].all(), own
     top = run.top("a", BEST)
     assert np.isfinite(top["influence"]).all() and len(top) == BEST

@@ -80,7 +80,8 @@ def test_an_estimate_is_the_sum_over_a_block_of_the_eigenbasis(layer: tuple, nam
         found = every(held, [(a[:10], g[:10]), (a[10:], g[10:])], 16)
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-9)
         missed = 0.5 * (inside.square() * curvature.values * mask).sum((1, 2))
-        torch.testing.assert_close(held.missed, missed[:, None].expand(Q, 2))
+        torch.testing.assert_close(held.variances[:, 1], missed)
+        torch.testing.assert_close(held.variances[:, 0], 3 * missed)
     if shape == (P, M):
         torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-9)
 
@@ -112,10 +113,10 @@ def test_what_comes_first_is_a_block_of_its_own(layer: tuple, name: str, shape: 
     first, known = parts.estimates(gradients, 8), LayerEstimates.build(small, v, False)
     torch.testing.assert_close(first, every(known, [(a, g)], 8), rtol=1e-10, atol=1e-9)
     everything = LayerEstimates.build(whole, v, False)
-    seen = everything.missed[:, 0] / 0.5  # by the block
+    seen = everything.variances[:, 1] / 0.5  # by the block
     inside = CURVATURES[name].into(torch.stack(v)).square() * CURVATURES[name].values
     before = inside[:, own.rows][:, :, own.columns].sum((1, 2))
-    torch.testing.assert_close(parts.missed, torch.stack([0.5 * seen, 0.5 * seen + seen - before], 1))
+    torch.testing.assert_close(parts.variances, torch.stack([1.5 * seen, 0.5 * seen + seen - before], 1))
     exact = every(everything, [(a, g)], 8)
     torch.testing.assert_close(first + parts.refinements(gradients, None, 8), exact, rtol=1e-10, atol=1e-9)
     chosen = drawn(N, Q, seed=5) > 1
@@ -139,9 +140,10 @@ def test_an_estimate_errs_as_much_as_it_says() -> None:
     held = LayerEstimates.build(block, list(v), False)
     found = every(held, [(torch.eye(M, dtype=torch.float64).expand(2000, M, M), gradients.mT)], 8)
     off = found - gradients.flatten(1) @ v.flatten(1).T
-    assert float((off.square() / held.missed[:, 0]).mean()) == pytest.approx(1, abs=0.15)
-    # What is told of the whole: the share of the variance that the block has.
+    assert float((off.square() / held.variances[:, 1]).mean()) == pytest.approx(1, abs=0.15)
     exact = gradients.flatten(1) @ v.flatten(1).T
+    assert float((exact.square() / held.variances[:, 0]).mean()) == pytest.approx(1, abs=0.15)
+    # What is told of the whole: the share of the variance that the block has.
     missed = 1 - survey.held[counts(M).index(8), counts(P).index(16)]
     assert float((off.var(0) / exact.var(0)).mean()) == pytest.approx(missed, rel=0.15)
 

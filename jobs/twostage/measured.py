@@ -15,9 +15,9 @@ from jobs.twostage.cases import Case
 from raylux import api
 from raylux.config import Config
 from raylux.cost.two_stage import COUNTED, Pace, Seen, estimates_cost, pace, relative_cost
-from raylux.engine.estimating import Margins
-from raylux.engine.stages.thresholds import Estimates
-from raylux.ledger import CONTRACTION
+from raylux.engine.bars import FINE, Bars
+from raylux.engine.stages.thresholds import Estimates, read_pilot
+from raylux.ledger import CONTRACTION, WAVES
 from raylux.results import Run
 from raylux.store import ESTIMATED, PILOT, CorpusReader
 
@@ -38,7 +38,7 @@ class Point:
     """Of the curve: recall and cost where estimates are allowed ``margin`` standard errors.
 
     Attributes:
-        margin: see above; in standard errors whose mean square is that of the errors.
+        margin: see above; as the run's pilot found them.
         recall: share of the best pairs that would be scored.
         share: of all pairs, that would be.
         formed: of all sequences, with such a pair.
@@ -103,7 +103,7 @@ def measure(case: Case, folder: Path, fitted: int, best: int, overrides: Sequenc
         "plain": all(block.stage != ESTIMATED for block in runs[1].blocks),
         "seconds": {name: _seconds(run) for name, run in zip(("every", "two"), runs, strict=True)},
         "cost": _of_run(runs[1], there, tokens),
-        "opened": _opened(*_estimates(runs[1], kth / runs[1].scale)),
+        "opened": _opened(*_estimates(runs[1])[::2]),
         "curve": [vars(point) for point in _curve(runs[1], exact, kth, tokens)],
     }
 
@@ -120,12 +120,10 @@ def _curve(run: Run, exact: np.ndarray, kth: np.ndarray, tokens: float) -> list[
 
     What came first opened as many pairs as it did in the run, whichever margin is allowed afterwards.
     """
-    estimate, error, refined = _estimates(run, kth / run.scale)
+    estimate, error, refined = _estimates(run)
     there, scale = ~np.isnan(estimate), run.scale
     estimate, error = estimate * scale, error * scale
-    known = there & refined
-    error *= np.sqrt(np.mean(((exact - estimate)[known] / np.broadcast_to(error, exact.shape)[known]) ** 2))
-    opened = _opened(estimate, error, refined)
+    opened = _opened(estimate, refined)
     points = []
     for margin in sorted({*MARGINS, _least(estimate, error, refined, exact, kth)}):
         with np.errstate(invalid="ignore"):
@@ -148,38 +146,48 @@ def _least(estimate: np.ndarray, error: np.ndarray, refined: np.ndarray, exact: 
     return max(found, 0.0) if math.isfinite(found) else MARGINS[0]
 
 
-def _estimates(run: Run, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Estimates [Q, N], NaN where there is none, standard errors [Q, 1], and which are by all that is seen."""
-    shape = len(run.queries), run.scores().shape[1]
-    estimate, error, refined = np.full(shape, np.nan), np.full((shape[0], 1), np.nan), np.zeros(shape, bool)
-    places = {query: place for place, query in enumerate(run.queries)}
-    # Of the pilot both steps are known, and what would have come first decides here.
-    first = Margins(math.inf, _rule(run).get("first") or math.inf)
+def _estimates(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What scores are taken to be [Q, N], NaN where there is none; their errors; which are by all that is seen.
+
+    Of the pilot both steps are known: what comes first decides here, as it did in the last wave.
+    """
+    pilot = read_pilot(run.store, run.queries)
+    assert pilot is not None, "all queries are in it"
+    shape, fit = (len(run.queries), run.scores().shape[1]), pilot.fits[FINE]
+    values, sizes, refined = np.full(shape, np.nan), np.full(shape[1], np.nan), np.zeros(shape, bool)
+    places, named = {query: place for place, query in enumerate(run.queries)}, _last_bars(run)
     for block in run.blocks:
         if block.stage in (PILOT, ESTIMATED):
             own = [places[query] for query in block.queries]
             held = Estimates.read(run.store.group(block.key), range(len(own)))
-            where = np.ix_(own, block.rows)
-            estimate[where], error[own, 0] = held.values, held.errors[:, 0]
-            refined[where] = held.reach(limits[own, 0], [first] * len(own)) if held.first is not None else held.refined
-    return estimate, error, refined
+            where, bars = np.ix_(own, block.rows), Bars.of(block.queries, named)
+            values[where], sizes[block.rows] = held.values, held.sizes
+            refined[where] = held.refined if held.first is None else held.opened(bars)
+    return fit.scores(values), fit.errors[:, None] * sizes, refined
 
 
-def _opened(estimate: np.ndarray, error: np.ndarray, refined: np.ndarray) -> float:
-    """Share of the pairs with an estimate that what came first left open."""
+def _last_bars(run: Run) -> dict[str, list[list[float]]]:
+    """Of the last wave; nothing where there was none, which all reach."""
+    rules = {name: x.meta["bars"] for name, x in run.store.units(WAVES).items() if "bars" in x.meta}
+    return rules[max(rules)] if rules else {}
+
+
+def _opened(estimate: np.ndarray, refined: np.ndarray) -> float:
+    """Share of the pairs with an estimate that what comes first leaves open."""
     return float(refined[~np.isnan(estimate)].mean())
 
 
-def _rule(run: Run) -> dict[str, Any]:
-    """What the last wave left out; nothing where there was none."""
-    rules = {name: x.meta for name, x in run.store.units("score.waves").items() if "margin" in x.meta}
-    return rules[max(rules)] if rules else {}
+def _looked_at(run: Run) -> float:
+    """Share of the pairs with an estimate that were looked at closely, all of the pilot among them."""
+    blocks = [block for block in run.blocks if block.stage in (PILOT, ESTIMATED)]
+    held = [Estimates.read(run.store.group(block.key), range(len(block.queries))).refined for block in blocks]
+    return float(np.concatenate([own.reshape(-1) for own in held]).mean())
 
 
 def _of_run(run: Run, there: np.ndarray, tokens: float) -> float:
     """Multiplications of the run, its pilot among them; those of a run that gave two stages up are of no meaning."""
-    opened = _opened(*_estimates(run, np.full((len(there), 1), -np.inf)))  # all of the pilot was looked at
-    return _cost(run, tokens, len(there), float(there.mean()), float(there.any(0).mean()), opened, COUNTED)
+    formed = float(there.any(0).mean())
+    return _cost(run, tokens, len(there), float(there.mean()), formed, _looked_at(run), COUNTED)
 
 
 def _cost(run: Run, tokens: float, queries: int, share: float, formed: float, opened: float, own: Pace) -> float:

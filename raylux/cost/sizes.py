@@ -28,8 +28,10 @@ _ONCE = 384 << 20
 # Bytes of kept sequences in a layer, and of what is formed of them, that are held at a time; of the others, in all
 # layers, as they were captured.
 _TOGETHER, _CAPTURED_TOGETHER = 192 << 20, 512 << 20
-# The latter on a GPU that is lent queries for each company of sequences.
+# The latter on a GPU that is lent queries for each company of sequences; and where all queries are read for each, as
+# two stages do, a share of their bytes, up to a bound.
 _LENT_TOGETHER = 8 << 30
+_SHARE_TOGETHER, _MOST_TOGETHER = 1 / 8, 2 << 30
 # Entries of a gradient that are formed and multiplied at a time: the buffer stays small however large the layer, and
 # what is rounded to bf16 is a part of a sum, not the whole. A GPU wants large products, and rounds no sum.
 SLICE, GPU_SLICE = 1 << 19, 1 << 22
@@ -189,14 +191,15 @@ def captured_together(
     rows: int,
     itemsize: int,
     lent: bool = False,
+    read: float = 0.0,
 ) -> int:
     """``products_together`` of sequences that are not kept: all their a and g are held.
 
-    ``lent``: on a GPU, which is lent queries for them.
+    ``lent``: on a GPU, which is lent queries for them. ``read``: bytes of the queries that are read for each company.
     """
     widths = {groups[layer.name]: layer.inputs for layer in layers}
     entries = tokens * (sum(widths.values()) + sum(layer.outputs for layer in layers))
-    most = _LENT_TOGETHER if lent else _CAPTURED_TOGETHER
+    most = _LENT_TOGETHER if lent else max(_CAPTURED_TOGETHER, min(_SHARE_TOGETHER * read, _MOST_TOGETHER))
     return max(1, int(most // (entries * itemsize * rows)))
 
 

@@ -19,7 +19,7 @@ _BLOCK = 1024, 16
 # Of the fewer of them a share comes first on a CPU, and leaves a share of the pairs open (the same page).
 _FIRST, _OPENED = 3 / 8, 0.2
 # Sequences of the pilot: a share of all, between two bounds.
-_PILOT_SHARE, PILOT_LEAST, _PILOT_MOST = 1 / 64, 128, 512
+_PILOT_SHARE, PILOT_LEAST, _PILOT_MOST = 1 / 128, 128, 512
 _PILOT_UNITS = 4
 # Fewer sequences than this for each of the best that are wanted are scored as ever.
 _WORTH = 8
@@ -279,7 +279,7 @@ def _loading(work: Workload, cluster: Cluster, forms: Sequence[Form], share: flo
     assert work.best is not None
     device = cluster.worker
     low = sum(form.held for form in forms if form.name == TOKENS)
-    together, first = min(unit_of(work), company(work, device.gpu)), pilot(work.candidates, work.best)
+    together, first = min(work.score_unit, company(work, device.gpu, _dense(forms))), pilot(work.candidates, work.best)
     lent = low * (first / together + max(0.0, share * work.candidates - first))
     if device.gpu:
         return Work("queries loaded", 0.0, lent, lent / (device.host_gb_s * 1e9))
@@ -289,23 +289,29 @@ def _loading(work: Workload, cluster: Cluster, forms: Sequence[Form], share: flo
     return Work("queries loaded", 0.0, laid + read, device.renewing(laid) + device.touching(read))
 
 
-def company(work: Workload, lent: bool = False) -> float:
-    """Sequences that are taken together; ``lent``: on a GPU that is lent queries for them."""
+def company(work: Workload, lent: bool = False, read: float = 0.0) -> float:
+    """Sequences that are taken together, as ``captured_together``."""
     shape = work.tokens * work.padding, work.rows, work.operand
-    return work.rows * captured_together(work.model.tracked, work.model.groups, *shape, lent) / work.padding
+    return work.rows * captured_together(work.model.tracked, work.model.groups, *shape, lent, read) / work.padding
 
 
-def company_bytes(work: Workload, most: float, lent: bool = False) -> float:
+def company_bytes(work: Workload, most: float, lent: bool = False, read: float = 0.0) -> float:
     """What a company of sequences captured, of ``most`` at most."""
     widths = sum(captured_width(layer, work.model.groups) for layer in work.model.tracked)
-    return min(most, company(work, lent)) * work.tokens * work.padding * widths * work.operand
+    return min(most, company(work, lent, read)) * work.tokens * work.padding * widths * work.operand
+
+
+def _dense(forms: Sequence[Form]) -> float:
+    """Bytes of the queries that are read for each company of sequences."""
+    return sum(form.held for form in forms if form.name != TOKENS)
 
 
 def held(work: Workload, device: Device, forms: Sequence[Form]) -> float:
     """Bytes of a worker: a layer's queries as they are laid out, and a company; a GPU holds dense ones, and blocks."""
-    captured, largest = company_bytes(work, unit_of(work), device.gpu), max(form.held for form in forms)
+    captured = company_bytes(work, work.score_unit, device.gpu, _dense(forms))
+    largest = max(form.held for form in forms)
     if device.gpu:
-        return captured + largest + _blocks(work) + sum(form.held for form in forms if form.name != TOKENS)
+        return captured + largest + _blocks(work) + _dense(forms)
     return captured + 2 * largest
 
 

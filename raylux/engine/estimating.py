@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from raylux.blocks import Rotation
 from raylux.cost.two_stage import pace
 from raylux.curvature import rotate
 from raylux.curvature.spectral import Spectral
+from raylux.engine.bars import FINE, FIRST, Bars
 from raylux.engine.kept import Resting
 from raylux.engine.parts import WorkerPart
 from raylux.engine.records import (
@@ -35,19 +35,6 @@ from raylux.store import RunFolder
 
 
 @dataclass(frozen=True)
-class Margins:
-    """Standard errors that an estimate may lie below a threshold.
-
-    Attributes:
-        fine: of estimates by all that is seen.
-        first: of those by what comes first; infinite: these leave nothing out.
-    """
-
-    fine: float
-    first: float = math.inf
-
-
-@dataclass(frozen=True)
 class Estimated:
     """How a unit's pairs are told apart.
 
@@ -55,15 +42,13 @@ class Estimated:
         fitted: what the fit left; its bases and Λ say which directions estimates see.
         kind: of curvature.
         sequences: T, tokens of one on average, and the share of them that are among a query's best.
-        thresholds: of each loaded query, below which its pairs are not wanted; None: all pairs are.
-        margins: how far below its threshold a pair may lie.
+        bars: of the loaded queries, which a pair must reach to be wanted; None: all pairs are.
     """
 
     fitted: Fitted
     kind: str
     sequences: tuple[float, float]
-    thresholds: tuple[float, ...] | None
-    margins: Margins
+    bars: Bars | None
 
 
 @dataclass(frozen=True)
@@ -72,11 +57,14 @@ class Found:
 
     Attributes:
         values: by all that is seen where that was looked at, otherwise by what comes first.
+        sizes: [rows] of the sequences, in what scores of a query vary by as Λ tells: the root mean square over queries
+            of what comes first, and of what that leaves out. What an estimate errs by is in proportion to it.
         first: all of them by what comes first; None: that is all there is.
         refined: where all was looked at; None: everywhere.
     """
 
     values: Tensor
+    sizes: Tensor
     first: Tensor | None = None
     refined: Tensor | None = None
 
@@ -97,7 +85,6 @@ class Sieve:
         loaded: which.
         sequences: that estimates are meant for (``Estimated``).
         seen: of each layer's gradients, by estimates.
-        errors: [Q, 2] standard errors of a query's estimates, over all layers; of those by what comes first.
     """
 
     def __init__(
@@ -128,7 +115,13 @@ class Sieve:
             block = Block.of(cuts[name], self._curvature(layer, how))
             self._blocks[name] = LayerEstimates.build(block, queries, self._inside, self._resting.hold)
             self._bases[name] = read_rotation(folder, loaded.basis, name, group, self._dtype, device)
-        self.errors = _sum(held.missed for held in self._blocks.values()).sqrt()
+        self._variances = _sum(held.variances for held in self._blocks.values()).numpy()
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of the queries that are read for each company of sequences."""
+        itemsize = torch.empty(0, dtype=self._dtype).element_size()
+        return itemsize * sum(len(self._pairs[layer.name].dense) * layer.parameters for layer in self._layers)
 
     def _cuts(self, how: Estimated) -> dict[str, Cut]:
         surveys = {}
@@ -167,31 +160,32 @@ class Sieve:
         tokens = self._tokens(pack, turned=False)
         formed = [(self._blocks[name], self._blocks[name].gradients(batches)) for name, batches in tokens]
         first = _sum(layer.estimates(gradients, pack.rows) for layer, gradients in formed)
+        sizes = self._sizes(first)
         if not self._by_steps:
-            return Found(first)
-        if how.thresholds is None:
-            return Found(first + _sum(layer.refinements(own, None, pack.rows) for layer, own in formed), first)
-        left = asked & self._reaching(first, how, how.margins.first, 1)
+            return Found(first, sizes)
+        if how.bars is None:
+            rest = _sum(layer.refinements(own, None, pack.rows) for layer, own in formed)
+            return Found(first + rest, sizes, first)
+        left = asked & _reached(how.bars, first, sizes, FIRST)
         if not bool(left.any()):
-            return Found(first, first, left)
+            return Found(first, sizes, first, left)
         some = left.any(1)
         rest = _sum(layer.refinements(own[some], left[some], pack.rows) for layer, own in formed)
         values = first.clone()
         values[some] += rest
-        return Found(values, first, left)
+        return Found(values, sizes, first, left)
+
+    def _sizes(self, first: Tensor) -> Tensor:
+        variances, missed = self._variances.T
+        weights = np.divide(1.0, variances, out=np.zeros_like(variances), where=variances > 0) / len(variances)
+        # NumPy adds a row up in the same order, however many there are.
+        return torch.from_numpy(np.sqrt((first.numpy() ** 2 * weights).sum(1) + float((missed * weights).sum())))
 
     def wanted(self, found: Found, asked: Tensor, how: Estimated) -> Tensor | None:
-        """The pairs [rows, Q] of those ``asked`` that may reach their query's threshold; None: all."""
-        if how.thresholds is None:
+        """The pairs [rows, Q] of those ``asked`` that may be among their query's best; None: all."""
+        if how.bars is None:
             return None
-        return (asked if found.refined is None else found.refined) & self._reaching(
-            found.values, how, how.margins.fine, 0
-        )
-
-    def _reaching(self, values: Tensor, how: Estimated, margin: float, step: int) -> Tensor:
-        assert how.thresholds is not None
-        room = math.inf if math.isinf(margin) else margin * self.errors[:, step]
-        return values + room >= torch.tensor(how.thresholds, dtype=torch.float64)
+        return (asked if found.refined is None else found.refined) & _reached(how.bars, found.values, found.sizes, FINE)
 
     def scores(self, pack: Pack, chosen: Tensor | None) -> Tensor:
         """Exact scores [rows, Q] of the pairs that are ``chosen`` [rows, Q], or of all; float64."""
@@ -235,6 +229,11 @@ def _sum(of_layers: Iterable[Tensor]) -> Tensor:
     return sum((own.cpu().double() for own in of_layers), torch.zeros((), dtype=torch.float64))
 
 
+def _reached(bars: Bars, values: Tensor, sizes: Tensor, step: int) -> Tensor:
+    """[rows, Q] of values [rows, Q]."""
+    return torch.from_numpy(bars.reached(values.T.numpy(), sizes.numpy(), step).T)
+
+
 def _rows(x: Tensor, own: Tensor | slice, basis: Rotation | None) -> Tensor:
     found = rotate(x if isinstance(own, slice) or bool(own.all()) else x[own.to(x.device)], basis)
     assert isinstance(found, Tensor)
@@ -259,7 +258,7 @@ class EstimatedScores(WorkerPart):
         how: Estimated,
         chosen: np.ndarray | None = None,
     ) -> tuple[str, dict[str, tuple[int, str]]]:
-        """Write ``total`` [Q, n], NaN where a pair is not exactly scored, ``estimate`` [Q, n], ``error`` [Q, 2].
+        """Write ``total`` [Q, n], NaN where a pair is not exactly scored, ``estimate`` [Q, n], ``size`` [n].
 
         Where estimates come in two steps, the pilot has ``first`` [Q, n] as well, and other units have ``refined``,
         bits of the pairs whose estimate is by all that is seen.
@@ -281,10 +280,10 @@ class EstimatedScores(WorkerPart):
         sieve = self._sieve_of(loaded, how)
         columns = torch.tensor([loaded.ids.index(query) for query in ids])
         kind = np.float64 if self.compute == torch.float64 else np.float32
-        arrays = {"total": np.full((len(ids), len(rows)), np.nan, kind)}
-        # Queries are read for each such company.
-        fresh = self._captured_together(loaded.contraction.torch_dtype, lent=self.device != "cpu")
-        for pack in self._packs(rows, loaded.contraction, fresh=fresh):
+        arrays: dict[str, np.ndarray] = {"total": np.full((len(ids), len(rows)), np.nan, kind)}
+        # Dense queries are read for each such company.
+        together = self._captured_together(loaded.contraction.torch_dtype, self.device != "cpu", sieve.dense_bytes)
+        for pack in self._packs(rows, loaded.contraction, products=together, fresh=together):
             places = [place for part in pack.parts for place in part.places]
             counted = torch.tensor(pack.counted)
             asked = torch.zeros(sum(map(len, pack.parts)), len(loaded.ids), dtype=torch.bool)
@@ -292,6 +291,7 @@ class EstimatedScores(WorkerPart):
             wanted: Tensor | None = asked
             if chosen is None:
                 found = sieve.estimates(pack, asked, how)
+                arrays.setdefault("size", np.full(len(rows), np.nan, kind))[places] = found.sizes[counted].numpy()
                 for what, values in found.arrays().items():
                     own = _kept(values, counted, columns)
                     arrays.setdefault(what, _nothing((len(ids), len(rows)), own))[:, places] = own
@@ -305,10 +305,8 @@ class EstimatedScores(WorkerPart):
             if bool(bad[counted].any()):
                 raise NumericsError(f"score unit {name}: NaN or infinity in the scores")
             arrays["total"][:, places] = _kept(exact, counted, columns)
-        if chosen is None:
-            arrays["error"] = sieve.errors[columns].numpy()
-            if not all(np.isfinite(array).all() for what, array in arrays.items() if what != "total"):
-                raise NumericsError(f"score unit {name}: NaN or infinity in the estimated scores")
+        if not all(np.isfinite(array).all() for what, array in arrays.items() if what != "total"):
+            raise NumericsError(f"score unit {name}: NaN or infinity in the estimated scores")
         seen = {layer: (own.rows, own.columns, own.first) for layer, own in sieve.seen.items()}
         return self.folder.write(
             f"scores/{name}", {what: _stored(x, kind) for what, x in arrays.items()}, {"seen": seen}

@@ -45,8 +45,8 @@ class WorkerPart(ABC):
         """Captured sequences, as many together as a product takes."""
 
     @abstractmethod
-    def _captured_together(self, dtype: torch.dtype, lent: bool = False) -> int:
-        """Of how many products sequences are taken together that are not kept; ``lent``: on a GPU lent queries."""
+    def _captured_together(self, dtype: torch.dtype, lent: bool = False, read: float = 0.0) -> int:
+        """Of how many products sequences are taken together that are not kept, as ``captured_together``."""
 
     @abstractmethod
     def _release(self) -> None:

@@ -345,9 +345,10 @@ class GradientWorker(ProjectedSums, GaussNewtonProducts, ProximalMeasurements, S
         yield from packs(parts(here, GIVEN), plan.rows, products)
         yield from packs(parts(rest, None), plan.rows, fresh)
 
-    def _captured_together(self, dtype: torch.dtype, lent: bool = False) -> int:
+    def _captured_together(self, dtype: torch.dtype, lent: bool = False, read: float = 0.0) -> int:
         spec, itemsize = self.spec, torch.empty(0, dtype=dtype).element_size()
-        return captured_together(matrices(spec.layers), spec.groups, spec.plan.longest, spec.plan.rows, itemsize, lent)
+        shape = spec.plan.longest, spec.plan.rows, itemsize
+        return captured_together(matrices(spec.layers), spec.groups, *shape, lent, read)
 
     def _captured(
         self, batch: Batch, dtype: torch.dtype, wanted: Collection[str] | None

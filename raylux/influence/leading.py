@@ -154,13 +154,13 @@ class LayerEstimates:
         block: which.
         first: [Q, entries] of the queries, what is put against every sequence.
         rest: of the other entries, [Q, PIECE] at most of each.
-        missed: [Q, 2] variance of what is left out of a query's scores: of the block, and of what comes first alone.
+        variances: [Q, 2] of a query's scores, and of what is left out of them by what comes first.
     """
 
     block: Block
     first: Held
     rest: list[Held]
-    missed: Tensor
+    variances: Tensor
 
     @classmethod
     def build(
@@ -169,11 +169,11 @@ class LayerEstimates:
         """Of V, in the eigenbasis or not; ``hold`` puts what is made of them where it rests."""
         found = torch.stack([block.query(v, inside) for v in queries])
         variances = block.flat(found.square() * block.values)
-        beyond = block.beyond * variances.sum(1)
-        missed = torch.stack([beyond, beyond + variances[:, block.seen.before :].sum(1)], 1)
+        whole = (1 + block.beyond) * variances.sum(1)
+        missed = block.beyond * variances.sum(1) + variances[:, block.seen.before :].sum(1)
         laid = block.back(found)
         rest = [hold(part.contiguous()) for part in block.pieces(laid)]
-        return cls(block, hold(laid[:, : block.seen.before].contiguous()), rest, missed)
+        return cls(block, hold(laid[:, : block.seen.before].contiguous()), rest, torch.stack([whole, missed], 1))
 
     def gradients(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """[N, r·c] of batches: a [N, T, M] and g [N, T, P] of each, in the standard basis."""

@@ -29,6 +29,12 @@ class ScoreJob:
     queries: tuple[str, ...]
     near: int | None = None
 
+    def with_(self, other: ScoreJob) -> ScoreJob:
+        """The rows of both, for the queries that both miss."""
+        assert self.queries == other.queries
+        rows = np.sort(np.concatenate([self.rows, other.rows]))
+        return ScoreJob(f"m-{_digest(self.queries, rows)}", rows, self.queries)
+
 
 def loaded_queries(ctx: Context, wanted: set[str], contraction: Contraction) -> LoadedQueries:
     """The queries that workers are to hold, in the order in which they were asked."""
@@ -83,6 +89,8 @@ def _jobs(
             queries = tuple(query for query, flag in zip(wanted, patterns[:, index], strict=True) if flag)
             if queries:
                 chosen = rows[here[which.reshape(-1) == index]]
-                text = f"{queries} {chosen.tolist()}"
-                tail = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-                yield ScoreJob(f"u{unit:06d}-{tail}", chosen, queries, near.get(int(unit)))
+                yield ScoreJob(f"u{unit:06d}-{_digest(queries, chosen)}", chosen, queries, near.get(int(unit)))
+
+
+def _digest(queries: tuple[str, ...], rows: np.ndarray) -> str:
+    return hashlib.blake2b(f"{queries} {rows.tolist()}".encode(), digest_size=6).hexdigest()

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 from raylux.cost.two_stage import Seen
+from raylux.engine.bars import FINE, FIRST, Bars
 from raylux.engine.context import Context
-from raylux.engine.estimating import Margins
 from raylux.engine.stages import prefilter
 from raylux.engine.stages.query import answerable
-from raylux.store import CHOSEN, PILOT, score_blocks
+from raylux.store import CHOSEN, PILOT, RunFolder, score_blocks
 from raylux.store.arrays import Group
 
 # Of the pilot's best so many must be missed before their share tells anything.
@@ -23,6 +23,8 @@ _TELLING = 3
 # Of the pairs that may be missed, the share that may be so by what comes first: a pair that this leaves open costs less
 # than one that is scored, so that its margin is the wider one.
 _FIRST = 0.3
+# The smallest slope of a line, and size of a sequence beside the largest.
+_SMALLEST = 1e-9
 
 
 def rank_of(expected: float) -> int:
@@ -39,13 +41,13 @@ class Estimates:
 
     Attributes:
         values: estimates.
-        errors: [Q, 2] standard errors of those by all that is seen, and by what comes first.
-        refined: by which of the two an estimate is.
+        sizes: [n] of the sequences, which errors are in proportion to.
+        refined: whether an estimate is by all that is seen, or by what comes first.
         first: by what comes first, where both are known; otherwise None.
     """
 
     values: np.ndarray
-    errors: np.ndarray
+    sizes: np.ndarray
     refined: np.ndarray
     first: np.ndarray | None = None
 
@@ -53,31 +55,101 @@ class Estimates:
     def read(cls, group: Group, places: Sequence[int]) -> Estimates:
         """Of some of a unit's queries."""
         values = group.read("estimate")[places].astype(np.float64)
-        errors, refined = group.read("error")[places].astype(np.float64), np.ones(values.shape, bool)
-        if "first" not in group and "refined" not in group:  # one step: an error of each query, or once of each pair
-            errors = np.repeat(np.sqrt(np.mean(errors**2, 1, keepdims=True)), 2, 1)
+        # Runs of before took the sequences alike.
+        sizes = group.read("size").astype(np.float64) if "size" in group else np.ones(values.shape[1])
+        refined = np.ones(values.shape, bool)
         if "refined" in group:
             refined = np.unpackbits(group.read("refined")[places], 1, values.shape[1]).astype(bool)
         first = group.read("first")[places].astype(np.float64) if "first" in group else None
-        return cls(values, errors, refined, first)
+        return cls(values, sizes, refined, first)
 
-    def reach(self, limits: np.ndarray, margins: Sequence[Margins]) -> np.ndarray:
-        """The pairs that may reach their query's limit [Q], by its margins."""
-        fine, first = (np.array([getattr(own, name) for own in margins])[:, None] for name in ("fine", "first"))
-        with np.errstate(invalid="ignore"):  # an error of nothing, infinitely often
-            near, room = (
-                np.where(np.isinf(x), x, x * error[:, None])
-                for x, error in zip((fine, first), self.errors.T, strict=True)
-            )
-        found = self.values + np.where(self.refined, near, room) >= limits[:, None]
-        return found if self.first is None else found & (self.first + room >= limits[:, None])
+    def reach(self, bars: Bars) -> np.ndarray:
+        """The pairs that may be among the best of their query."""
+        first = self.opened(bars)
+        fine = bars.reached(self.values, self.sizes, FINE)
+        return (fine | ~self.refined) & first
 
-    def opened(self, limits: np.ndarray, margins: Margins) -> float:
-        """Share of the pairs that what comes first leaves open."""
-        if self.first is None:
-            return 1.0
-        by_first = Estimates(self.first, self.errors, np.zeros(self.first.shape, bool))
-        return float(by_first.reach(limits, [margins] * len(limits)).mean())
+    def opened(self, bars: Bars) -> np.ndarray:
+        """The pairs that what comes first leaves open; those that were looked at closely where it is not known."""
+        if self.first is not None:
+            return bars.reached(self.first, self.sizes, FIRST)
+        return self.refined | bars.reached(self.values, self.sizes, FIRST)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Scores by one step of estimates: offset + slope · estimate, give or take error · size of the sequence.
+
+    What is left out goes along with what is seen: it adds to all sequences, and in proportion to their scores.
+
+    Attributes:
+        offsets: [Q].
+        slopes: [Q].
+        errors: [Q], standard ones.
+        sizes: [n] of the sequences that this was found by.
+    """
+
+    offsets: np.ndarray
+    slopes: np.ndarray
+    errors: np.ndarray
+    sizes: np.ndarray
+
+    @classmethod
+    def of(cls, total: np.ndarray, values: np.ndarray, sizes: np.ndarray) -> Fit:
+        """Least squares of scores [Q, n] to estimates [Q, n] of sequences of these sizes [n]."""
+        largest = sizes.max() or 1.0
+        relative = np.maximum(sizes / largest, _SMALLEST)
+        weights = relative**-2.0 / (relative**-2.0).sum()
+        x, y = (own - (own @ weights)[:, None] for own in (values, total))
+        both, own = (x * y) @ weights, (x * x) @ weights
+        slopes = np.maximum(np.divide(both, own, out=np.ones_like(own), where=own > 0), _SMALLEST)
+        offsets = (total - slopes[:, None] * values) @ weights
+        found = cls(offsets, slopes, np.ones_like(slopes), relative * largest)
+        # A line takes two of the sequences.
+        return replace(found, errors=np.sqrt((found.off(total, values) ** 2).sum(1) / max(1, len(sizes) - 2)))
+
+    def scores(self, values: np.ndarray) -> np.ndarray:
+        """[Q, n] of estimates [Q, n]."""
+        return self.offsets[:, None] + self.slopes[:, None] * values
+
+    def off(self, scores: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """How far these [Q, n] lie above what estimates [Q, n] say, in standard errors; nothing where there is none."""
+        error = self.errors[:, None] * self.sizes
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(error > 0, (scores - self.scores(values)) / error, 0.0)
+
+
+@dataclass(frozen=True)
+class Trust:
+    """How far estimates of some queries are trusted: scores are at most offset + slope · estimate + room · size.
+
+    Attributes:
+        offsets: [Q, 2] of either step; ∞ where it leaves nothing out.
+        slopes: [Q, 2].
+        rooms: [Q, 2].
+    """
+
+    offsets: np.ndarray
+    slopes: np.ndarray
+    rooms: np.ndarray
+
+    @classmethod
+    def of(cls, fits: Sequence[Fit], margins: Sequence[float]) -> Trust:
+        """Of one step or two, by the standard errors that a score may lie above what is estimated."""
+        count = len(fits[0].offsets)
+        found = cls(np.full((count, 2), math.inf), np.ones((count, 2)), np.zeros((count, 2)))
+        for step, (fit, margin) in enumerate(zip(fits, margins, strict=True)):
+            found.offsets[:, step], found.slopes[:, step] = fit.offsets, fit.slopes
+            found.rooms[:, step] = margin * fit.errors
+        return found
+
+    def of_some(self, places: Sequence[int]) -> Trust:
+        """Of some of the queries."""
+        return Trust(self.offsets[places], self.slopes[places], self.rooms[places])
+
+    def bars(self, limits: np.ndarray) -> Bars:
+        """Of scores that are to reach the limits [Q]."""
+        return Bars((limits[:, None] - self.offsets) / self.slopes, self.rooms / self.slopes)
 
 
 @dataclass(frozen=True)
@@ -88,8 +160,15 @@ class Pilot:
     estimates: Estimates
     seen: dict[str, Seen]
 
-    def margins(self, best: int, every: int, recall: float) -> Margins:
-        """Standard errors that find this share of its best.
+    @property
+    def fits(self) -> list[Fit]:
+        """Of estimates by all that is seen, and by what comes first where that is known."""
+        own = self.estimates
+        steps = [own.values] if own.first is None else [own.values, own.first]
+        return [Fit.of(self.total, values, own.sizes) for values in steps]
+
+    def trust(self, best: int, every: int, recall: float) -> Trust:
+        """Such that this share of its best would be found.
 
         Args:
             best: K, of a query.
@@ -99,21 +178,14 @@ class Pilot:
         rank = max(1, round(best * self.total.shape[1] / every))
         # Halfway to the next: of few, one that stood at the threshold itself would be far from what most are.
         kth = -np.sort(-self.total, 1)[:, rank - 1 : rank + 1].mean(1, keepdims=True)
-        among = self.total >= kth
-        own = self.estimates
-        fine, off = self._needed(own.values, own.errors[:, :1], kth)
+        among, own, fits = self.total >= kth, self.estimates, self.fits
+        fine, off = fits[0].off(kth, own.values), fits[0].off(self.total, own.values)
         if own.first is None:
-            return Margins(_told(fine[among], off, _surely(recall, among)))
-        needed, off_first = self._needed(own.first, own.errors[:, 1:], kth)
-        kept = 1 - _FIRST * (1 - recall)
-        first = _told(needed[among], off_first, kept)
-        return Margins(_told(fine[among & (needed <= first)], off, min(1.0, _surely(recall, among) / kept)), first)
-
-    def _needed(self, values: np.ndarray, error: np.ndarray, kth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """In standard errors: how far estimates lie below their thresholds, and off the scores."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            below, off = (np.where(error > 0, (x - values) / error, 0.0) for x in (kth, self.total))
-        return below, off
+            return Trust.of(fits, [_told(fine[among], off, _surely(recall, among))])
+        needed, kept = fits[1].off(kth, own.first), 1 - _FIRST * (1 - recall)
+        first = _told(needed[among], fits[1].off(self.total, own.first), kept)
+        left = fine[among & (needed <= first)]
+        return Trust.of(fits, [_told(left, off, min(1.0, _surely(recall, among) / kept)), first])
 
 
 def _surely(recall: float, among: np.ndarray) -> float:
@@ -131,13 +203,13 @@ def _told(needed: np.ndarray, off: np.ndarray, recall: float) -> float:
     return max(found, 0.0)
 
 
-def read_pilot(ctx: Context, ids: Sequence[str]) -> Pilot | None:
+def read_pilot(folder: RunFolder, ids: Sequence[str]) -> Pilot | None:
     """What pilots have of some queries; None: they have not all been in one."""
     totals, parts = [], []
     seen: dict[str, Seen] = {}
-    for block in score_blocks(ctx.folder):
+    for block in score_blocks(folder):
         if block.stage == PILOT and set(ids) <= set(block.queries):
-            group, places = ctx.folder.group(block.key), [block.queries.index(query) for query in ids]
+            group, places = folder.group(block.key), [block.queries.index(query) for query in ids]
             totals.append(group.read("total")[places].astype(np.float64))
             parts.append(Estimates.read(group, places))
             if "seen" in group.attrs:  # a run of before estimated otherwise
@@ -147,15 +219,15 @@ def read_pilot(ctx: Context, ids: Sequence[str]) -> Pilot | None:
     firsts = [part.first for part in parts if part.first is not None]
     every = Estimates(
         np.concatenate([part.values for part in parts], 1),
-        np.sqrt(np.mean([part.errors**2 for part in parts], 0)),
+        np.concatenate([part.sizes for part in parts]),
         np.concatenate([part.refined for part in parts], 1),
         np.concatenate(firsts, 1) if len(firsts) == len(parts) else None,
     )
     return Pilot(np.concatenate(totals, 1), every, seen)
 
 
-def margins_of(ctx: Context) -> dict[str, Margins]:
-    """Query -> the margins for K and recall as they are now, by the pilots that it was in with others."""
+def trust_of(ctx: Context, ids: Sequence[str]) -> Trust:
+    """Of queries [Q], for K and recall as they are now, by the pilots that each was in with others."""
     asked, best = {query.id for query in answerable(ctx)}, ctx.config.score.best
     assert best is not None
     company: dict[str, list[int]] = {}
@@ -165,12 +237,14 @@ def margins_of(ctx: Context) -> dict[str, Margins]:
     together: dict[tuple[int, ...], list[str]] = {}
     for query, numbers in sorted(company.items()):
         together.setdefault(tuple(numbers), []).append(query)
-    found: dict[str, Margins] = {}
-    for ids in together.values():
-        pilot = read_pilot(ctx, ids)
+    found: dict[str, Trust] = {}
+    for own in together.values():
+        pilot = read_pilot(ctx.folder, own)
         assert pilot is not None, "they were in one"
-        found |= dict.fromkeys(ids, pilot.margins(best, len(prefilter.union(ctx)), ctx.config.score.recall))
-    return found
+        trust = pilot.trust(best, len(prefilter.union(ctx)), ctx.config.score.recall)
+        found |= {query: trust.of_some([place]) for place, query in enumerate(own)}
+    some = [found[query] for query in ids]
+    return Trust(*(np.concatenate([getattr(x, own.name) for x in some]) for own in fields(Trust)))
 
 
 def largest_scores(ctx: Context, ids: Sequence[str], count: int) -> tuple[np.ndarray, list[int]]:
@@ -194,13 +268,13 @@ def largest_scores(ctx: Context, ids: Sequence[str], count: int) -> tuple[np.nda
 def outcome(ctx: Context) -> dict[str, Any]:
     """What two stages came to: the share of pairs that are scored, and of the pilot's best that would be."""
     ids = [query.id for query in answerable(ctx)]
-    best, margins = ctx.config.score.best, margins_of(ctx)
+    best, trust = ctx.config.score.best, trust_of(ctx, ids)
     assert best is not None
     largest, _ = largest_scores(ctx, ids, best)
-    kth = dict(zip(ids, largest[:, best - 1], strict=True))
+    place = {query: number for number, query in enumerate(ids)}
     scored = pairs = among = found = 0
     for block in score_blocks(ctx.folder):
-        own = [at for at, query in enumerate(block.queries) if query in kth]
+        own = [at for at, query in enumerate(block.queries) if query in place]
         if not own:
             continue
         group = ctx.folder.group(block.key)
@@ -208,13 +282,11 @@ def outcome(ctx: Context) -> dict[str, Any]:
         scored += int((~np.isnan(total)).sum())
         pairs += 0 if block.stage == CHOSEN else total.size
         if block.stage == PILOT:
-            limits, rooms = (
-                np.array([kth[block.queries[at]] for at in own]),
-                [margins[block.queries[at]] for at in own],
-            )
+            where = [place[block.queries[at]] for at in own]
+            limits = largest[where, best - 1]
             best_here = total >= limits[:, None]
             among += int(best_here.sum())
-            found += int((best_here & Estimates.read(group, own).reach(limits, rooms)).sum())
+            found += int((best_here & Estimates.read(group, own).reach(trust.of_some(where).bars(limits))).sum())
     return {
         "best": best, "queries": ids, "share": scored / pairs, "among": among,
         "recall": found / among if among else None,

@@ -12,7 +12,6 @@ What a wave leaves out is written down before it starts, so that a run that was 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,15 +20,16 @@ import numpy as np
 from raylux.config import ScoreSection
 from raylux.cost.two_stage import assumed_seen, estimates_cost, pace, pilot, products, relative_cost
 from raylux.curvature import Kind
+from raylux.engine.bars import Bars
 from raylux.engine.context import Context
-from raylux.engine.estimating import Estimated, Margins
+from raylux.engine.estimating import Estimated
 from raylux.engine.quarantine import lost_pairs
 from raylux.engine.records import Contraction
 from raylux.engine.stages import precision, prefilter
 from raylux.engine.stages.fit import fitted
 from raylux.engine.stages.pairs import ScoreJob, loaded_queries, missing_jobs
 from raylux.engine.stages.query import answerable
-from raylux.engine.stages.thresholds import Estimates, largest_scores, margins_of, outcome, rank_of, read_pilot
+from raylux.engine.stages.thresholds import Estimates, largest_scores, outcome, rank_of, read_pilot, trust_of
 from raylux.engine.stages.units import settle
 from raylux.engine.work import Job, results
 from raylux.errors import UserError
@@ -49,16 +49,12 @@ class Rule:
     """What a wave leaves out.
 
     Attributes:
-        thresholds: query -> below which a pair is not wanted; those that are not named want all of theirs.
-        margin: standard errors that an estimate may lie below.
+        bars: query -> which its pairs must reach (``Bars.named``); those that are not named want all of theirs.
         plain: nothing: all pairs are scored as ever.
-        first: as ``margin``, of an estimate by what comes first; None: these leave nothing out.
     """
 
-    thresholds: dict[str, float]
-    margin: float
+    bars: dict[str, list[list[float]]]
     plain: bool
-    first: float | None = None
 
 
 def wanted(ctx: Context) -> bool:
@@ -102,7 +98,7 @@ def run(ctx: Context, plain: Plain) -> None:
             if rule is not None and rule.plain:
                 plain(ctx, missing_jobs(ctx))  # in units of the usual size, and not in waves
                 break
-            _run(ctx, left, rule)
+            _run(ctx, left if rule is None else _merged(ctx, left), rule)
     _reach(ctx)
 
 
@@ -148,37 +144,48 @@ def _ends(rows: float, first: float) -> Iterator[float]:
         rows /= _GROWTH
 
 
+def _merged(ctx: Context, jobs: Sequence[ScoreJob]) -> list[ScoreJob]:
+    """Jobs of the usual size: the pilot's is small, and workers read all queries for each company of sequences."""
+    found: list[ScoreJob] = []
+    for job in jobs:
+        last = found[-1] if found else None
+        if last and last.queries == job.queries and len(last.rows) + len(job.rows) <= ctx.plan.score_unit_size:
+            found[-1] = last.with_(job)
+        else:
+            found.append(job)
+    return found
+
+
 def _rule(ctx: Context, number: int, wave: int, jobs: Sequence[ScoreJob]) -> Rule | None:
     """What a wave leaves out, as it was written down, or is now; None: it is the pilot."""
     if not wave:
         return None
     name = f"r{number:04d}.{wave}"
     known = ctx.folder.units(WAVES).get(name)
-    if known is None:
+    if known is None or "bars" not in known.meta:  # a run of before had margins in its place
         rule = _new_rule(ctx, {query for job in jobs for query in job.queries})
         known = ctx.folder.commit(WAVES, name, {}, **vars(rule))
-    return Rule(known.meta["thresholds"], known.meta["margin"], known.meta["plain"], known.meta.get("first"))
+    return Rule(known.meta["bars"], known.meta["plain"])
 
 
 def _new_rule(ctx: Context, wanted: set[str]) -> Rule:
     ids = [query.id for query in answerable(ctx) if query.id in wanted]
-    found = read_pilot(ctx, ids)
+    found = read_pilot(ctx.folder, ids)
     if found is None:
-        return Rule({}, 0.0, True)
+        return Rule({}, True)
     best = ctx.config.score.best
     assert best is not None
     every = len(prefilter.union(ctx))
     largest, seen = largest_scores(ctx, ids, rank_of(best))
     ranks = [rank_of(best * count / every) for count in seen]
-    thresholds = [float(own[rank - 1]) for own, rank in zip(largest, ranks, strict=True)]
-    margins = found.margins(best, every, ctx.config.score.recall)
-    limits = np.array(thresholds)
-    reach = found.estimates.reach(limits, [margins] * len(ids))
+    limits = np.array([own[rank - 1] for own, rank in zip(largest, ranks, strict=True)])
+    bars = found.trust(best, every, ctx.config.score.recall).bars(limits)
+    reach, opened = found.estimates.reach(bars), float(found.estimates.opened(bars).mean())
     layers = ctx.coverage.tracked
     shapes = [layer.shape for layer in layers]
     tokens = float(ctx.reader.lengths.mean())
     blocks = [found.seen.get(layer.name, assumed_seen(layer.shape, True)) for layer in layers]
-    estimates, refined = estimates_cost(shapes, tokens, len(ids), blocks, found.estimates.opened(limits, margins))
+    estimates, refined = estimates_cost(shapes, tokens, len(ids), blocks, opened)
     formed, share = float(reach.any(0).mean()), float(reach.mean())
     own = pace(_contraction(ctx).dtype)
     cost = relative_cost(shapes, tokens, len(ids), share, own, estimates=estimates, formed=formed, refined=refined)
@@ -188,8 +195,7 @@ def _new_rule(ctx: Context, wanted: set[str]) -> Rule:
             f"score: {reach.mean():.0%} of the pairs may be among the {best} best of their query by what is estimated "
             "of them: all are scored exactly, which costs less"
         )
-    named = {query: least for query, least in zip(ids, thresholds, strict=True) if math.isfinite(least)}
-    return Rule(named, margins.fine, plain, margins.first if math.isfinite(margins.first) else None)
+    return Rule(bars.named(ids), plain)
 
 
 def _run(
@@ -197,12 +203,11 @@ def _run(
 ) -> None:
     """Score a wave; ``chosen``: of each job, the pairs [Q, n] that are, where nothing is to be estimated any more."""
     loaded = loaded_queries(ctx, {query for job in jobs for query in job.queries}, _contraction(ctx))
-    thresholds = None if rule is None else tuple(rule.thresholds.get(query, -math.inf) for query in loaded.ids)
+    bars = None if rule is None else Bars.of(loaded.ids, rule.bars)
     best = ctx.config.score.best
     assert best is not None
     sequences = float(ctx.reader.lengths.mean()), min(1.0, best / len(prefilter.union(ctx)))
-    margins = Margins(rule.margin, math.inf if rule.first is None else rule.first) if rule else Margins(0.0)
-    how = Estimated(fitted(ctx), ctx.config.curvature.kind, sequences, thresholds, margins)
+    how = Estimated(fitted(ctx), ctx.config.curvature.kind, sequences, bars)
     shared = ctx.backend.share(loaded), ctx.backend.share(how)
     calls = (
         Job(job.name, (job.name, job.rows, job.queries, *shared, *([chosen[job.name]] if chosen else [])), job)
@@ -237,7 +242,7 @@ def _reach(ctx: Context) -> None:
         _run(
             ctx,
             [job for job, _ in chosen.values()],
-            Rule({}, 0.0, False),
+            Rule({}, False),
             {name: pairs for name, (_, pairs) in chosen.items()},
         )
     name = _summary_name(ctx)
@@ -258,14 +263,14 @@ def _left(ctx: Context) -> Iterator[tuple[ScoreJob, np.ndarray]]:
     best = ctx.config.score.best
     assert best is not None
     largest, _ = largest_scores(ctx, ids, best)
-    kth, margins = dict(zip(ids, largest[:, best - 1], strict=True)), margins_of(ctx)
+    places, trust = {query: place for place, query in enumerate(ids)}, trust_of(ctx, ids)
     done = _scored_apart(ctx)
     for block in _estimated(ctx):
         group = ctx.folder.group(block.key)
-        own = [place for place, query in enumerate(block.queries) if query in kth]
-        limits = np.array([kth[block.queries[place]] for place in own])
+        own = [place for place, query in enumerate(block.queries) if query in places]
+        where = [places[block.queries[place]] for place in own]
         # Where fewer than K are scored at all there is no limit.
-        reach = Estimates.read(group, own).reach(limits, [margins[block.queries[place]] for place in own])
+        reach = Estimates.read(group, own).reach(trust.of_some(where).bars(largest[where, best - 1]))
         reach &= np.isnan(group.read("total")[own])
         for place, known in enumerate(done.get(block.queries[at]) for at in own):
             if known is not None:
