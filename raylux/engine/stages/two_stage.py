@@ -38,7 +38,7 @@ from raylux.ledger import SCORE, WAVES
 from raylux.store import CHOSEN, ESTIMATED, PILOT, ScoreBlock, score_blocks
 
 # How many times what was before it a wave ends at: thresholds of few sequences let many pairs through.
-_GROWTH = 4
+_GROWTH = 2
 
 Plain = Callable[[Context, Sequence[ScoreJob]], bool]
 """Scores jobs as ever."""
@@ -236,15 +236,10 @@ def _reach(ctx: Context) -> None:
     if not any(_estimated(ctx)):
         return
     while True:
-        chosen = {job.name: (job, pairs) for job, pairs in _left(ctx)}
-        if not chosen:
+        jobs, chosen = _jobs(ctx, list(_left(ctx)))
+        if not jobs:
             break
-        _run(
-            ctx,
-            [job for job, _ in chosen.values()],
-            Rule({}, False),
-            {name: pairs for name, (_, pairs) in chosen.items()},
-        )
+        _run(ctx, jobs, Rule({}, False), chosen)
     name = _summary_name(ctx)
     if name not in ctx.folder.units(WAVES):
         facts = outcome(ctx)
@@ -257,8 +252,38 @@ def _reach(ctx: Context) -> None:
         ctx.reporter.say(f"score: {facts['share']:.1%} of the pairs scored exactly; {told}")
 
 
-def _left(ctx: Context) -> Iterator[tuple[ScoreJob, np.ndarray]]:
-    """Jobs of the pairs [Q, n] that are estimated alone and may be among the best."""
+def _jobs(
+    ctx: Context, left: Sequence[tuple[tuple[str, ...], np.ndarray, np.ndarray]]
+) -> tuple[list[ScoreJob], dict[str, np.ndarray]]:
+    """Jobs of the usual size, and the pairs [Q, n] of each, by its name.
+
+    Args:
+        ctx: the run.
+        left: queries, rows and pairs of each block, of few rows mostly.
+    """
+    wanted = {query for queries, _, _ in left for query in queries}
+    ids = [query.id for query in answerable(ctx) if query.id in wanted]
+    place = {query: number for number, query in enumerate(ids)}
+    rows, which = np.unique(np.concatenate([np.zeros(0, np.int64), *(own for _, own, _ in left)]), return_inverse=True)
+    every, start = np.zeros((len(ids), len(rows)), bool), 0
+    for queries, own, pairs in left:
+        where = np.ix_([place[query] for query in queries], which[start : start + len(own)])
+        every[where] |= pairs
+        start += len(own)
+    jobs, chosen = [], {}
+    for first in range(0, len(rows), ctx.plan.score_unit_size):
+        part = every[:, first : first + ctx.plan.score_unit_size]
+        queries = tuple(query for query, asked in zip(ids, part.any(1), strict=True) if asked)
+        pairs = part[part.any(1)]
+        here = rows[first : first + ctx.plan.score_unit_size]
+        text = f"{queries} {here.tolist()} {pairs.tolist()}"
+        jobs.append(ScoreJob(f"c-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}", here, queries))
+        chosen[jobs[-1].name] = pairs
+    return jobs, chosen
+
+
+def _left(ctx: Context) -> Iterator[tuple[tuple[str, ...], np.ndarray, np.ndarray]]:
+    """Queries, rows, and pairs of them [Q, n] that are estimated alone and may be among the best, of each block."""
     ids = [query.id for query in answerable(ctx)]
     best = ctx.config.score.best
     assert best is not None
@@ -278,12 +303,7 @@ def _left(ctx: Context) -> Iterator[tuple[ScoreJob, np.ndarray]]:
         rows = reach.any(0)
         if rows.any():
             queries = tuple(block.queries[own[place]] for place in np.flatnonzero(reach.any(1)))
-            pairs = reach[reach.any(1)][:, rows]
-            text = f"{queries} {block.rows[rows].tolist()} {pairs.tolist()}"
-            yield (
-                ScoreJob(f"c-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}", block.rows[rows], queries),
-                pairs,
-            )
+            yield queries, block.rows[rows], reach[reach.any(1)][:, rows]
 
 
 def _estimated(ctx: Context) -> Iterator[ScoreBlock]:
