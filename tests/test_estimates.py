@@ -284,6 +284,9 @@ def test_what_was_left_out_is_scored_when_it_is_asked_for(inputs: Inputs, tmp_pa
     few = ~np.isnan(inputs.run(tmp_path, *TWO).scores().to_numpy())
     more = ~np.isnan(inputs.run(tmp_path, *TWO, f"score.best={8 * BEST}").scores().to_numpy())
     assert more[few].all() and more.sum() > few.sum()
+    # Few rows of each unit, put together in units of the usual size.
+    late = sorted(len(x.meta["rows"]) for x in estimated(tmp_path)["chosen"])
+    assert len(late) > 2 and set(late[1:]) == {10}, late
     whole = inputs.run(tmp_path, *TWO, "score.best=null")
     np.testing.assert_allclose(whole.scores().to_numpy(), every, rtol=1e-3, atol=1e-4 * every.std())
     assert len(whole.top("a", 20)) == 20
@@ -300,6 +303,19 @@ def test_more_queries_on_the_same_folder(inputs: Inputs, tmp_path: Path, every: 
     there = ~np.isnan(scores)
     assert there.any(1).all() and there.mean() < 0.9
     np.testing.assert_allclose(scores[there], every[there], rtol=1e-3, atol=1e-4 * every.std())
+
+
+def test_waves_have_units_of_the_usual_size(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where that leaves some for each worker; the same pairs are scored, with the same bits."""
+    monkeypatch.setattr("raylux.cost.two_stage.PILOT_LEAST", 8)
+    larger = (*TWO, "score.unit_size=16")
+    inputs.run(tmp_path / "whole", *larger)
+    monkeypatch.setattr(two_stage, "_EACH", 100)
+    inputs.run(tmp_path / "small", *larger)
+    whole, small = (estimated(tmp_path / name) for name in ("whole", "small"))
+    assert len(whole["pilot"]) == len(small["pilot"]) and len(whole["estimated"]) < len(small["estimated"])
+    assert max(len(x.meta["rows"]) for x in whole["estimated"]) <= 16
+    assert same(tmp_path / "whole", tmp_path / "small")
 
 
 def test_where_estimates_say_little_every_pair_is_scored(

@@ -39,6 +39,8 @@ from raylux.store import CHOSEN, ESTIMATED, PILOT, ScoreBlock, score_blocks
 
 # How many times what was before it a wave ends at: thresholds of few sequences let many pairs through.
 _GROWTH = 2
+# Jobs of a wave for each worker, at least, where they are put together.
+_EACH = 2
 
 Plain = Callable[[Context, Sequence[ScoreJob]], bool]
 """Scores jobs as ever."""
@@ -145,11 +147,12 @@ def _ends(rows: float, first: float) -> Iterator[float]:
 
 
 def _merged(ctx: Context, jobs: Sequence[ScoreJob]) -> list[ScoreJob]:
-    """Jobs of the usual size: the pilot's is small, and workers read all queries for each company of sequences."""
-    found: list[ScoreJob] = []
+    """Jobs as large as leaves some for each worker: workers read all queries for each company of sequences."""
+    room = sum(len(job.rows) for job in jobs) // (_EACH * ctx.backend.workers)
+    most, found = min(room, ctx.plan.score_unit_size), list[ScoreJob]()
     for job in jobs:
         last = found[-1] if found else None
-        if last and last.queries == job.queries and len(last.rows) + len(job.rows) <= ctx.plan.score_unit_size:
+        if last and last.queries == job.queries and len(last.rows) + len(job.rows) <= most:
             found[-1] = last.with_(job)
         else:
             found.append(job)
