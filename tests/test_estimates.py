@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -284,12 +286,23 @@ def test_what_was_left_out_is_scored_when_it_is_asked_for(inputs: Inputs, tmp_pa
     few = ~np.isnan(inputs.run(tmp_path, *TWO).scores().to_numpy())
     more = ~np.isnan(inputs.run(tmp_path, *TWO, f"score.best={8 * BEST}").scores().to_numpy())
     assert more[few].all() and more.sum() > few.sum()
-    # Few rows of each unit, put together in units of the usual size.
-    late = sorted(len(x.meta["rows"]) for x in estimated(tmp_path)["chosen"])
-    assert len(late) > 2 and set(late[1:]) == {10}, late
     whole = inputs.run(tmp_path, *TWO, "score.best=null")
     np.testing.assert_allclose(whole.scores().to_numpy(), every, rtol=1e-3, atol=1e-4 * every.std())
     assert len(whole.top("a", 20)) == 20
+
+
+def test_what_few_rows_of_each_unit_were_left_out_is_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [
+        two_stage.Pairs(("a", "b"), np.array([7, 9]), np.array([[True, False], [False, True]])),
+        two_stage.Pairs(("c",), np.array([3, 7]), np.array([[True, True]])),
+        two_stage.Pairs(("b",), np.array([1]), np.array([[True]])),
+    ]
+    monkeypatch.setattr(two_stage, "_left", lambda _: iter(parts))
+    ctx: Any = SimpleNamespace(plan=SimpleNamespace(score_unit_size=4))
+    (first, chosen), (second, rest) = two_stage._jobs(ctx)
+    assert (first.queries, first.rows.tolist()) == (("a", "b", "c"), [3, 7, 9])
+    assert chosen.tolist() == [[False, True, False], [False, False, True], [True, True, False]]
+    assert (second.queries, second.rows.tolist(), rest.tolist()) == (("b",), [1], [[True]])
 
 
 def test_more_queries_on_the_same_folder(inputs: Inputs, tmp_path: Path, every: np.ndarray) -> None:

@@ -234,15 +234,24 @@ def _contraction(ctx: Context) -> Contraction:
 # what was left out
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Some of the pairs of queries and corpus rows [n]: those that are ``chosen`` [Q, n]."""
+
+    queries: tuple[str, ...]
+    rows: np.ndarray
+    chosen: np.ndarray
+
+
 def _reach(ctx: Context) -> None:
     """Score the pairs whose estimates may reach the K-th best of their query after all; then say what was found."""
     if not any(_estimated(ctx)):
         return
     while True:
-        jobs, chosen = _jobs(ctx, list(_left(ctx)))
+        jobs = list(_jobs(ctx))
         if not jobs:
             break
-        _run(ctx, jobs, Rule({}, False), chosen)
+        _run(ctx, [job for job, _ in jobs], Rule({}, False), {job.name: chosen for job, chosen in jobs})
     name = _summary_name(ctx)
     if name not in ctx.folder.units(WAVES):
         facts = outcome(ctx)
@@ -255,38 +264,32 @@ def _reach(ctx: Context) -> None:
         ctx.reporter.say(f"score: {facts['share']:.1%} of the pairs scored exactly; {told}")
 
 
-def _jobs(
-    ctx: Context, left: Sequence[tuple[tuple[str, ...], np.ndarray, np.ndarray]]
-) -> tuple[list[ScoreJob], dict[str, np.ndarray]]:
-    """Jobs of the usual size, and the pairs [Q, n] of each, by its name.
-
-    Args:
-        ctx: the run.
-        left: queries, rows and pairs of each block, of few rows mostly.
-    """
-    wanted = {query for queries, _, _ in left for query in queries}
-    ids = [query.id for query in answerable(ctx) if query.id in wanted]
-    place = {query: number for number, query in enumerate(ids)}
-    rows, which = np.unique(np.concatenate([np.zeros(0, np.int64), *(own for _, own, _ in left)]), return_inverse=True)
-    every, start = np.zeros((len(ids), len(rows)), bool), 0
-    for queries, own, pairs in left:
-        where = np.ix_([place[query] for query in queries], which[start : start + len(own)])
-        every[where] |= pairs
-        start += len(own)
-    jobs, chosen = [], {}
-    for first in range(0, len(rows), ctx.plan.score_unit_size):
-        part = every[:, first : first + ctx.plan.score_unit_size]
-        queries = tuple(query for query, asked in zip(ids, part.any(1), strict=True) if asked)
-        pairs = part[part.any(1)]
-        here = rows[first : first + ctx.plan.score_unit_size]
-        text = f"{queries} {here.tolist()} {pairs.tolist()}"
-        jobs.append(ScoreJob(f"c-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}", here, queries))
-        chosen[jobs[-1].name] = pairs
-    return jobs, chosen
+def _jobs(ctx: Context) -> Iterator[tuple[ScoreJob, np.ndarray]]:
+    """Jobs of the usual size for what was left out, of few rows in most blocks, and the pairs [Q, n] of each."""
+    held: list[Pairs] = []
+    for pairs in _left(ctx):
+        if held and sum(len(own.rows) for own in [*held, pairs]) > ctx.plan.score_unit_size:
+            yield _job(held)
+            held = []
+        held.append(pairs)
+    if held:
+        yield _job(held)
 
 
-def _left(ctx: Context) -> Iterator[tuple[tuple[str, ...], np.ndarray, np.ndarray]]:
-    """Queries, rows, and pairs of them [Q, n] that are estimated alone and may be among the best, of each block."""
+def _job(parts: Sequence[Pairs]) -> tuple[ScoreJob, np.ndarray]:
+    queries = tuple(dict.fromkeys(query for own in parts for query in own.queries))
+    rows = np.unique(np.concatenate([own.rows for own in parts]))
+    place = {query: number for number, query in enumerate(queries)}
+    chosen = np.zeros((len(queries), len(rows)), bool)
+    for own in parts:
+        where = np.ix_(np.array([place[query] for query in own.queries]), np.searchsorted(rows, own.rows))
+        chosen[where] |= own.chosen
+    text = f"{queries} {rows.tolist()} {chosen.tolist()}"
+    return ScoreJob(f"c-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}", rows, queries), chosen
+
+
+def _left(ctx: Context) -> Iterator[Pairs]:
+    """What is estimated alone and may be among the best, of each block."""
     ids = [query.id for query in answerable(ctx)]
     best = ctx.config.score.best
     assert best is not None
@@ -306,7 +309,7 @@ def _left(ctx: Context) -> Iterator[tuple[tuple[str, ...], np.ndarray, np.ndarra
         rows = reach.any(0)
         if rows.any():
             queries = tuple(block.queries[own[place]] for place in np.flatnonzero(reach.any(1)))
-            yield queries, block.rows[rows], reach[reach.any(1)][:, rows]
+            yield Pairs(queries, block.rows[rows], reach[reach.any(1)][:, rows])
 
 
 def _estimated(ctx: Context) -> Iterator[ScoreBlock]:
