@@ -154,7 +154,7 @@ def _two_stage(run: Run) -> str:
     found = [x.meta for x in run.store.units(WAVES).values() if x.meta.get("best") == run.config.score.best]
     if not found:
         return ""
-    recall = "" if found[-1]["recall"] is None else f", {found[-1]['recall']:.1%} of the best by the pilot"
+    recall = "" if found[-1]["recall"] is None else f", {found[-1]['recall']:.1%} of the best among them"
     return f"; two stages: {found[-1]['share']:.1%} of the pairs scored{recall}"
 
 

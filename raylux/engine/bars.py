@@ -27,6 +27,10 @@ class Bars:
         """Which estimates [Q, n] of sequences of these sizes [n] reach."""
         return values + self.rooms[:, step, None] * sizes >= self.limits[:, step, None]
 
+    def of_some(self, places: Sequence[int]) -> Bars:
+        """Of some of the queries."""
+        return Bars(self.limits[places], self.rooms[places])
+
     def named(self, queries: Sequence[str]) -> dict[str, list[list[float]]]:
         """Query -> limit and room of each step, as JSON has them; what all reach is not named."""
         found = {}

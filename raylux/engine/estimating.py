@@ -70,12 +70,8 @@ class Found:
 
     def arrays(self) -> dict[str, Tensor]:
         """What is written of them."""
-        found = {"estimate": self.values}
-        if self.refined is not None:
-            found["refined"] = self.refined
-        elif self.first is not None:
-            found["first"] = self.first
-        return found
+        found = {"estimate": self.values, "first": self.first, "refined": self.refined}
+        return {name: values for name, values in found.items() if values is not None}
 
 
 class Sieve:
@@ -261,7 +257,8 @@ class EstimatedScores(WorkerPart):
         """Write ``total`` [Q, n], NaN where a pair is not exactly scored, ``estimate`` [Q, n], ``size`` [n].
 
         Where estimates come in two steps, the pilot has ``first`` [Q, n] as well, and other units have ``refined``,
-        bits of the pairs whose estimate is by all that is seen.
+        bits of the pairs whose estimate is by all that is seen, and ``opening``, what came first of the pairs that are
+        scored, one after another. ``limits`` and ``rooms`` [Q, 2] are the bars that these have reached.
 
         Args:
             name: the unit's, for the object's key.
@@ -305,8 +302,12 @@ class EstimatedScores(WorkerPart):
             if bool(bad[counted].any()):
                 raise NumericsError(f"score unit {name}: NaN or infinity in the scores")
             arrays["total"][:, places] = _kept(exact, counted, columns)
+        if "refined" in arrays:
+            arrays["opening"] = arrays.pop("first")[~np.isnan(arrays["total"])]
         if not all(np.isfinite(array).all() for what, array in arrays.items() if what != "total"):
             raise NumericsError(f"score unit {name}: NaN or infinity in the estimated scores")
+        if chosen is None and how.bars is not None:
+            arrays |= {"limits": how.bars.limits[columns], "rooms": how.bars.rooms[columns]}
         seen = {layer: (own.rows, own.columns, own.first) for layer, own in sieve.seen.items()}
         return self.folder.write(
             f"scores/{name}", {what: _stored(x, kind) for what, x in arrays.items()}, {"seen": seen}

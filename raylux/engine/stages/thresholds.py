@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from statistics import NormalDist
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from raylux.cost.two_stage import Seen
 from raylux.engine.bars import FINE, FIRST, Bars
-from raylux.engine.context import Context
-from raylux.engine.stages import prefilter
-from raylux.engine.stages.query import answerable
 from raylux.store import CHOSEN, PILOT, RunFolder, score_blocks
 from raylux.store.arrays import Group
 
-# Of the pilot's best so many must be missed before their share tells anything.
-_TELLING = 3
-# Of the pairs that may be missed, the share that may be so by what comes first: a pair that this leaves open costs less
-# than one that is scored, so that its margin is the wider one.
-_FIRST = 0.3
 # The smallest slope of a line, and size of a sequence beside the largest.
 _SMALLEST = 1e-9
 
@@ -37,6 +27,30 @@ def rank_of(expected: float) -> int:
 
 
 @dataclass(frozen=True)
+class Best:
+    """The largest scores [Q, count] of some queries, descending, −∞ beyond them; and how many rows each was seen on."""
+
+    largest: np.ndarray
+    seen: list[int]
+
+    def thresholds(self, best: int, every: int) -> np.ndarray:
+        """[Q] scores that the K best of ``every`` sequences most likely reach (``rank_of``)."""
+        return self._at([rank_of(best * count / every) for count in self.seen])
+
+    def typical(self, best: int, every: int) -> np.ndarray:
+        """[Q] scores that as large a share of the sequences so far reach as are wanted of all.
+
+        Halfway to the next: of few, one that stood at the threshold itself would be far from what most are.
+        """
+        ranks = [max(1, round(best * count / every)) for count in self.seen]
+        at, after = self._at(ranks), self._at([rank + 1 for rank in ranks])
+        return np.where(np.isfinite(after), (at + after) / 2, at)
+
+    def _at(self, ranks: Sequence[int]) -> np.ndarray:
+        return np.array([own[rank - 1] for own, rank in zip(self.largest, ranks, strict=True)])
+
+
+@dataclass(frozen=True)
 class Estimates:
     """Of pairs [Q, n].
 
@@ -45,12 +59,16 @@ class Estimates:
         sizes: [n] of the sequences, which errors are in proportion to.
         refined: whether an estimate is by all that is seen, or by what comes first.
         first: by what comes first, where both are known; otherwise None.
+        bars: that pairs had to reach, to be scored; None: all are.
+        opening: by what comes first, of pairs that are scored, NaN elsewhere; None where there is one step.
     """
 
     values: np.ndarray
     sizes: np.ndarray
     refined: np.ndarray
     first: np.ndarray | None = None
+    bars: Bars | None = None
+    opening: np.ndarray | None = None
 
     @classmethod
     def read(cls, group: Group, places: Sequence[int]) -> Estimates:
@@ -62,7 +80,14 @@ class Estimates:
         if "refined" in group:
             refined = np.unpackbits(group.read("refined")[places], 1, values.shape[1]).astype(bool)
         first = group.read("first")[places].astype(np.float64) if "first" in group else None
-        return cls(values, sizes, refined, first)
+        bars, opening = None, first
+        if "limits" in group:
+            bars = Bars(*(group.read(name)[places].astype(np.float64) for name in ("limits", "rooms")))
+        if "opening" in group:
+            whole = group.read("total").astype(np.float64)
+            whole[~np.isnan(whole)] = group.read("opening")
+            opening = whole[places]
+        return cls(values, sizes, refined, first, bars, opening)
 
     def reach(self, bars: Bars) -> np.ndarray:
         """The pairs that may be among the best of their query."""
@@ -109,6 +134,10 @@ class Fit:
         # A line takes two of the sequences.
         return replace(found, errors=np.sqrt((found.off(total, values) ** 2).sum(1) / max(1, len(sizes) - 2)))
 
+    def of_some(self, places: np.ndarray) -> Fit:
+        """Of some of the queries."""
+        return replace(self, offsets=self.offsets[places], slopes=self.slopes[places], errors=self.errors[places])
+
     def scores(self, values: np.ndarray) -> np.ndarray:
         """[Q, n] of estimates [Q, n]."""
         return self.offsets[:, None] + self.slopes[:, None] * values
@@ -144,10 +173,6 @@ class Trust:
             found.rooms[:, step] = margin * fit.errors
         return found
 
-    def of_some(self, places: Sequence[int]) -> Trust:
-        """Of some of the queries."""
-        return Trust(self.offsets[places], self.slopes[places], self.rooms[places])
-
     def bars(self, limits: np.ndarray) -> Bars:
         """Of scores that are to reach the limits [Q]."""
         return Bars((limits[:, None] - self.offsets) / self.slopes, self.rooms / self.slopes)
@@ -167,41 +192,6 @@ class Pilot:
         own = self.estimates
         steps = [own.values] if own.first is None else [own.values, own.first]
         return [Fit.of(self.total, values, own.sizes) for values in steps]
-
-    def trust(self, best: int, every: int, recall: float) -> Trust:
-        """Such that this share of its best would be found.
-
-        Args:
-            best: K, of a query.
-            every: sequences that this is of.
-            recall: the share.
-        """
-        rank = max(1, round(best * self.total.shape[1] / every))
-        # Halfway to the next: of few, one that stood at the threshold itself would be far from what most are.
-        kth = -np.sort(-self.total, 1)[:, rank - 1 : rank + 1].mean(1, keepdims=True)
-        among, own, fits = self.total >= kth, self.estimates, self.fits
-        fine, off = fits[0].off(kth, own.values), fits[0].off(self.total, own.values)
-        if own.first is None:
-            return Trust.of(fits, [_told(fine[among], off, _surely(recall, among))])
-        needed, kept = fits[1].off(kth, own.first), 1 - _FIRST * (1 - recall)
-        first = _told(needed[among], fits[1].off(self.total, own.first), kept)
-        left = fine[among & (needed <= first)]
-        return Trust.of(fits, [_told(left, off, min(1.0, _surely(recall, among) / kept)), first])
-
-
-def _surely(recall: float, among: np.ndarray) -> float:
-    """A share of these pairs that leaves a standard error of what may be missed for chance."""
-    missed = float(among.sum()) * (1 - recall)
-    return recall if missed < _TELLING else 1 - (missed - math.sqrt(missed)) / float(among.sum())
-
-
-def _told(needed: np.ndarray, off: np.ndarray, recall: float) -> float:
-    """The standard errors that a share of some pairs need."""
-    found = float(np.quantile(needed, recall))
-    if len(needed) * (1 - recall) < _TELLING:
-        # Too few to tell: what errors of a normal distribution need where a score is the threshold itself.
-        found = max(found, float(np.sqrt(np.mean(off**2))) * NormalDist().inv_cdf(recall))
-    return max(found, 0.0)
 
 
 def read_pilot(folder: RunFolder, ids: Sequence[str]) -> Pilot | None:
@@ -227,68 +217,33 @@ def read_pilot(folder: RunFolder, ids: Sequence[str]) -> Pilot | None:
     return Pilot(np.concatenate(totals, 1), every, seen)
 
 
-def trust_of(ctx: Context, ids: Sequence[str]) -> Trust:
-    """Of queries [Q], for K and recall as they are now, by the pilots that each was in with others."""
-    asked, best = {query.id for query in answerable(ctx)}, ctx.config.score.best
-    assert best is not None
-    company: dict[str, list[int]] = {}
-    for number, block in enumerate(x for x in score_blocks(ctx.folder) if x.stage == PILOT):
-        for query in asked.intersection(block.queries):
-            company.setdefault(query, []).append(number)
-    together: dict[tuple[int, ...], list[str]] = {}
-    for query, numbers in sorted(company.items()):
-        together.setdefault(tuple(numbers), []).append(query)
-    found: dict[str, Trust] = {}
-    for own in together.values():
-        pilot = read_pilot(ctx.folder, own)
-        assert pilot is not None, "they were in one"
-        trust = pilot.trust(best, len(prefilter.union(ctx)), ctx.config.score.recall)
-        found |= {query: trust.of_some([place]) for place, query in enumerate(own)}
-    some = [found[query] for query in ids]
-    return Trust(*(np.concatenate([getattr(x, own.name) for x in some]) for own in fields(Trust)))
+def best_so_far(folder: RunFolder, ids: Sequence[str], best: int) -> Best:
+    """As many scores of each query as may be asked for where K are wanted.
 
-
-def largest_scores(ctx: Context, ids: Sequence[str], count: int) -> tuple[np.ndarray, list[int]]:
-    """The ``count`` largest scores of each query, descending, −inf beyond them; and the rows it was seen on."""
-    place = {query: number for number, query in enumerate(ids)}
+    Those of pairs that were left out at first do not count: bars are the same before and after these are scored.
+    """
+    place, count = {query: number for number, query in enumerate(ids)}, rank_of(best) + 1
     largest, seen = np.full((len(ids), count), -np.inf), [0] * len(ids)
-    for block in score_blocks(ctx.folder):
+    for block in score_blocks(folder):
         own = [at for at, query in enumerate(block.queries) if query in place]
-        if not own:
+        if not own or block.stage == CHOSEN:
             continue
-        total = ctx.folder.group(block.key).read("total")[own]
+        total = folder.group(block.key).read("total")[own]
         where = [place[block.queries[at]] for at in own]
         held = np.concatenate([largest[where], np.where(np.isnan(total), -np.inf, total)], 1)
         largest[where] = -np.sort(-held, 1)[:, :count]
-        if block.stage != CHOSEN:
-            for at in where:
-                seen[at] += len(block.rows)
-    return largest, seen
+        for at in where:
+            seen[at] += len(block.rows)
+    return Best(largest, seen)
 
 
-def outcome(ctx: Context) -> dict[str, Any]:
-    """What two stages came to: the share of pairs that are scored, and of the pilot's best that would be."""
-    ids = [query.id for query in answerable(ctx)]
-    best, trust = ctx.config.score.best, trust_of(ctx, ids)
-    assert best is not None
-    largest, _ = largest_scores(ctx, ids, best)
-    place = {query: number for number, query in enumerate(ids)}
-    scored = pairs = among = found = 0
-    for block in score_blocks(ctx.folder):
-        own = [at for at, query in enumerate(block.queries) if query in place]
-        if not own:
-            continue
-        group = ctx.folder.group(block.key)
-        total = group.read("total")[own]
-        scored += int((~np.isnan(total)).sum())
-        pairs += 0 if block.stage == CHOSEN else total.size
-        if block.stage == PILOT:
-            where = [place[block.queries[at]] for at in own]
-            limits = largest[where, best - 1]
-            best_here = total >= limits[:, None]
-            among += int(best_here.sum())
-            found += int((best_here & Estimates.read(group, own).reach(trust.of_some(where).bars(limits))).sum())
-    return {
-        "best": best, "queries": ids, "share": scored / pairs, "among": among,
-        "recall": found / among if among else None,
-    }  # fmt: skip
+def company(folder: RunFolder, ids: Sequence[str]) -> list[list[str]]:
+    """Those of some queries that were in the same pilots."""
+    asked, found = set(ids), dict[str, list[int]]()
+    for number, block in enumerate(x for x in score_blocks(folder) if x.stage == PILOT):
+        for query in asked.intersection(block.queries):
+            found.setdefault(query, []).append(number)
+    together = dict[tuple[int, ...], list[str]]()
+    for query, numbers in sorted(found.items()):
+        together.setdefault(tuple(numbers), []).append(query)
+    return list(together.values())

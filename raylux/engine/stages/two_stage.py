@@ -26,10 +26,11 @@ from raylux.engine.estimating import Estimated
 from raylux.engine.quarantine import lost_pairs
 from raylux.engine.records import Contraction
 from raylux.engine.stages import precision, prefilter
+from raylux.engine.stages.evidence import closing, trust_of_wave
 from raylux.engine.stages.fit import fitted
 from raylux.engine.stages.pairs import ScoreJob, loaded_queries, missing_jobs
 from raylux.engine.stages.query import answerable
-from raylux.engine.stages.thresholds import Estimates, largest_scores, outcome, rank_of, read_pilot, trust_of
+from raylux.engine.stages.thresholds import Estimates, best_so_far, read_pilot
 from raylux.engine.stages.units import settle
 from raylux.engine.work import Job, results
 from raylux.errors import UserError
@@ -173,21 +174,20 @@ def _rule(ctx: Context, number: int, wave: int, jobs: Sequence[ScoreJob]) -> Rul
 
 def _new_rule(ctx: Context, wanted: set[str]) -> Rule:
     ids = [query.id for query in answerable(ctx) if query.id in wanted]
-    found = read_pilot(ctx.folder, ids)
-    if found is None:
+    pilot = read_pilot(ctx.folder, ids)
+    if pilot is None:
         return Rule({}, True)
-    best = ctx.config.score.best
+    best, every = ctx.config.score.best, len(prefilter.union(ctx))
     assert best is not None
-    every = len(prefilter.union(ctx))
-    largest, seen = largest_scores(ctx, ids, rank_of(best))
-    ranks = [rank_of(best * count / every) for count in seen]
-    limits = np.array([own[rank - 1] for own, rank in zip(largest, ranks, strict=True)])
-    bars = found.trust(best, every, ctx.config.score.recall).bars(limits)
-    reach, opened = found.estimates.reach(bars), float(found.estimates.opened(bars).mean())
+    found = best_so_far(ctx.folder, ids, best)
+    trust = trust_of_wave(ctx.folder, ids, pilot, found, best, every, ctx.config.score.recall)
+    # Thresholds become what is typical now, as waves go on.
+    bars = trust.bars(found.typical(best, every))
+    reach, opened = pilot.estimates.reach(bars), float(pilot.estimates.opened(bars).mean())
     layers = ctx.coverage.tracked
     shapes = [layer.shape for layer in layers]
     tokens = float(ctx.reader.lengths.mean())
-    blocks = [found.seen.get(layer.name, assumed_seen(layer.shape, True)) for layer in layers]
+    blocks = [pilot.seen.get(layer.name, assumed_seen(layer.shape, True)) for layer in layers]
     estimates, refined = estimates_cost(shapes, tokens, len(ids), blocks, opened)
     formed, share = float(reach.any(0).mean()), float(reach.mean())
     own = pace(_contraction(ctx).dtype)
@@ -198,7 +198,7 @@ def _new_rule(ctx: Context, wanted: set[str]) -> Rule:
             f"score: {reach.mean():.0%} of the pairs may be among the {best} best of their query by what is estimated "
             "of them: all are scored exactly, which costs less"
         )
-    return Rule(bars.named(ids), plain)
+    return Rule(trust.bars(found.thresholds(best, every)).named(ids), plain)
 
 
 def _run(
@@ -247,27 +247,38 @@ def _reach(ctx: Context) -> None:
     """Score the pairs whose estimates may reach the K-th best of their query after all; then say what was found."""
     if not any(_estimated(ctx)):
         return
-    while True:
-        jobs = list(_jobs(ctx))
-        if not jobs:
-            break
+    best = ctx.config.score.best
+    assert best is not None
+    ids = [query.id for query in answerable(ctx)]
+    last = closing(ctx.folder, ids, best, ctx.config.score.recall)
+    jobs = list(_jobs(ctx, ids, last.bars))
+    if jobs:
         _run(ctx, [job for job, _ in jobs], Rule({}, False), {job.name: chosen for job, chosen in jobs})
     name = _summary_name(ctx)
     if name not in ctx.folder.units(WAVES):
-        facts = outcome(ctx)
+        share = _share(ctx, ids)
+        facts = {"best": best, "queries": ids, "share": share, "among": last.among, "recall": last.recall}
         ctx.folder.commit(WAVES, name, {}, **facts)
-        told = (
-            "none of the best was in the pilot"
-            if facts["recall"] is None
-            else (f"of {facts['among']} of the best that were in the pilot {facts['recall']:.1%} would be among them")
-        )
-        ctx.reporter.say(f"score: {facts['share']:.1%} of the pairs scored exactly; {told}")
+        told = "" if last.recall is None else f"; {last.recall:.1%} of the best have their score, by what was found"
+        ctx.reporter.say(f"score: {share:.1%} of the pairs scored exactly{told}")
 
 
-def _jobs(ctx: Context) -> Iterator[tuple[ScoreJob, np.ndarray]]:
+def _share(ctx: Context, ids: Sequence[str]) -> float:
+    """Of all pairs, those that are scored."""
+    scored = pairs = 0
+    for block in score_blocks(ctx.folder):
+        own = [at for at, query in enumerate(block.queries) if query in set(ids)]
+        if own:
+            total = ctx.folder.group(block.key).read("total")[own]
+            scored += int((~np.isnan(total)).sum())
+            pairs += 0 if block.stage == CHOSEN else total.size
+    return scored / pairs
+
+
+def _jobs(ctx: Context, ids: Sequence[str], bars: Bars) -> Iterator[tuple[ScoreJob, np.ndarray]]:
     """Jobs of the usual size for what was left out, of few rows in most blocks, and the pairs [Q, n] of each."""
     held: list[Pairs] = []
-    for pairs in _left(ctx):
+    for pairs in _left(ctx, ids, bars):
         if held and sum(len(own.rows) for own in [*held, pairs]) > ctx.plan.score_unit_size:
             yield _job(held)
             held = []
@@ -288,20 +299,14 @@ def _job(parts: Sequence[Pairs]) -> tuple[ScoreJob, np.ndarray]:
     return ScoreJob(f"c-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}", rows, queries), chosen
 
 
-def _left(ctx: Context) -> Iterator[Pairs]:
-    """What is estimated alone and may be among the best, of each block."""
-    ids = [query.id for query in answerable(ctx)]
-    best = ctx.config.score.best
-    assert best is not None
-    largest, _ = largest_scores(ctx, ids, best)
-    places, trust = {query: place for place, query in enumerate(ids)}, trust_of(ctx, ids)
+def _left(ctx: Context, ids: Sequence[str], bars: Bars) -> Iterator[Pairs]:
+    """What is estimated alone and may be among the best, of each block; ``bars`` of the queries ``ids``."""
+    places = {query: place for place, query in enumerate(ids)}
     done = _scored_apart(ctx)
     for block in _estimated(ctx):
         group = ctx.folder.group(block.key)
         own = [place for place, query in enumerate(block.queries) if query in places]
-        where = [places[block.queries[place]] for place in own]
-        # Where fewer than K are scored at all there is no limit.
-        reach = Estimates.read(group, own).reach(trust.of_some(where).bars(largest[where, best - 1]))
+        reach = Estimates.read(group, own).reach(bars.of_some([places[block.queries[place]] for place in own]))
         reach &= np.isnan(group.read("total")[own])
         for place, known in enumerate(done.get(block.queries[at]) for at in own):
             if known is not None:
