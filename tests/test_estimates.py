@@ -325,9 +325,9 @@ def test_what_few_rows_of_each_unit_were_left_out_is_put_together(monkeypatch: p
         two_stage.Pairs(("c",), np.array([3, 7]), np.array([[True, True]])),
         two_stage.Pairs(("b",), np.array([1]), np.array([[True]])),
     ]
-    monkeypatch.setattr(two_stage, "_left", lambda _: iter(parts))
+    monkeypatch.setattr(two_stage, "_left", lambda *_: iter(parts))
     ctx: Any = SimpleNamespace(plan=SimpleNamespace(score_unit_size=4))
-    (first, chosen), (second, rest) = two_stage._jobs(ctx)
+    (first, chosen), (second, rest) = two_stage._jobs(ctx, "abc", bars((0.0, 0.0)))
     assert (first.queries, first.rows.tolist()) == (("a", "b", "c"), [3, 7, 9])
     assert chosen.tolist() == [[False, True, False], [False, False, True], [True, True, False]]
     assert (second.queries, second.rows.tolist(), rest.tolist()) == (("b",), [1], [[True]])
