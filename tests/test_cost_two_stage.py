@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 
 from raylux.cost import costs, two_stage
+from raylux.cost.contraction import Form
 from raylux.cost.costs import StageCost
 from raylux.cost.model import ModelShape
 from raylux.cost.planner import plan_run
+from raylux.cost.scoring import choose_scoring
 from raylux.groups import input_groups
 from raylux.layers import coverage
 from tests.architectures import build
@@ -88,3 +90,20 @@ def test_queries_of_one_layer_are_held_while_they_are_laid_out() -> None:
     largest = max(layer.parameters for layer in WORK.model.tracked)
     assert many.worker_bytes - few.worker_bytes == pytest.approx(2 * 2000 * largest * WORK.operand, rel=1e-9)
     assert _score().disk_bytes == 2 * _score(best=None).disk_bytes, "estimates are kept"
+
+
+def test_the_more_queries_are_read_the_more_sequences_share_them() -> None:
+    usual = two_stage.company_bytes(WORK, 1e9)
+    assert two_stage.company_bytes(WORK, 1e9, read=1 << 30) == usual <= 512 << 20
+    more = [two_stage.company_bytes(WORK, 1e9, read=float(held << 30)) for held in (8, 16, 1000)]
+    for found, room in zip(more, (1 << 30, 2 << 30, 2 << 30), strict=True):
+        assert 0.9 * room < found <= room
+    # A unit has no more than it has; a worker holds the company.
+    assert two_stage.company_bytes(WORK, 10, read=1e12) < usual
+    forms = [replace(form, held=8 * form.held) for form in _forms()]
+    large, small = (two_stage.held(replace(WORK, score_unit=unit), CPU.worker, forms) for unit in (4096, 32))
+    assert large - small > 1.5 * (1 << 30)
+
+
+def _forms() -> list[Form]:
+    return list(choose_scoring(WORK, CPU.worker, costs.ENGINE).forms)
