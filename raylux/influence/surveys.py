@@ -137,7 +137,7 @@ def choose(
 
     def expected(blocks: Sequence[_Option], firsts: Sequence[_Option]) -> float:
         share = share_within(wanted, _ALLOWED * _error(blocks))
-        opened = share_within(wanted, _ALLOWED_FIRST * _error(firsts))
+        opened = share_within(wanted, _ALLOWED_FIRST * _rare_error(firsts))
         estimates, refined = estimates_cost(shapes, tokens, queries, [own.seen for own in firsts], opened)
         return relative_cost(shapes, tokens, queries, share, pace, estimates=estimates, refined=refined)
 
@@ -223,6 +223,16 @@ def _error(options: Sequence[_Option]) -> float:
     """
     missed = sum(own.missed for own in options)
     return min(math.sqrt(missed), 1.5 * missed)
+
+
+def _rare_error(options: Sequence[_Option]) -> float:
+    """Likewise of what comes first, as large as hardly any: the more is missed, the more errors are unlike one another.
+
+    On workload A of the benchmark 99.7 % of the best were found within 0.9 and 2.5 spreads where 0.091 and 0.146 are
+    missed.
+    """
+    missed = sum(own.missed for own in options)
+    return min(1.0, 1.5 * missed * (1 + 8 * missed))
 
 
 def _largest(x: Tensor) -> Tensor:
