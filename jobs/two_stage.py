@@ -3,7 +3,7 @@
 Writes docs/results/two-stage.md and .png: recall of each query's best 100 against the share of pairs that are scored,
 multiplications, and seconds of CPU.
 
-    python jobs/two_stage.py --cases A,A:16384,demo --folder FOLDER --write
+    python jobs/two_stage.py --folder FOLDER --write
 
 The folder holds runs (A: 9 GB of preconditioned queries); the same command goes on with what is there.
 """
@@ -29,13 +29,23 @@ NAME = "two-stage"
 
 @dataclass(frozen=True)
 class Settings:
-    """Of the study; ``cases``: names, with commas between them; after a colon a number of candidates of its own."""
+    """Of the study.
 
-    cases: str = "A,A:16384,demo"
+    Attributes:
+        cases: names, with commas between them; after a colon a number of candidates of its own.
+        sequences: candidates otherwise.
+        queries: Q.
+        fitted: sequences of the fit.
+        best: K.
+        contraction: precision of matrix products, as ``engine.contraction_dtype``.
+    """
+
+    cases: str = "A:16384,demo"
     sequences: int = 4096
     queries: int = 1000
     fitted: int = 512
     best: int = 100
+    contraction: str = "auto"
 
 
 def study(options: dict[str, Any], command: str) -> pages.Page:
@@ -49,7 +59,8 @@ def study(options: dict[str, Any], command: str) -> pages.Page:
     found = {}
     for own, name, sequences in [(own, *_case(own, settings.sequences)) for own in settings.cases.split(",")]:
         place = folder / f"{name}-{sequences}-{settings.queries}"
-        found[own] = measure(prepare(name, sequences, settings.queries), place, settings.fitted, settings.best)
+        case, how = prepare(name, sequences, settings.queries), (f"engine.contraction_dtype={settings.contraction}",)
+        found[own] = measure(case, place, settings.fitted, settings.best, how)
     return pages.Page(page.text(found, command), lambda path: page.plot(found, path))
 
 

@@ -66,7 +66,7 @@ def test_an_unknown_case_is_refused(tmp_path: Path) -> None:
 def test_a_case_may_have_a_number_of_candidates_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def told(case: Case, place: Path, *_: int) -> dict[str, Any]:
+    def told(case: Case, place: Path, *_: object) -> dict[str, Any]:
         asked.append((place.name, len(case.documents), len(case.queries)))
         return {}
 
