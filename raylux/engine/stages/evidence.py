@@ -31,7 +31,7 @@ _OF_WAVES, _IN_THE_END = 2.0, 0.5
 # Errors of what comes first have a long tail, of which waves see little: on workload A of the benchmark margins told by
 # what was found were so many times too small.
 _UNSEEN = 1.3
-# Of few sequences margins turned out larger by the root of so many in them.
+# What few sequences tell may be too little: margins are taken 1 + √(16 / n) times as large.
 _FEW = 16
 
 
