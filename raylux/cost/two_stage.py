@@ -15,17 +15,17 @@ from raylux.cost.workload import Workload
 
 # Rows and columns of a layer's block that estimates are taken to see where a run has yet to find out
 # (docs/results/two-stage.md); of either side, the fewer on inputs.
-_BLOCK = 1024, 16
+_BLOCK = 1024, 12
 # Of the fewer of them a share comes first on a CPU, and leaves a share of the pairs open (the same page).
-_FIRST, _OPENED = 3 / 8, 0.2
+_FIRST, _OPENED = 1 / 2, 0.25
 # Sequences of the pilot: a share of all, between two bounds.
 _PILOT_SHARE, PILOT_LEAST, _PILOT_MOST = 1 / 128, 128, 512
 _PILOT_UNITS = 4
 # Fewer sequences than this for each of the best that are wanted are scored as ever.
 _WORTH = 8
 # Pairs that may be among the best by their estimates, for each that is wanted, beyond the pilot: on workload A of the
-# benchmark 3.0 (docs/results/two-stage.md). A run finds out; the plan assumes it.
-_REACHED = 3.0
+# benchmark 2.2 (docs/results/two-stage.md). A run finds out; the plan assumes it.
+_REACHED = 2.2
 # Passes through memory that was not in use before, by which a worker's queries are laid out for both stages: 7.5 s per
 # GB were measured where such a pass took 0.38 (the same page).
 _LAYING_PASSES = 20
