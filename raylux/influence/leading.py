@@ -7,9 +7,9 @@ and 1 / (Λ + λ) keeps V small along the rest. An estimate is the sum over such
 
 - tokens are projected, T·(P·r + M·c) at most, and a gradient of r × c numbers is formed, never one of P × M;
 - queries are cut to their blocks once, and put against it, Q·r·c;
-- what is left out has a variance that Λ tells beforehand, the same for all sequences: a sequence with larger gradients
-  has larger errors, but the best are all of that kind. So the blocks of all layers are chosen together, such that
-  estimates and the pairs that they leave open cost least (``raylux.influence.surveys``);
+- what is left out has a variance that Λ tells beforehand, on average over sequences. So the blocks of all layers are
+  chosen together, such that estimates and the pairs that they leave open cost least (``raylux.influence.surveys``). How
+  far off estimates really are is for whoever uses them to find out, by scores that are known;
 - most of what that costs are the products with all queries. They take the first few rows or columns of a block, the
   narrower side's; what these leave open is put against the rest of the block, pair by pair, before any gradient is
   formed.

@@ -24,7 +24,7 @@ class ScoreBlock:
         rows: [n] int64, the sequences' rows in the corpus.
         layers: whether per-layer scores are kept.
         stage: of two-stage scoring: ``pilot``, whose pairs have all their scores beside their estimates;
-            ``estimated``: ``estimate`` and ``error`` [Q, n] of all pairs, ``total`` NaN where it is no more than that;
+            ``estimated``: ``estimate`` [Q, n] of all pairs, ``total`` NaN where it is no more than that;
             ``chosen``: a ``total`` of some of these. Empty: every pair is scored.
     """
 

@@ -1,10 +1,11 @@
 """Two-stage scoring: all pairs estimated, and those scored exactly that may be among the best of their query.
 
 Units come in waves, in an order that a hash of their names gives. The first one, the pilot, has both scores and
-estimates of all its pairs: how many standard errors an estimate must be allowed for the share of the best that the
-config asks for. A later wave leaves out the pairs that do not come near their query's threshold, which is taken from
-all scores before it, and frozen. In the end each query's K-th best score is known, and whatever estimate still may
-reach it is scored too: thresholds on the way cost time where they were too low or too high, and no score.
+estimates of all its pairs: scores are fitted to estimates by it. A later wave leaves out the pairs that do not come
+near their query's threshold, which is taken from all scores before it, and frozen; how near is told by all that were
+found before (``evidence``). In the end each query's K-th best score is known, and where too few of the best were found
+what may still be among them is scored too: thresholds on the way cost time where they were too low or too high, and no
+score.
 
 What a wave leaves out is written down before it starts, so that a run that was cut off goes on with the same.
 """
@@ -265,9 +266,9 @@ def _reach(ctx: Context) -> None:
 
 def _share(ctx: Context, ids: Sequence[str]) -> float:
     """Of all pairs, those that are scored."""
-    scored = pairs = 0
+    scored, pairs, asked = 0, 0, set(ids)
     for block in score_blocks(ctx.folder):
-        own = [at for at, query in enumerate(block.queries) if query in set(ids)]
+        own = [at for at, query in enumerate(block.queries) if query in asked]
         if own:
             total = ctx.folder.group(block.key).read("total")[own]
             scored += int((~np.isnan(total)).sum())
