@@ -195,8 +195,8 @@ def test_layers_share_what_is_missed() -> None:
 
 def test_a_part_of_a_block_comes_first_where_that_is_cheaper() -> None:
     """And nothing does where all is to be put against every query, or where most pairs are wanted anyway."""
-    values = falling(256, 128) ** 3
-    v = drawn(8, 256, 128) * values.sqrt() / (values + 0.1 * values.mean())
+    values = falling(256, 128) ** 4
+    v = drawn(8, 256, 128) * values.sqrt() / (values + 10 * values.mean())
     surveys = {name: Survey.of(v, Spectral(values), True) for name in "ab"}
 
     def of(wanted: float, queries: int = 1000, by_steps: bool = True) -> list[Seen]:
