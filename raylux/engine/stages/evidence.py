@@ -20,6 +20,7 @@ import numpy as np
 from raylux.engine.bars import Bars
 from raylux.engine.stages.thresholds import Best, Estimates, Fit, Pilot, Trust, best_so_far, company, read_pilot
 from raylux.store import ESTIMATED, PILOT, RunFolder, score_blocks
+from raylux.store.arrays import Group
 
 # Of the best so many must be missed before their share tells anything.
 _TELLING = 3
@@ -101,10 +102,17 @@ def _of_blocks(folder: RunFolder, ids: Sequence[str], fits: Sequence[Fit], limit
         group, where = folder.group(block.key), np.array([place[block.queries[at]] for at in own])
         with np.errstate(invalid="ignore"):
             best = np.nonzero(group.read("total")[own] >= limits[where, None])
+        if not len(best[0]) or (block.stage == ESTIMATED and not _has_bars(group)):
+            continue
         held = Estimates.read(group, own)
         estimates = [held.values, held.opening][: len(fits)]
-        if len(best[0]) and all(x is not None for x in estimates) and (held.bars or block.stage == PILOT):
+        if all(x is not None for x in estimates):
             yield _of_pairs(held, estimates, best, [fit.of_some(where) for fit in fits], limits[where])
+
+
+def _has_bars(group: Group) -> bool:
+    """Whether a unit tells what its pairs had to reach: those of before do not."""
+    return "limits" in group
 
 
 def _of_pairs(
@@ -177,10 +185,20 @@ def closing(folder: RunFolder, ids: Sequence[str], best: int, recall: float) -> 
         pilot, where = read_pilot(folder, own), np.array([place[query] for query in own])
         assert pilot is not None, "they were in one"
         found = gather(folder, own, pilot.fits, limits[where])
-        if len(found.needed) * (1 - recall) < found.missed * recall or not len(found.needed):
+        short = len(found.needed) * (1 - recall) < found.missed * recall or not len(found.needed)
+        if short or _some_of_before(folder, own):
             margins = found.margins(recall, _IN_THE_END)
             more = Trust.of(pilot.fits, margins).bars(limits[where])
             bars.limits[where], bars.rooms[where] = more.limits, more.rooms
             found = found.allowing(margins)
         among, missed = among + len(found.needed), missed + found.missed
     return Closing(bars, among, among / (among + missed) if among else None)
+
+
+def _some_of_before(folder: RunFolder, ids: Sequence[str]) -> bool:
+    """Whether units of these queries do not tell what they may have missed."""
+    asked = set(ids)
+    return any(
+        block.stage == ESTIMATED and not asked.isdisjoint(block.queries) and not _has_bars(folder.group(block.key))
+        for block in score_blocks(folder)
+    )

@@ -47,7 +47,8 @@ class Best:
         return np.where(np.isfinite(after), (at + after) / 2, at)
 
     def _at(self, ranks: Sequence[int]) -> np.ndarray:
-        return np.array([own[rank - 1] for own, rank in zip(self.largest, ranks, strict=True)])
+        last = self.largest.shape[1]  # more rows may have been seen than there are candidates now
+        return np.array([own[min(rank, last) - 1] for own, rank in zip(self.largest, ranks, strict=True)])
 
 
 @dataclass(frozen=True)
